@@ -1,0 +1,104 @@
+"""What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from .config import Config
+from .errors import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+@contextmanager
+def one_line_errors():
+    """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
+    """Checks Hydra's arguments, then hands over to the Hydra main."""
+    from hydra._internal.utils import get_args_parser
+
+    from . import overrides
+
+    with one_line_errors():
+        parsed = get_args_parser().parse_args(list(arguments))
+        checked = iter(overrides.check(parsed.overrides, CONF))
+        given = set(parsed.overrides)
+        sys.argv[1:] = [next(checked) if argument in given else argument for argument in arguments]
+    main()
+
+
+def load(cfg: DictConfig) -> Config:
+    """The checked configuration of one composed job, with the name of its experiment."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = cfg.get("hydra") or HydraConfig.get()
+    return Config.load({k: v for k, v in _unresolved(cfg).items() if k != "hydra"}, hydra.runtime.choices.get("experiment"))
+
+
+def _unresolved(cfg: DictConfig) -> dict:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=False)
+
+
+def run_one(cfg: DictConfig) -> None:
+    """One run in this process; prints where its record lies and its score."""
+    from .runs.identity import identify
+    from .runs.run import run
+    from .training.loop import Stopped
+
+    with one_line_errors():
+        config = load(cfg)
+        try:
+            result = run(config)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(128 + stopped.signum) from None
+        print(f"{identify(config).folder}")
+        for name in ("best", "last"):
+            if result[name]:
+                metrics = ", ".join(
+                    f"{split} {metric} {value if value is None else format(value, '.4f')}"
+                    for split, values in result[name]["metrics"].items()
+                    for metric, value in values.items()
+                )
+                print(f"{name}: step {result[name]['step']}, {metrics}")
+        if result["status"] == "diverged":
+            print(f"diverged: {result['diverged']}")
+
+
+def sweep(cfgs: Sequence[DictConfig]) -> None:
+    """All runs of a multirun. Leaves with status 1 and a list where some failed."""
+    from .runs import sweep as sweeps
+
+    with one_line_errors():
+        configs = [load(cfg) for cfg in cfgs]
+        runs = sweeps.plan(configs)
+        first = configs[0]
+        if first.launcher.plan:
+            sweeps.show_plan(runs)
+            return
+        todo = [r for r in runs if r.status in ("missing", "failed")]
+        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+        sweeps.preflight(todo)
+        sweeps.write_manifest(runs, first.experiment or "sweep", " ".join(sys.argv))
+        failed = sweeps.run_all(runs, first.launcher.workers)
+        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+        for r in failed:
+            print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
+        if failed:
+            print("the same command runs only what is missing", file=sys.stderr)
+            raise SystemExit(1)

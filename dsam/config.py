@@ -1,0 +1,285 @@
+"""One run's configuration as dataclasses; every mistake in it is found here, before work starts."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError, did_you_mean
+
+
+@dataclass
+class Task:
+    name: str
+
+
+@dataclass
+class Model:
+    name: str
+    id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    architecture: dict[str, Any] | None = None
+    # What follows are the model's usual recipe and habits, which `train` and `device` take up.
+    epochs: int = 3
+    batch_size: int = 32
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    threads: int | None = None
+    piece_overhead: int | None = None
+
+
+@dataclass
+class Optimizer:
+    """A method of `dsam.methods.METHODS`, its options, and how many times the usual steps it takes."""
+
+    name: str
+    method: str
+    steps_factor: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Data:
+    source: str
+    root: str | None = None
+    revision: str | None = None
+
+
+@dataclass
+class Seeds:
+    init: int
+    data: int
+
+
+@dataclass
+class Train:
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.06
+    max_grad_norm: float | None = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    dropout: float | None = None
+    precision: str = "float32"
+    max_length: int = 128
+    micro_batch_size: int | None = None
+    piece_overhead: int | None = None
+    max_steps: int | None = None
+    max_train_examples: int | None = None
+
+
+@dataclass
+class Tracking:
+    mode: str = "offline"
+    project: str = "dsam"
+    entity: str | None = None
+
+
+@dataclass
+class Device:
+    name: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class Checkpoint:
+    every_seconds: float = 60
+    keep_weights: bool = False
+
+
+@dataclass
+class Paths:
+    runs: str = "results/runs"
+    cache: str = ".cache/dsam"
+
+
+@dataclass
+class Launcher:
+    name: str = "local"
+    workers: int = 1
+    plan: bool = False
+
+
+@dataclass
+class Config:
+    """A frozen, checked configuration of one run. `Config.load` is the only way in."""
+
+    task: Task
+    model: Model
+    optimizer: Optimizer
+    data: Data
+    seed: int
+    seeds: Seeds
+    train: Train
+    tracking: Tracking = field(default_factory=Tracking)
+    device: Device = field(default_factory=Device)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    paths: Paths = field(default_factory=Paths)
+    launcher: Launcher = field(default_factory=Launcher)
+    experiment: str | None = None
+
+    @classmethod
+    def load(cls, given: DictConfig | dict, experiment: str | None = None) -> "Config":
+        """Resolves, coerces to the declared types and checks a composed configuration.
+
+        Raises UserError, one line, for anything that cannot be run.
+        """
+        try:
+            plain = OmegaConf.to_container(OmegaConf.create(given), resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"configuration: {first_line(error)}") from None
+        for name in ("hydra", "recipe"):
+            plain.pop(name, None)
+        plain["experiment"] = experiment or plain.get("experiment")
+        config = _read(cls, plain, "")
+        _check(config)
+        return config
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _read(schema: type, given: Any, where: str) -> Any:
+    """`given` as an instance of the dataclass `schema`; unknown keys and wrong types are named with their path."""
+    if not isinstance(given, dict):
+        raise UserError(f"{where or 'configuration'} must be a group of settings, not {given!r}")
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    if schema is Optimizer:
+        options = {k: v for k, v in given.items() if k not in fields}
+        given = {k: v for k, v in given.items() if k in fields} | {"options": options | (given.get("options") or {})}
+    values = {}
+    for key, value in given.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            raise UserError(f"unknown key '{path}'; {did_you_mean(key, fields)}")
+        values[key] = coerce(value, fields[key].type, path)
+    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    for name in required:
+        if name not in values:
+            raise UserError(f"'{where + '.' if where else ''}{name}' is not set")
+    return schema(**values)
+
+
+def coerce(value: Any, kind: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`, so that 1 and 1.0 (or "1e-5" and 0.00001) are one configuration."""
+    if dataclasses.is_dataclass(kind):
+        return _read(kind, value, path)
+    alternatives = getattr(kind, "__args__", ()) if "|" in str(kind) else (kind,)
+    if value is None:
+        if type(None) in alternatives:
+            return None
+        raise UserError(f"'{path}' must be {_describe(alternatives)}, not null")
+    for alternative in alternatives:
+        if alternative is bool and isinstance(value, bool):
+            return value
+        if isinstance(value, bool):
+            continue
+        if alternative is int and (isinstance(value, int) or isinstance(value, float) and value == int(value)):
+            return int(value)
+        if alternative is float and isinstance(value, int | float | str):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if math.isfinite(number):
+                return number
+        if alternative is str and isinstance(value, str | int | float):
+            return str(value)
+        if getattr(alternative, "__origin__", None) is dict and isinstance(value, dict):
+            return value
+        if getattr(alternative, "__origin__", None) is tuple and isinstance(value, list | tuple):
+            parts = alternative.__args__
+            if len(parts) == len(value):
+                return tuple(coerce(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, parts, strict=True)))
+    raise UserError(f"'{path}' must be {_describe(alternatives)}, not {value!r}")
+
+
+def _describe(alternatives) -> str:
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
+    return " or ".join(words.get(a, str(a)) for a in alternatives)
+
+
+def _check(config: Config) -> None:
+    """Values that have the right type and cannot be meant."""
+    from .glue import get_task  # here, not above: `import dsam.config` stays light
+
+    task = get_task(config.task.name)
+    train = config.train
+
+    def at_least(path: str, value, smallest, strictly=False):
+        if value is not None and (value <= smallest if strictly else value < smallest):
+            raise UserError(f"{path}={value} must be {'above' if strictly else 'at least'} {smallest}")
+
+    def one_of(path: str, value: str, known):
+        if value not in known:
+            raise UserError(f"unknown {path} '{value}'; {did_you_mean(value, known)}")
+
+    for name in ("epochs", "batch_size", "micro_batch_size", "max_steps", "max_train_examples"):
+        at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("lr", "weight_decay", "piece_overhead", "warmup_ratio", "dropout"):
+        at_least(f"train.{name}", getattr(train, name), 0)
+    for name in ("max_grad_norm", "eps"):
+        at_least(f"train.{name}", getattr(train, name), 0, strictly=True)
+    at_least("train.max_length", train.max_length, 8)
+    for name in ("warmup_ratio", "dropout"):
+        if (getattr(train, name) or 0) >= 1:
+            raise UserError(f"train.{name}={getattr(train, name)} must be below 1")
+    for i, beta in enumerate(train.betas):
+        if not 0 <= beta < 1:
+            raise UserError(f"train.betas[{i}]={beta} must be at least 0 and below 1")
+    for name in ("init", "data"):
+        at_least(f"seeds.{name}", getattr(config.seeds, name), 0)
+        if getattr(config.seeds, name) >= 2**63:
+            raise UserError(f"seeds.{name}={getattr(config.seeds, name)} must be below 2^63")
+    at_least("optimizer.steps_factor", config.optimizer.steps_factor, 1)
+    at_least("device.threads", config.device.threads, 1)
+    at_least("launcher.workers", config.launcher.workers, 1)
+    at_least("checkpoint.every_seconds", config.checkpoint.every_seconds, 0)
+    one_of("train.precision", train.precision, ("float32", "bfloat16"))
+    one_of("data.source", config.data.source, ("builtin", "local", "hub"))
+    one_of("tracking.mode", config.tracking.mode, ("offline", "online", "disabled"))
+    if config.data.source == "local" and not config.data.root:
+        raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
+    if config.data.source not in task.sources:
+        raise UserError(f"task '{task.name}' cannot come from data={config.data.source}; it can from data={' or data='.join(task.sources)}")
+    if task.train_split is None:
+        raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
+    if not (config.model.path or config.model.id or config.model.architecture):
+        raise UserError(f"model={config.model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
+    if config.model.id and not config.model.path and not config.model.revision:
+        raise UserError(f"model.id={config.model.id} needs model.revision=HASH: without it, numbers may change unseen")
+    config.optimizer.options = check_method(config.optimizer.method, config.optimizer.options)
+
+
+def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of the method, defaults filled in, coerced and tried; UserError names what is wrong."""
+    import torch
+
+    from .methods import METHODS, WEIGHTINGS, option_types
+
+    if name not in METHODS:
+        raise UserError(f"unknown method '{name}'; {did_you_mean(name, METHODS)}")
+    weighting = options.get("weighting")
+    if weighting is not None and weighting not in WEIGHTINGS:
+        raise UserError(f"unknown weighting '{weighting}'; {did_you_mean(weighting, WEIGHTINGS)}")
+    known = option_types(name, weighting)
+    for key in options:
+        if key not in known:
+            raise UserError(f"unknown key 'optimizer.{key}' for method '{name}'; {did_you_mean(key, known)}")
+    values = {k: default for k, (_, default) in known.items()} | options
+    values = {k: coerce(v, known[k][0], f"optimizer.{k}") for k, v in values.items()}
+    try:
+        METHODS[name]([torch.nn.Parameter(torch.zeros(1))], **values)
+    except ValueError as error:
+        raise UserError(f"optimizer: {error}") from None
+    return dict(sorted(values.items()))

@@ -1,0 +1,22 @@
+"""The two ways in which a run stops on purpose, and the nearest-name hint that errors give."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong, with what value, and what to do.
+
+    Entry points print it without a traceback and leave with status 2.
+    """
+
+
+class NonFiniteGradient(FloatingPointError):
+    """A loss or gradient became infinite or NaN: the step was not taken and the weights are as they were."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name if there is one, else all of them."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,82 @@
+"""GLUE's metrics, the one figure that its average takes from each task, and the best constant answer."""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from .tasks import Task
+
+
+def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Answers from a head's outputs, shape (N, num_labels): label numbers (N,), or scores (N,) as they are."""
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or logits.shape[1] != task.num_labels:
+        raise ValueError(f"{task.name}: logits must have shape (N, {task.num_labels}), got {logits.shape}")
+    return logits[:, 0] if task.regression else logits.argmax(axis=1)
+
+
+def compute(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metrics in [-1, 1] for predictions and labels of shape (N,).
+
+    NaN where a metric is undefined: no example, a constant or non-finite side of a correlation, F1 of a class that is
+    in neither side. Matthews correlation of a constant answer is 0 by scikit-learn's, and so GLUE's, convention.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must both have shape (N,)")
+    if len(labels) == 0:
+        return {name: float("nan") for name in task.metrics}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: float(METRICS[name](predictions, labels)) for name in task.metrics}
+
+
+def headline(task: Task, metrics_by_split: Mapping[str, Mapping[str, float]]) -> float:
+    """The figure that GLUE averages: the mean of the task's metrics, and over MNLI's two sets."""
+    return float(
+        np.mean([[metrics_by_split[split][name] for name in task.metrics] for split in task.evaluation_splits])
+    )
+
+
+def headline_name(task: Task) -> str:
+    """What `headline` is, in words for a table's head."""
+    name = task.metrics[0] if len(task.metrics) == 1 else f"mean of {' and '.join(task.metrics)}"
+    return name if len(task.evaluation_splits) == 1 else f"{name}, mean of {' and '.join(task.evaluation_splits)}"
+
+
+def majority(task: Task, labels_by_split: Mapping[str, np.ndarray]) -> float:
+    """The headline of the best constant answer on these evaluation labels, by split.
+
+    0.0 for a regression by definition: a constant has no correlation, and one that is no better than chance has 0.
+    """
+    if task.regression:
+        return 0.0
+    return max(
+        headline(
+            task,
+            {
+                split: compute(task, np.full_like(labels_by_split[split], answer), labels_by_split[split])
+                for split in task.evaluation_splits
+            },
+        )
+        for answer in range(task.num_labels)
+    )
+
+
+def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float:
+    if len(labels) < 2 or not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
+        return float("nan")
+    # float64: the sums of SciPy in float32 lose digits that a table shows.
+    return function(predictions.astype(np.float64), labels.astype(np.float64)).statistic
+
+
+METRICS = {
+    "accuracy": lambda predictions, labels: accuracy_score(labels, predictions),
+    "f1": lambda predictions, labels: f1_score(labels, predictions, zero_division=np.nan),
+    "matthews_correlation": lambda predictions, labels: matthews_corrcoef(labels, predictions),
+    "pearson": lambda predictions, labels: _correlation(stats.pearsonr, predictions, labels),
+    "spearman": lambda predictions, labels: _correlation(stats.spearmanr, predictions, labels),
+}

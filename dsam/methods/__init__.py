@@ -1,0 +1,56 @@
+"""How a step's gradient is formed: each method replaces `loss.backward()`."""
+
+import inspect
+from typing import Any
+
+from .base import Closure, Method, Plain
+from .delta_sam import DeltaSAM
+from .losses import ExampleLosses, example_losses
+from .sam import ASAM, SAM
+from .weighting import WEIGHTINGS, Probe, Weighting
+
+METHODS: dict[str, type[Method]] = {"plain": Plain, "sam": SAM, "asam": ASAM, "delta_sam": DeltaSAM}
+
+
+def option_types(method: str, weighting: str | None = None) -> dict[str, tuple[Any, Any]]:
+    """{option: (type, default)} of a method's constructor, and of the weighting's where the method takes one.
+
+    `seed` is left out: a run's own seed sets it.
+    """
+    options: dict[str, tuple[Any, Any]] = {}
+    chosen = METHODS[method]
+    _collect(chosen, options)
+    if "weighting" in options:
+        options["weighting"] = (str, options["weighting"][1])
+        _collect(WEIGHTINGS[weighting or options["weighting"][1]], options)
+    return options
+
+
+def _collect(cls: type, options: dict[str, tuple[Any, Any]]) -> None:
+    """Adds the options of the constructor of `cls` and, where it passes `**options` on, of its bases."""
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        for p in parameters:
+            if p.default is not inspect.Parameter.empty and p.name != "seed":
+                options.setdefault(p.name, (p.annotation, p.default))
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+
+
+__all__ = [
+    "ASAM",
+    "METHODS",
+    "SAM",
+    "WEIGHTINGS",
+    "Closure",
+    "DeltaSAM",
+    "ExampleLosses",
+    "Method",
+    "Plain",
+    "Probe",
+    "Weighting",
+    "example_losses",
+    "option_types",
+]

@@ -1,0 +1,178 @@
+"""What every method shares: a step's pieces, its passes, its random state, and the checks that stop it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteGradient
+from .perturbation import RandomState, total_norm
+
+Closure = Callable[[], Tensor]
+"""Runs the model on one (micro-)batch and returns its per-example losses, shape (B,)."""
+
+
+class Method:
+    """What replaces `loss.backward()`: `method.backward(closure)` leaves the step's gradient in `.grad`.
+
+    Afterwards the weights are bit for bit what they were, and buffers (batch-norm statistics) are what one clean
+    pass leaves; the optimizer, scheduler, clipping and scaler stay plain PyTorch.
+
+    Args:
+        params: the parameters to perturb, or a module. With a module its buffers are protected too, and the
+            methods that look inside the model (exact per-example norms) can.
+        mask: "same" gives the descent the dropout masks of the ascent; "fresh" draws new ones. Either way ρ = 0
+            draws the same masks as plain training.
+        seed: of the method's own random draws (probes, fresh masks); it never touches PyTorch's default generator.
+
+    After each `backward`, `report` holds what happened as floats or 0-dim tensors: forwards, backwards (each over
+    the whole batch), gradient_norm, and whatever the method adds.
+    """
+
+    passes = 1.0
+    """Forward-backward passes per step, in units of one training pass over the batch."""
+
+    def __init__(self, params: nn.Module | Iterable[nn.Parameter], *, mask: str = "same", seed: int = 0):
+        if mask not in ("same", "fresh"):
+            raise ValueError(f"mask must be 'same' or 'fresh', got {mask!r}")
+        self.module = params if isinstance(params, nn.Module) else None
+        self.params = [p for p in (params.parameters() if self.module is not None else params) if p.requires_grad]
+        if not self.params:
+            raise ValueError("no parameter requires a gradient")
+        self.mask = mask
+        self.random = RandomState(self.params)
+        self.generator = torch.Generator(self.params[0].device)
+        self.generator.manual_seed(seed)
+        self.report: dict[str, float | Tensor] = {}
+
+    def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Adds the step's gradient to `.grad` and returns the mean loss at w (0-dim, detached).
+
+        Args:
+            closure: returns the batch's losses, shape (B,); or a sequence of such closures, one for each
+                micro-batch of one batch: the result is that of the undivided batch.
+            scaler: scales the final gradient only. A non-finite one is then left in `.grad` for the scaler to skip.
+
+        Raises:
+            NonFiniteGradient: a loss or gradient is not finite. The weights are unchanged.
+        """
+        closures = [closure] if callable(closure) else list(closure)
+        if not closures:
+            raise ValueError("backward needs at least one closure")
+        self.report = {"forwards": 0.0, "backwards": 0.0}
+        self._states: list[list[Tensor] | None] = [None] * len(closures)
+        with self._buffers_kept():
+            loss = self._backward(closures, scaler)
+        if scaler is None:
+            self.report["gradient_norm"] = norm = total_norm([p.grad for p in self.params])
+            self._require_finite(norm, loss)
+        return loss
+
+    @staticmethod
+    def _require_finite(norm: Tensor, loss: Tensor) -> None:
+        if not torch.isfinite(norm) or not torch.isfinite(loss):
+            raise NonFiniteGradient(f"gradient norm {float(norm)} at loss {float(loss)}: the step was not taken")
+
+    def _backward(self, closures: list[Closure], scaler) -> Tensor:
+        return self._descend(closures, scaler)
+
+    # The two kinds of pass. Losses of several pieces come back as one tensor (B,), detached.
+
+    def _forward(self, closures: list[Closure], k: int, *, ascent: bool = False, precise: bool = False) -> Tensor:
+        """Losses of piece k, shape (B_k,); `precise`: in float32 where the closure can.
+
+        The first forward of a step fixes the piece's masks, and later ones replay them. With mask="fresh" the ascent
+        (and its probes) draw from a stream aside, and the descent from the main one.
+        """
+        self.report["forwards"] += 1 / len(closures)
+        closure = getattr(closures[k], "in_float32", closures[k]) if precise else closures[k]
+        if self._states[k] is not None and (ascent or self.mask == "same"):
+            with self.random.replay(self._states[k]):
+                losses = closure()
+        elif ascent and self.mask == "fresh":
+            seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+            with self.random.aside(seed):
+                self._states[k] = self.random.get()
+                losses = closure()
+        else:
+            self._states[k] = self.random.get()
+            losses = closure()
+        if losses.ndim != 1 or not losses.is_floating_point():
+            raise ValueError(
+                "the closure must return per-example losses of shape (B,), e.g. with reduction='none'; "
+                f"got shape {tuple(losses.shape)}"
+            )
+        return losses
+
+    def _gradient(self, closures: list[Closure], params: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
+        """(losses (B,), gradient of their mean with respect to `params`), leaving `.grad` alone."""
+        seen, total = [], None
+        for k in range(len(closures)):
+            losses = self._forward(closures, k, ascent=True)
+            total = self._add_gradient(total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures))
+            seen.append(losses.detach())
+        losses = torch.cat(seen)
+        if len(closures) > 1:
+            torch._foreach_div_([g for g in total if g is not None], len(losses))
+        return losses, total
+
+    def _add_gradient(self, total, loss: Tensor, params, pieces: int = 1) -> list[Tensor | None]:
+        """`total` plus the gradient of the scalar `loss`; None marks parameters that no piece reached."""
+        self.report["backwards"] += 1 / pieces
+        gradient = torch.autograd.grad(loss, params, allow_unused=True)
+        if total is None:
+            return list(gradient)
+        both = [(t, g) for t, g in zip(total, gradient, strict=True) if t is not None and g is not None]
+        if both:
+            torch._foreach_add_([t for t, _ in both], [g for _, g in both])
+        return [g if t is None else t for t, g in zip(total, gradient, strict=True)]
+
+    def _descend(self, closures: list[Closure], scaler, weights: Tensor | None = None) -> Tensor:
+        """Adds the gradient of the mean (or `weights`-weighted sum) loss to `.grad`; returns the mean loss."""
+        seen, start = [], 0
+        earlier = [p.grad for p in self.params] if len(closures) > 1 and weights is None else None
+        if earlier is not None:  # the batch's size is known only after its last piece: sum, then divide once
+            for p in self.params:
+                p.grad = None
+        for k in range(len(closures)):
+            losses = self._forward(closures, k)
+            seen.append(losses.detach())
+            if weights is not None:
+                loss = (losses * weights[start : start + len(losses)]).sum()
+            else:
+                loss = losses.mean() if earlier is None else losses.sum()
+            start += len(losses)
+            (scaler.scale(loss) if scaler is not None else loss).backward()
+            self.report["backwards"] += 1 / len(closures)
+        losses = torch.cat(seen)
+        if earlier is not None:
+            torch._foreach_div_([p.grad for p in self.params if p.grad is not None], len(losses))
+            for p, grad in zip(self.params, earlier, strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return losses.mean()
+
+    @contextmanager
+    def _buffers_kept(self):
+        """Lets the first pass over the batch move the buffers, and undoes what further passes do to them."""
+        self._clean_buffers = None
+        yield
+        if self._clean_buffers is not None:
+            for buffer, clean in self._clean_buffers:
+                buffer.copy_(clean)
+
+    def _clean_pass_done(self) -> None:
+        if self.module is not None and self.module.training:
+            self._clean_buffers = [(b, b.clone()) for b in self.module.buffers()]
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs so that the method goes on exactly as it would have."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Plain(Method):
+    """The gradient of the mean loss: what `loss.mean().backward()` gives."""

@@ -1,0 +1,79 @@
+"""Moving the weights to w + ε and back, exactly; and the random state that both sides of a comparison share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Gradients = Sequence[Tensor | None]
+
+
+def total_norm(tensors: Gradients) -> Tensor:
+    """Euclidean norm over all tensors together, as a float32 (or wider) scalar on the first one's device."""
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm(present)
+
+
+@contextmanager
+def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Tensor = 1.0) -> Iterator[None]:
+    """Inside, every parameter holds w + scale · direction; afterwards, whatever happened, exactly w again.
+
+    The perturbed weights are new tensors and the parameters point at them for a while, so that the originals are
+    never written: nothing is copied back, `w + ε − ε ≠ w` cannot happen, and a graph recorded at w stays valid.
+    Where the direction is None the parameter is left alone.
+    """
+    moved = [(p, d) for p, d in zip(params, direction, strict=True) if d is not None]
+    originals = [p.data for p, _ in moved]
+    try:
+        if moved:
+            if isinstance(scale, Tensor):
+                there = torch._foreach_mul([d for _, d in moved], scale)
+                torch._foreach_add_(there, originals)
+            else:
+                there = torch._foreach_add(originals, [d for _, d in moved], alpha=scale)
+            for (p, _), w in zip(moved, there, strict=True):
+                p.data = w
+            torch.clear_autocast_cache()  # else an enclosing autocast would go on using casts of the old weights
+        yield
+    finally:
+        for (p, _), w in zip(moved, originals, strict=True):
+            p.data = w
+        torch.clear_autocast_cache()
+
+
+class RandomState:
+    """The state of PyTorch's default generators (CPU, and the CUDA devices of `params`): what dropout draws from."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self.devices = sorted({p.device for p in params if p.device.type == "cuda"}, key=str)
+
+    def get(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+
+    def set(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        for device, cuda_state in zip(self.devices, state[1:], strict=True):
+            torch.cuda.set_rng_state(cuda_state, device)
+
+    @contextmanager
+    def replay(self, state: list[Tensor]) -> Iterator[None]:
+        """Inside, draws start at `state`; outside, the stream goes on as if nothing had been drawn."""
+        outside = self.get()
+        self.set(state)
+        try:
+            yield
+        finally:
+            self.set(outside)
+
+    @contextmanager
+    def aside(self, seed: int) -> Iterator[None]:
+        """Inside, draws come from a stream of their own; outside, nothing was drawn."""
+        outside = self.get()
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self.set(outside)

@@ -1,0 +1,145 @@
+"""Run folders to one table: a row per run, the expected ones that left no result included."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from dsam.errors import UserError, did_you_mean
+from dsam.results import index
+from dsam.results.labels import method_labels
+
+COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
+           "last", "majority", "degenerate", "evaluations", "reason", "folder"]  # fmt: skip
+TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
+NUMBERS = ["best", "best_epoch", "last", "majority"]
+
+
+def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame:
+    """The runs under `runs_dir`, or those that the sweep `experiment` planned: one row each.
+
+    `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
+    damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
+    none was recorded. `degenerate` is whether a finished run's best is no better than the majority answer.
+    `evaluations` holds [step, score] pairs, `folder` the path below `runs_dir`. Further columns:
+    `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
+
+    Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged.
+    Raises UserError where `runs_dir` or the experiment doesn't exist.
+    """
+    runs_dir = Path(runs_dir)
+    if not runs_dir.is_dir():
+        raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first, or name the folder of the runs")
+    planned = _planned(runs_dir, experiment)
+    folders = list(planned) if experiment else sorted({*planned, *_run_folders(runs_dir)})
+    known = index.load(runs_dir)
+    entries = {folder: _entry(runs_dir, folder, known.get(folder)) for folder in folders}
+    read = {folder: entry for folder, entry in entries.items() if entry["stamp"]}
+    kept = {**known, **read} if experiment else read
+    if kept != known:
+        index.save(runs_dir, kept)
+    return _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
+
+
+def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
+    """Folder -> planned run, in the order of the sweep's manifest; of every sweep if none is named."""
+    manifests = {path.stem: path for path in sorted((runs_dir / ".sweeps").glob("*.json"))}
+    if experiment is not None and experiment not in manifests:
+        hint = did_you_mean(experiment, manifests) if manifests else "no sweep was started here"
+        raise UserError(f"no sweep '{experiment}' under '{runs_dir}': {hint}")
+    planned = {}
+    for name in [experiment] if experiment else manifests:
+        try:
+            runs = json.loads(manifests[name].read_text(encoding="utf-8"))["runs"]
+            planned |= {run["folder"]: run for run in runs}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{manifests[name]} cannot be read ({error!r}): start the sweep again") from error
+    return planned
+
+
+def _run_folders(runs_dir: Path) -> list[str]:
+    """<task>/<model>/<optimizer>/<id> of every run folder on disk."""
+    folders = [""]
+    for _ in range(4):
+        folders = [
+            os.path.join(folder, entry.name)
+            for folder in folders
+            for entry in os.scandir(runs_dir / folder)
+            if entry.is_dir() and not entry.name.startswith(".")
+        ]
+    return folders
+
+
+def _entry(runs_dir: Path, folder: str, known: dict | None) -> dict:
+    """The index entry of one folder: read only if it isn't the known one. Without a result it has no stamp."""
+    path = os.path.join(runs_dir, folder, "result.json")
+    try:
+        stamp = index.stamp(os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return {"folder": folder, "stamp": None, "row": _unfinished(runs_dir / folder)}
+    if known and known["stamp"] == stamp:
+        return known
+    return {"folder": folder, "stamp": stamp, "row": read(path)}
+
+
+def _unfinished(folder: Path) -> dict:
+    try:
+        failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+        return {"status": "failed", "reason": f"{failure['reason']} (log: {failure.get('log')})"}
+    except (FileNotFoundError, NotADirectoryError):
+        return {"status": "missing", "reason": "not started" if not folder.is_dir() else "no result.json"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {"status": "failed", "reason": f"failure.json cannot be read: {error!r}"}
+
+
+def read(path: str | Path) -> dict:
+    """What one result.json says, as the values of a row; status 'damaged' and the reason if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        row = {name: result[name] for name in ("id", "task", "model", "optimizer", "seed", "status", "metric")}
+        row["hyperparameters"] = dict(result["hyperparameters"])
+        row["majority"] = _number(result.get("majority"))
+        row["evaluations"] = [[point["step"], _number(point["score"])] for point in result["evaluations"]]
+        row |= {f"train.{name}": _number(value) for name, value in result["train"].items()}
+        for which in ("best", "last"):
+            point = result[which] or {}
+            row[which] = _number(point.get("score"))
+            for split, metrics in point.get("metrics", {}).items():
+                row |= {f"{which}.{split}.{name}": _number(value) for name, value in metrics.items()}
+        row["best_epoch"] = _number((result["best"] or {}).get("epoch"))
+        return row
+    except KeyError as error:
+        return {"status": "damaged", "reason": f"result.json has no {error}"}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {"status": "damaged", "reason": f"result.json cannot be read: {error}"}
+
+
+def _number(value) -> float | None:
+    """A finite number, or None: nothing recorded is never a zero."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _expected(folder: str, planned: dict | None) -> dict:
+    """What is known of a run before its result: its place, and its line in the sweep's manifest."""
+    place = dict(zip(("task", "model", "optimizer", "id"), Path(folder).parts, strict=False))
+    plan = {name: value for name, value in (planned or {}).items() if name in (*place, "seed", "hyperparameters")}
+    return {"hyperparameters": {}, "evaluations": [], "folder": folder} | place | plan
+
+
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    for row, label in zip(rows, method_labels(rows), strict=True):
+        row["method_label"] = label
+        row |= {f"hyperparameters.{name}": value for name, value in row.pop("hyperparameters").items()}
+    frame = pd.DataFrame(rows)
+    columns = COLUMNS + [f"train.{name}" for name in TRAIN]
+    further = [name for name in frame.columns if name not in columns]
+    frame = frame.reindex(columns=columns + sorted(further))
+    measured = [name for name in frame.columns if name.startswith(("train.", "best.", "last."))]
+    frame[NUMBERS + measured] = frame[NUMBERS + measured].astype("float64")
+    frame["seed"] = frame["seed"].astype("Int64")
+    known = (frame["status"] == "finished") & frame["best"].notna() & frame["majority"].notna()
+    frame["degenerate"] = (frame["best"] <= frame["majority"] + 1e-9).astype("boolean").where(known)
+    return frame

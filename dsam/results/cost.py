@@ -1,0 +1,54 @@
+"""The cost table: what a method's steps take, beside the baseline's on the same task."""
+
+import pandas as pd
+
+from dsam.results.formatting import number
+from dsam.results.rendering import Table
+from dsam.results.statistics import baseline_label, methods
+
+FIGURES = ["train.seconds_per_step", "train.passes_per_step", "train.peak_memory_bytes"]
+
+
+def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
+    """Seconds, forward-backward passes and peak memory per step of the finished runs, and ratios to `baseline`.
+
+    A task's figure is the median over its runs; a method's is the mean over the tasks that all of the model's
+    methods finished, and its ratio the mean of the per-task ratios.
+    """
+    finished = frame[frame["status"] == "finished"]
+    values = []
+    for model, runs in finished.groupby("model", sort=False):
+        labels = methods(runs, baseline)
+        medians = runs.groupby(["method_label", "task"])[FIGURES].median()
+        tasks = set.intersection(*(set(medians.loc[label].index) for label in labels))
+        reference = baseline_label(labels, baseline)
+        for label in labels:
+            row = {"model": model, "method": label, "tasks": ", ".join(sorted(tasks))}
+            row["hours"] = runs.loc[runs["method_label"] == label, "train.seconds"].sum(min_count=1) / 3600
+            common = medians.loc[label][medians.loc[label].index.isin(tasks)]
+            row |= common.mean().rename(lambda name: name.removeprefix("train.")).to_dict()
+            for name, figure in (("time_ratio", FIGURES[0]), ("memory_ratio", FIGURES[2])):
+                ratio = common[figure] / medians.loc[reference][figure] if reference else None
+                row[name] = float("nan") if ratio is None else ratio.dropna().mean()
+            values.append(row)
+    columns = ["model", "method", "seconds_per_step", "time_ratio", "passes_per_step", "peak_memory_bytes",
+               "memory_ratio", "hours", "tasks"]  # fmt: skip
+    values = pd.DataFrame(values, columns=columns)
+    text = pd.DataFrame(
+        {
+            "model": values["model"],
+            "method": values["method"],
+            "seconds per step": values["seconds_per_step"].map(lambda value: number(value, "seconds")),
+            f"time / {baseline}": values["time_ratio"].map(number),
+            "passes per step": values["passes_per_step"].map(number),
+            "peak memory (MiB)": (values["peak_memory_bytes"] / 2**20).map(number),
+            f"memory / {baseline}": values["memory_ratio"].map(number),
+            "hours in all": values["hours"].map(number),
+        }
+    )
+    notes = [
+        "Finished runs only: median over seeds, then mean over the tasks that all methods of a model finished. "
+        "One pass is a forward and backward over the batch.",
+        "Seconds compare only between runs of one machine that had it to themselves: see the provenance.",
+    ]
+    return Table("cost", "What the methods cost", notes, values, text)

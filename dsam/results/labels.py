@@ -1,0 +1,37 @@
+"""The name of a method in tables: its optimizer, and the hyperparameters that tell its variants apart."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+
+def method_labels(runs: Sequence[dict]) -> list[str]:
+    """One label per run (a dict with task, model, optimizer and hyperparameters), such as 'sam (rho=0.1)'.
+
+    A hyperparameter is named where it varies among the runs of an optimizer on one task and model. One that
+    follows the task or the model (a learning rate per task) is part of the recipe and isn't named, nor is the
+    seed. A run whose hyperparameters are unknown shows '?'.
+    """
+    values = defaultdict(set)
+    for run in runs:
+        for name, value in run["hyperparameters"].items():
+            values[run["optimizer"], name, run["task"], run["model"]].add(_text(value))
+    varying = defaultdict(list)
+    for (optimizer, name, _, _), seen in values.items():
+        if len(seen) > 1 and name != "seed" and name not in varying[optimizer]:
+            varying[optimizer].append(name)
+    return [_label(run, sorted(varying.get(run["optimizer"], ()))) for run in runs]
+
+
+def _label(run: dict, names: list[str]) -> str:
+    known = run["hyperparameters"]
+    shown = [f"{name}={_text(known[name]) if known else '?'}" for name in names if not known or name in known]
+    return f"{run['optimizer']} ({', '.join(shown)})" if shown else run["optimizer"]
+
+
+def _text(value) -> str:
+    """The same text for the same value, however it was written: 1 and 1.0 are one learning rate."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,139 @@
+"""Figures that read in print and without colour vision: scores per seed, differences, training curves."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dsam.results.statistics import compare, methods, scored
+
+# Okabe and Ito's palette without its yellow, which vanishes on white; then the markers tell more methods apart.
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = ["-", "--", "-.", ":"]
+
+
+def write(frame: pd.DataFrame, folder: str | Path, which: str = "best", baseline: str = "adamw") -> list[Path]:
+    """Every figure as <folder>/<kind>_<model>.png and .pdf; returns the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, _, figure in figures(frame, which, baseline):
+        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # the same figure, the same bytes
+            paths.append(folder / f"{name}.{suffix}")
+            figure.savefig(paths[-1], dpi=200, metadata=metadata)
+    return paths
+
+
+def figures(
+    frame: pd.DataFrame, which: str = "best", baseline: str = "adamw"
+) -> Iterator[tuple[str, str, Figure]]:
+    """(file name, description, figure) for each kind of figure and model that has what it shows."""
+    for model, runs in frame.groupby("model", sort=False):
+        place = re.sub(r"[^A-Za-z0-9.-]+", "-", model)
+        if len(scored(runs, which)):
+            text = f"{model}: score of every run at its {which} epoch; bars are means, dashed lines the majority answer"
+            yield f"scores_{place}", text, scores(runs, which, baseline)
+        comparison = compare(runs, baseline, which).dropna(subset="low")
+        if len(comparison):
+            text = f"{model}: mean difference to {baseline}, paired by seed, with 95 % bootstrap interval"
+            yield f"differences_{place}", text, differences(comparison, baseline)
+        if (runs["evaluations"].str.len() > 0).any():
+            text = f"{model}: development score by step; thick lines are means over seeds, thin ones single runs"
+            yield f"curves_{place}", text, curves(runs, baseline)
+
+
+def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
+    """One panel per task: a point per seed, a bar at the mean, a dashed line at the majority answer."""
+    order = methods(frame, baseline)
+    figure, panels = _panels(frame, height=2.3 + 0.05 * max(map(len, order)), width=max(1.6, 0.45 * len(order) + 0.8))
+    runs = scored(frame, which)
+    for task, axes in panels.items():
+        for position, method in enumerate(order):
+            values = 100 * runs.loc[(runs["task"] == task) & (runs["method_label"] == method), "score"].to_numpy()
+            if len(values):
+                spread = [position + 0.28 * (2 * (k + 0.5) / len(values) - 1) for k in range(len(values))]
+                axes.plot(spread, values, linestyle="", alpha=0.75, **_style(position))
+                mean = values.mean()
+                axes.plot([position - 0.36, position + 0.36], [mean, mean], color=COLOURS[position % len(COLOURS)])
+        majority = frame.loc[frame["task"] == task, "majority"].dropna()
+        if len(majority):
+            axes.axhline(100 * majority.iloc[0], color="#777777", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
+        axes.set_xticks(range(len(order)), order, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xlim(-0.6, len(order) - 0.4)
+    return figure
+
+
+def differences(comparison: pd.DataFrame, baseline: str) -> Figure:
+    """One row per method: its mean difference to the baseline in points, with the 95 % interval."""
+    figure = Figure(figsize=(6, 0.9 + 0.34 * len(comparison)), layout="constrained")
+    axes = figure.add_subplot()
+    _plain(axes)
+    axes.axvline(0, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
+    for position, row in enumerate(comparison.itertuples()):
+        style = _style(position + 1)
+        axes.plot([100 * row.low, 100 * row.high], [position, position], color=style["color"], linewidth=1.8)
+        axes.plot(100 * row.difference, position, **style | {"markersize": 6})
+    axes.set_yticks(range(len(comparison)), comparison["method"])
+    axes.set_ylim(len(comparison) - 0.5, -0.5)
+    axes.set_xlabel(f"difference to {baseline} (points, 95 % interval)", fontsize=9)
+    return figure
+
+
+def curves(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
+    """One panel per task: the development score by step, thin per run, thick for the mean over seeds."""
+    order = methods(frame, baseline)
+    figure, panels = _panels(frame, height=2.6, width=2.6)
+    for task, axes in panels.items():
+        for position, method in enumerate(order):
+            runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
+            lines = [pd.Series(dict(points), dtype=float) for points in runs["evaluations"] if points]
+            colour, dash = COLOURS[position % len(COLOURS)], DASHES[position // len(COLOURS) % len(DASHES)]
+            for line in lines:
+                axes.plot(line.index, 100 * line, color=colour, linestyle=dash, linewidth=0.6, alpha=0.35)
+            if lines:
+                # A mean over those runs alone that got this far would jump where one stops.
+                mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
+                style = _style(position) | {"markersize": 4}
+                axes.plot(mean.index, 100 * mean, linestyle=dash, linewidth=1.8, label=method, **style)
+        axes.set_xlabel("step", fontsize=9)
+    labelled = {
+        label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with an empty panel per task, titled with task and metric."""
+    metrics = frame.groupby("task", sort=False)["metric"].first()
+    columns = min(len(metrics), 4 if width < 3 else 2)
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(max(columns * width, 3.5), rows * height), layout="constrained")
+    panels = {}
+    for position, (task, metric) in enumerate(metrics.items()):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        _plain(axes)
+        axes.set_title(f"{task} ({metric} ×100)" if isinstance(metric, str) else task, fontsize=9)
+        panels[task] = axes
+    return figure, panels
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _style(position: int) -> dict:
+    return {
+        "color": COLOURS[position % len(COLOURS)],
+        "marker": MARKERS[(position + position // len(COLOURS)) % len(MARKERS)],
+        "markersize": 4.5,
+        "markeredgewidth": 0,
+    }

@@ -1,0 +1,49 @@
+"""A run is named by what it computes: the hash of everything that can change its numbers, and of nothing else."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import glue
+from ..config import Config
+from ..training.model import fingerprint as model_fingerprint
+
+RECORD_VERSION = 1  # raised when the same configuration comes to mean other numbers
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a run lies and why: `contents` is what was hashed."""
+
+    id: str
+    folder: Path
+    contents: dict
+
+
+def identify(config: Config) -> Identity:
+    """Never looks at paths, tracking, device, launcher or experiment; a model folder counts by its bytes.
+
+    Raises UserError where the data or the model folder cannot be read.
+    """
+    contents = {
+        "record_version": RECORD_VERSION,
+        "task": config.task.name,
+        "data": _data_fingerprint(config.task.name, config.data.source, config.data.root, config.data.revision),
+        "model": model_fingerprint(config.model),
+        "method": config.optimizer.method,
+        "steps_factor": config.optimizer.steps_factor,
+        "options": config.optimizer.options,
+        "train": asdict(config.train),
+        "seeds": asdict(config.seeds),
+    }
+    canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    name = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    folder = Path(config.paths.runs) / config.task.name / config.model.name / config.optimizer.name / name
+    return Identity(name, folder, json.loads(canonical))
+
+
+@functools.cache
+def _data_fingerprint(task: str, source: str, root: str | None, revision: str | None) -> str:
+    return glue.fingerprint(glue.get_task(task), source, root=root, revision=revision)

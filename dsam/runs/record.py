@@ -1,0 +1,95 @@
+"""A run's folder: written so that a kill at any moment leaves either the old file or the new one."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """`value` for JSON: NaN and infinities become null, never 0."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Record:
+    """The folder of one run. It is finished exactly when `result.json` exists."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.metrics = self.folder / "metrics.jsonl"
+
+    def result(self) -> dict | None:
+        """The finished run's result, or None. A file that is not one is set aside, and that is said."""
+        path = self.folder / "result.json"
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(result, dict) and result.get("status") in ("finished", "diverged") and result.get("id") == self.folder.name:
+                return result
+            reason = "is not this run's result"
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            reason = f"cannot be read ({error})"
+        print(f"{path} {reason}: set aside as result.json.damaged; the run is done again", flush=True)
+        path.rename(path.with_name("result.json.damaged"))
+        return None
+
+    def failure(self) -> dict | None:
+        """Why the latest attempt failed, or None."""
+        try:
+            return json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def open(self, config: dict, provenance: dict) -> None:
+        """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+            self.write("provenance.json", provenance)
+            (self.folder / "failure.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.folder}: {error.strerror or error}; set paths.runs=DIR") from None
+
+    def write(self, name: str, contents: dict) -> None:
+        write_atomically(self.folder / name, json.dumps(plain(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def log(self, line: dict) -> None:
+        """Appends one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drops the lines after `step`: a resumed run writes them again."""
+        if self.metrics.exists():
+            kept = []
+            for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    if json.loads(line)["step"] <= step and line.endswith("\n"):
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # a line half written when the run was killed
+            write_atomically(self.metrics, "".join(kept))

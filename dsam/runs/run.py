@@ -1,0 +1,178 @@
+"""One run from its configuration to its result."""
+
+import hashlib
+import os
+import resource
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from .. import glue
+from ..config import Config
+from ..errors import UserError
+from ..methods import METHODS
+from ..training import model as models
+from ..training.checkpoint import Checkpoints
+from ..training.loop import State, best, fine_tune
+from .identity import RECORD_VERSION, identify
+from .provenance import provenance
+from .record import Record
+from .tracking import Tracker
+
+
+def run(config: Config) -> dict:
+    """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on.
+
+    Raises:
+        UserError: the data, the model or the run folder cannot be used.
+        Stopped: asked to stop; the same call goes on from the checkpoint.
+    """
+    identity = identify(config)
+    record = Record(identity.folder)
+    result = record.result()
+    if result is not None:
+        return result
+
+    ready = prepare(config)
+    task, network, data, device = ready.task, ready.network, ready.data, ready.device
+    method = METHODS[config.optimizer.method](network, seed=config.seeds.data, **config.optimizer.options)
+
+    record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": ready.notes})
+    checkpoints = Checkpoints(record.folder / "checkpoint")
+    with Tracker(config, identity.id, record.folder, identity.contents) as tracker:
+
+        def log(line: dict) -> None:
+            record.log(line)
+            tracker.log(line)
+
+        def keep(name: str) -> None:
+            if config.checkpoint.keep_weights:
+                network.save_pretrained(record.folder / name)
+                ready.tokenizer.save_pretrained(record.folder / name)
+
+        state = fine_tune(
+            config,
+            task,
+            data,
+            network,
+            method,
+            device,
+            checkpoints,
+            log=log,
+            resume=lambda saved: record.cut_log(saved["step"]),
+            on_best=lambda _: keep("best"),
+        )
+        keep("last")
+        result = summarise(config, identity.id, task, data, state, network, device)
+        tracker.summary(result)
+        record.write("result.json", result)
+    checkpoints.clear()
+    return record.result()
+
+
+@dataclass
+class Ready:
+    """What a run needs before its first step; making it finds every mistake in data and model."""
+
+    task: glue.Task
+    tokenizer: PreTrainedTokenizerFast
+    network: PreTrainedModel
+    data: dict[str, glue.Tokenised]
+    device: torch.device
+    notes: list[str]
+
+
+def prepare(config: Config) -> Ready:
+    """Loads data and model. Raises UserError, one line, where either cannot be used."""
+    device = choose_device(config)
+    task = glue.get_task(config.task.name)
+    tokenizer = models.load_tokenizer(config.model)
+    network = models.build(config, task.num_labels, tokenizer).to(device)
+    data, notes = glue.load_tokenised(
+        task, config.data.source, config.data.root, config.data.revision, tokenizer, config.train.max_length, config.paths.cache
+    )
+    return Ready(task, tokenizer, network, data, device, notes)
+
+
+def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:
+    """What result.json holds."""
+    examples = data[task.train_split]
+    seen = min(len(examples), config.train.max_train_examples or len(examples))
+    per_step = min(config.train.batch_size, seen)
+    steps = max(1, state.step)
+    return {
+        "record_version": RECORD_VERSION,
+        "id": run_id,
+        "task": task.name,
+        "model": config.model.name,
+        "optimizer": config.optimizer.name,
+        "seed": config.seed,
+        "status": "diverged" if state.diverged else "finished",
+        "diverged": state.diverged,
+        "experiment": config.experiment,
+        "metric": glue.headline_name(task),
+        "best": best(state.evaluations),
+        "last": state.evaluations[-1] if state.evaluations else None,
+        "evaluations": state.evaluations,
+        "majority": glue.majority(task, {s: data[s].labels for s in task.evaluation_splits}),
+        "hyperparameters": hyperparameters(config),
+        "train": {
+            "steps": state.step,
+            "examples": seen,
+            "seconds": state.seconds,
+            "seconds_per_step": state.seconds / steps,
+            "examples_per_second": steps * per_step / state.seconds if state.seconds else None,
+            # In units of one training pass, of which a no-grad forward is about a third.
+            "passes_per_step": (state.forwards + 2 * state.backwards) / 3 / steps,
+            "forwards_per_step": state.forwards / steps,
+            "backwards_per_step": state.backwards / steps,
+            "peak_memory_bytes": peak_memory(device),
+        },
+        "weights_sha256": weights_digest(network),
+    }
+
+
+def hyperparameters(config: Config) -> dict:
+    """The flat settings by which tables tell methods apart."""
+    train = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config.train).items()}
+    return {
+        "method": config.optimizer.method,
+        "steps_factor": config.optimizer.steps_factor,
+        **config.optimizer.options,
+        **train,
+        "seed_init": config.seeds.init,
+        "seed_data": config.seeds.data,
+    }
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device that `device.name` asks for, with the CPU threads set. UserError where there is none such."""
+    name = config.device.name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device.name '{name}'; use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device.name={name}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.device.threads or max(1, cores // config.launcher.workers))
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """sha256 over names, shapes and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

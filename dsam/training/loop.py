@@ -1,0 +1,250 @@
+"""The training loop: one function that reads from top to bottom."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..config import Config
+from ..errors import NonFiniteGradient
+from ..glue import Task, Tokenised, compute, headline, headline_name, predictions
+from ..methods import ExampleLosses, Method, example_losses
+from .batches import epoch_order, evaluation_batches, pieces, training_subset
+from .checkpoint import Checkpoints
+from .progress import Bar
+
+LOG_EVERY = 10  # steps
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has left a checkpoint."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from the checkpoint")
+        self.signum = signum
+
+
+@dataclass
+class State:
+    """What a training has come to; everything in it is in the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0  # in training steps only, over all attempts
+    forwards: float = 0.0
+    backwards: float = 0.0
+    window: list[float] = field(default_factory=list)  # losses since the last line of the log
+    evaluations: list[dict] = field(default_factory=list)
+    diverged: str | None = None
+
+
+def total_steps(config: Config, examples: int) -> tuple[int, int]:
+    """(steps in all, steps between evaluations): `steps_factor` stretches both, so that every method is evaluated,
+    and its best epoch chosen, equally often."""
+    per_epoch = -(-examples // config.train.batch_size)
+    steps = per_epoch * config.train.epochs
+    if config.train.max_steps is not None:
+        steps = min(steps, config.train.max_steps)
+    return steps * config.optimizer.steps_factor, per_epoch * config.optimizer.steps_factor
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weights of Linear and Embedding modules decay; biases and normalisation (all tensors of one axis) do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Linear from 0 to 1 over the warm-up, then linear to 0 at `total`."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def fine_tune(
+    config: Config,
+    task: Task,
+    data: dict[str, Tokenised],
+    model: nn.Module,
+    method: Method,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    log: Callable[[dict], None],
+    resume: Callable[[dict], None],
+    on_best: Callable[[nn.Module], None] = lambda model: None,
+) -> State:
+    """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
+
+    Args:
+        data: the tokenised splits; trains on `task.train_split`, evaluates on `task.evaluation_splits`.
+        log: takes one record (event "train" or "evaluation") at a time.
+        resume: called with the checkpoint's state before training goes on, e.g. to cut the log back to it.
+        on_best: called after an evaluation that is the best so far.
+    Raises:
+        Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
+    """
+    train = config.train
+    examples = data[task.train_split]
+    subset = training_subset(len(examples), train.max_train_examples, config.seeds.data)
+    total, evaluate_every = total_steps(config, len(subset))
+    per_epoch = -(-len(subset) // train.batch_size)
+    warmup = round(train.warmup_ratio * total)
+    autocast = torch.bfloat16 if train.precision == "bfloat16" else None
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
+    )
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(config.seeds.data)
+    state = State()
+
+    def save() -> None:
+        checkpoints.save(
+            state.step,
+            {
+                "state": vars(state) | {"evaluations": list(state.evaluations), "window": list(state.window)},
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "method": method.state_dict(),
+                "random": method.random.get(),
+            },
+        )
+
+    saved = checkpoints.load()
+    if saved is not None:
+        state = State(**saved["state"])
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        method.load_state_dict(saved["method"])
+        method.random.set(saved["random"])
+    resume(vars(state))
+
+    model.train()
+    order, order_epoch = np.empty(0, dtype=int), -1
+    last_save = time.monotonic()
+    with StopSignals() as stop, Bar(f"{task.name} {config.optimizer.name} seed {config.seed}", total) as bar:
+        while state.step < total and not state.diverged:
+            started = time.perf_counter()
+            epoch, position = divmod(state.step, per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = subset[epoch_order(len(subset), config.seeds.data, epoch)], epoch
+            batch = order[position * train.batch_size : (position + 1) * train.batch_size]
+            closures = [
+                ExampleLosses(model, to(examples.batch(piece), device), autocast)
+                for piece in pieces(batch, examples.lengths, train)
+            ]
+            try:
+                loss = method.backward(closures)
+            except NonFiniteGradient as error:
+                state.diverged = f"step {state.step + 1}: {error}"
+                break
+            if train.max_grad_norm is not None:
+                clip_grads_with_norm_(params, train.max_grad_norm, method.report["gradient_norm"])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+            state.step += 1
+            state.forwards += method.report["forwards"]
+            state.backwards += method.report["backwards"]
+            state.window.append(float(loss))
+            state.seconds += time.perf_counter() - started
+            bar.update(state.step, state.window[-1])
+            if state.step % LOG_EVERY == 0 or state.step == total:
+                log(train_record(state, optimizer.param_groups[0]["lr"], per_epoch, method))
+                state.window.clear()
+
+            if state.step % evaluate_every == 0 or state.step == total:
+                evaluation = evaluate(task, data, model, device, autocast)
+                evaluation = {"step": state.step, "epoch": state.step / per_epoch} | evaluation
+                log({"event": "evaluation"} | evaluation)
+                state.evaluations.append(evaluation)
+                bar.evaluated(headline_name(task), evaluation["score"])
+                if evaluation is best(state.evaluations):
+                    on_best(model)
+                save()
+                last_save = time.monotonic()
+            elif time.monotonic() - last_save >= config.checkpoint.every_seconds or stop.signum:
+                save()
+                last_save = time.monotonic()
+            if stop.signum and state.step < total:
+                raise Stopped(stop.signum)
+    return state
+
+
+def train_record(state: State, lr: float, per_epoch: int, method: Method) -> dict:
+    report = {k: float(v) for k, v in method.report.items() if k not in ("forwards", "backwards")}
+    return {
+        "event": "train",
+        "step": state.step,
+        "epoch": state.step / per_epoch,
+        "loss": sum(state.window) / len(state.window),
+        "lr": lr,
+        **report,
+        "seconds": round(state.seconds, 3),
+    }
+
+
+def best(evaluations: Iterable[dict]) -> dict | None:
+    """The evaluation with the highest headline score, the earliest of equals; NaN is never the best."""
+    scored = [e for e in evaluations if e["score"] == e["score"]]
+    return max(scored, key=lambda e: e["score"], default=None)
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, data: dict[str, Tokenised], model: nn.Module, device: torch.device, autocast: torch.dtype | None = None
+) -> dict:
+    """{"score", "loss", "metrics": {split: {name: value}}} on the task's evaluation splits."""
+    was_training = model.training
+    model.eval()
+    metrics, losses = {}, []
+    for split in task.evaluation_splits:
+        examples = data[split]
+        output = np.zeros(len(examples), dtype=np.float64 if task.num_labels == 1 else np.int64)
+        for indices in evaluation_batches(examples.lengths):
+            batch = to(examples.batch(indices), device)
+            labels = batch.pop("labels")
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                logits = model(**batch).logits.float()
+            losses.append(example_losses(logits, labels).double().cpu())
+            output[indices] = predictions(task, logits.cpu().numpy())
+        metrics[split] = compute(task, output, examples.labels)
+    model.train(was_training)
+    return {"score": headline(task, metrics), "loss": float(torch.cat(losses).mean()), "metrics": metrics}
+
+
+def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+class StopSignals:
+    """Inside, SIGTERM and SIGINT are only noted in `signum`, so that a run can leave a checkpoint first."""
+
+    signum: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self.earlier = {}
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self.earlier[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for signum, handler in self.earlier.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame) -> None:
+        if self.signum is not None:  # asked twice: leave at once
+            raise KeyboardInterrupt
+        self.signum = signum

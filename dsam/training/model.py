@@ -1,0 +1,142 @@
+"""Building the classifier and its tokenizer from a hub id, a local folder or a small architecture; never running code."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..config import Config, Model, first_line
+from ..errors import UserError
+from ..glue import VOCABULARY, require_hub
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+
+
+def fingerprint(model: Model) -> str:
+    """What the model's numbers depend on: the bytes of a folder's files, or id and revision, or the architecture."""
+    if model.path:
+        return f"sha256:{_folder_digest(str(check_folder(model.path)))}"
+    if model.id:
+        return f"{model.id}@{model.revision}"
+    return f"sha256:{hashlib.sha256(json.dumps(model.architecture, sort_keys=True).encode() + VOCABULARY.read_bytes()).hexdigest()}"
+
+
+@functools.cache
+def _folder_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model") and file.is_file():
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def check_folder(path: str) -> Path:
+    """The folder, if it holds a configuration, weights and a tokenizer; else UserError that names what is missing."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={path} is not a folder")
+    for what, names in (("configuration", ("config.json",)), ("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES)):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(f"model.path={path} has no {what} ({' or '.join(names)})")
+    return folder
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """The model's fast tokenizer."""
+    if model.architecture and not (model.path or model.id):
+        return BertTokenizerFast(vocab=str(VOCABULARY), do_lower_case=True)
+    tokenizer = _load(model, "tokenizer", AutoTokenizer.from_pretrained)
+    if not tokenizer.is_fast:
+        raise UserError(f"model {model.path or model.id} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The classifier in float32 on the CPU, its head drawn from seeds.init.
+
+    Raises UserError where weights, configuration and tokenizer do not fit each other.
+    """
+    model, train = config.model, config.train
+    torch.manual_seed(config.seeds.init)
+    if model.architecture and not (model.path or model.id):
+        architecture = BertConfig(
+            **{"vocab_size": len(tokenizer), "num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id}
+            | model.architecture
+        )
+        _set_dropout(architecture, train.dropout)
+        network = BertForSequenceClassification(architecture)
+    else:
+        architecture = _load(model, "configuration", AutoConfig.from_pretrained)
+        architecture.num_labels = num_labels
+        _set_dropout(architecture, train.dropout)
+        network, loaded = _load(
+            model,
+            "weights",
+            AutoModelForSequenceClassification.from_pretrained,
+            config=architecture,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+        prefix = f"{network.base_model_prefix}."
+        missing = [n for n in loaded["missing_keys"] if n.startswith(prefix) and ".pooler." not in n]
+        mismatched = [n[0] if isinstance(n, tuple) else n for n in loaded["mismatched_keys"]]
+        mismatched = [n for n in mismatched if n.startswith(prefix)]
+        if missing or mismatched:
+            raise UserError(
+                f"model {model.path or model.id}: the weights do not fit the configuration: "
+                + (f"{len(missing)} missing, e.g. {sorted(missing)[0]}" if missing else "")
+                + (f"{len(mismatched)} of another shape, e.g. {sorted(mismatched)[0]}" if mismatched else "")
+            )
+    if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"model {model.path or model.name}: the tokenizer has {len(tokenizer)} tokens and the model "
+            f"{network.get_input_embeddings().num_embeddings} embeddings: they do not fit each other"
+        )
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions and train.max_length > positions:
+        raise UserError(f"train.max_length={train.max_length} is above the model's {positions} positions")
+    return network
+
+
+def _set_dropout(architecture, dropout: float | None) -> None:
+    if dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            setattr(architecture, name, dropout)
+
+
+def _load(model: Model, what: str, load, **options):
+    """`load` from the folder, the hub's cache or the hub, in this order; a UserError of one line for what fails."""
+    if model.path:
+        source = {"pretrained_model_name_or_path": str(check_folder(model.path)), "local_files_only": True}
+    else:
+        source = {"pretrained_model_name_or_path": model.id, "revision": model.revision}
+    try:
+        if not model.path:
+            try:
+                return load(**source, local_files_only=True, trust_remote_code=False, **options)
+            except OSError:
+                require_hub(f"model {model.id}", "model.path=DIR")
+        return load(**source, trust_remote_code=False, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken file raises inside transformers, tokenizers or safetensors
+        raise UserError(f"model {model.path or model.id}: cannot read the {what}: {first_line(error)}") from None

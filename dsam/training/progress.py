@@ -1,0 +1,49 @@
+"""What a person sees while a run trains: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Context manager; `update` shows step, loss, score, rate (steps/s) and time left."""
+
+    def __init__(self, title: str, total: int, every_seconds: float = 10):
+        self.title, self.total, self.every = title, total, every_seconds
+        self.console = Console(stderr=True)
+        self.score = ""
+
+    def __enter__(self) -> "Bar":
+        self.start, self.first_step, self.said = time.monotonic(), None, time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(self.title, total=self.total, figures="")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.progress.stop()
+
+    def update(self, step: int, loss: float) -> None:
+        now = time.monotonic()
+        if self.first_step is None:
+            self.first_step, self.start = step - 1, now - 1e-3
+        rate = (step - self.first_step) / (now - self.start)
+        figures = f"loss {loss:.4f}  {rate:.1f} steps/s{self.score}"
+        self.progress.update(self.task, completed=step, figures=figures)
+        if not self.console.is_terminal and now - self.said >= self.every:
+            self.said = now
+            left = (self.total - step) / rate
+            print(f"{self.title}  step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def evaluated(self, metric: str, score: float) -> None:
+        self.score = f"  {metric} {score:.4f}"
