@@ -102,3 +102,22 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
         if failed:
             print("the same command runs only what is missing", file=sys.stderr)
             raise SystemExit(1)
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Writes tables, figures and report.html of an experiment's runs and prints the main table and where all lies."""
+    from . import overrides
+    from .results import report as reports
+
+    arguments = [a for a in overrides.check(list(arguments), CONF) if not a.startswith("-")]
+    config = overrides.compose_config([a for a in arguments if a.startswith(("experiment=", "paths."))], CONF)
+    named = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
+    made = reports.make(named[-1] if named else "sweep", config.paths.runs, config.paths.tables, config.paths.figures)
+    print(f"\n{made.text}\n")
+    for what, where in (
+        ("tables", made.tables[0].parent),
+        ("figures", made.figures[0].parent),
+        ("report", made.html),
+        ("runs", config.paths.runs),
+    ):
+        print(f"{what:8} {where}")

@@ -97,6 +97,8 @@ class Checkpoint:
 class Paths:
     runs: str = "results/runs"
     cache: str = ".cache/dsam"
+    tables: str = "results/tables"
+    figures: str = "results/figures"
 
 
 @dataclass
@@ -184,7 +186,7 @@ def coerce(value: Any, kind: Any, path: str) -> Any:
             return value
         if isinstance(value, bool):
             continue
-        if alternative is int and (isinstance(value, int) or isinstance(value, float) and value == int(value)):
+        if alternative is int and (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
             return int(value)
         if alternative is float and isinstance(value, int | float | str):
             try:
@@ -250,9 +252,7 @@ def _check(config: Config) -> None:
     one_of("tracking.mode", config.tracking.mode, ("offline", "online", "disabled"))
     if config.data.source == "local" and not config.data.root:
         raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
-    if config.data.source not in task.sources:
-        raise UserError(f"task '{task.name}' cannot come from data={config.data.source}; it can from data={' or data='.join(task.sources)}")
-    if task.train_split is None:
+    if not task.train_splits:
         raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
     if not (config.model.path or config.model.id or config.model.architecture):
         raise UserError(f"model={config.model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")

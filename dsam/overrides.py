@@ -44,12 +44,12 @@ def check(overrides: list[str], conf: Path) -> list[str]:
     return passed
 
 
-def compose_config(overrides: list[str], conf: Path) -> DictConfig:
-    """The configuration that Hydra composes, as it does for one run."""
+def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -> DictConfig:
+    """The configuration that Hydra composes, as it does for one run; `with_hydra`: with Hydra's own settings."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return compose("config", overrides)
+            return compose("config", overrides, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"configuration: {first_line(error)}") from None
 

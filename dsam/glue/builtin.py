@@ -59,10 +59,7 @@ def generate(name: str) -> dict[str, list[Example]]:
 
 def fingerprint(name: str) -> str:
     """What identifies the generated data: the generator's version, its parameters and its seed."""
-    return (
-        f"builtin {name} version={VERSION} seed={SEED} train={TRAIN} dev={DEV} "
-        f"noise={NOISE[name]} skew={SKEW[name]}"
-    )
+    return f"builtin {name} version={VERSION} seed={SEED} train={TRAIN} dev={DEV} noise={NOISE[name]} skew={SKEW[name]}"
 
 
 class Draw:

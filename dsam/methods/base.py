@@ -163,7 +163,7 @@ class Method:
                 buffer.copy_(clean)
 
     def _clean_pass_done(self) -> None:
-        if self.module is not None and self.module.training:
+        if self._clean_buffers is None and self.module is not None and self.module.training:
             self._clean_buffers = [(b, b.clone()) for b in self.module.buffers()]
 
     def state_dict(self) -> dict:

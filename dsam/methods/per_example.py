@@ -1,10 +1,10 @@
-"""Exact per-example gradient norms, products and weighted sums from one backward pass, without per-example gradients.
+"""Exact per-example gradient norms, products and weighted sums from one backward pass.
 
-A layer's per-example gradient is a sum over the tokens t of outer products of what came in with what came back:
-g_i = Σ_t δ_it a_itᵀ for a linear layer with input a (B, T, n) and output gradient δ (B, T, m). So
-‖g_i‖² = Σ_ts (a_it·a_is)(δ_it·δ_is) needs only two T × T products (Goodfellow 2015, arXiv 1510.01799, for T = 1;
-Li et al. 2021, arXiv 2110.05679, "ghost clipping"), and Σ_i p_i g_i, for weights p chosen after the norms are known,
-is one product of stored tensors (Bu et al. 2022, arXiv 2210.00038, "book-keeping"): no second backward pass.
+The per-example gradients themselves are never formed. A linear layer's is a sum of outer products over the
+tokens t, g_i = Σ_t δ_it a_itᵀ, of its input a (B, T, n) and its output gradient δ (B, T, m). So
+‖g_i‖² = Σ_ts (a_it·a_is)(δ_it·δ_is) needs only two T × T products (Goodfellow 2015, arXiv 1510.01799, for
+T = 1; Li et al. 2021, arXiv 2110.05679, "ghost clipping"), and Σ_i p_i g_i, with weights p chosen once the
+norms are known, is one product of stored tensors (Bu et al. 2022, arXiv 2210.00038, "book-keeping").
 """
 
 from collections import Counter, defaultdict
@@ -20,52 +20,58 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
-BLOCK = 2**22  # numbers of per-example gradient formed at a time where forming it is cheaper than the ghost norm
-
-GHOST_BLOCK = 64  # tokens per block of a ghost norm
+GHOST_BLOCK = 64  # tokens in a block of a ghost norm
+BLOCK = 2**22  # numbers held at a time where forming the gradient itself is cheaper than the ghost norm
 
 
 class PerExampleGradients:
-    """Per-example gradients g_i = ∇losses[i] of a model made of Linear, LayerNorm and Embedding, never written out.
+    """Per-example gradients g_i = ∇losses[i] of a model of Linear, LayerNorm and Embedding.
 
         gradients = PerExampleGradients(model)
         with gradients.record():
             losses = per_example_losses(model, batch)              # (B,)
-        gradients.backward(losses)                                 # output gradients only; `.grad` is left alone
+        gradients.backward(losses)                                 # output gradients only; no `.grad`
         norms = gradients.squared_norms().sqrt()                   # (B,)
         ascent = gradients.weighted_gradient(norms / norms.sum())  # Σ_i p_i g_i, one tensor per parameter
 
-    `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a counted
-    parameter must have the B examples as its leading dimension. An Embedding whose indices have leading dimension 1
-    (Hugging Face's position ids) is expanded to the batch. A leading dimension that is not B is an error; one that
-    equals B by chance but means something else (a relative-position table of T = B rows) cannot be noticed.
+    `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a
+    counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
+    leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
+    B is an error; one that is B by chance (a relative-position table of T = B rows) cannot be noticed.
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
     """
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter] | None = None):
         """`params`: the parameters that count, by default all that require a gradient.
 
-        Raises TypeError naming the module that owns such a parameter and is not Linear, LayerNorm or Embedding, and
-        ValueError for a parameter that is not the model's. One that is frozen later contributes nothing, as in autograd.
+        Raises TypeError naming a module that owns such a parameter and is not Linear, LayerNorm or Embedding,
+        ValueError for a parameter that is not the model's. One that is frozen later contributes nothing.
         """
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
         self._model = model
         self._positions = {id(p): k for k, p in enumerate(self.params)}
         self._modules = []
-        unowned = set(self._positions)
+        owned, others = set(), []
         for name, module in model.named_modules():
-            owned = {id(p): own for own, p in module.named_parameters(recurse=False) if id(p) in self._positions}
-            if not owned:
-                continue
+            own = {id(p): which for which, p in module.named_parameters(recurse=False)}
+            own = {p: which for p, which in own.items() if p in self._positions}
             # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
-            known = any(type(module).forward is kind.forward for kind in SUPPORTED)
-            if not known or set(owned.values()) - {"weight", "bias"} or getattr(module, "scale_grad_by_freq", False):
+            if (
+                any(type(module).forward is kind.forward for kind in SUPPORTED)
+                and set(own.values()) <= {"weight", "bias"}
+                and not getattr(module, "scale_grad_by_freq", False)
+            ):
+                self._modules.append((name, module))
+                owned |= own.keys()
+            else:
+                others.append((name, module, own))
+        for name, module, own in others:
+            if own.keys() - owned:  # what it only shares with a Linear is fine (the bias of BERT's decoder)
                 raise TypeError(
-                    f"per-example gradients: module '{name}' ({type(module).__name__}) owns the parameter "
-                    f"'{next(iter(owned.values()))}' but is not a plain Linear, LayerNorm or Embedding"
+                    f"per-example gradients: module '{name}' ({type(module).__name__}) owns parameters "
+                    f"({', '.join(own.values())}) but is not a plain Linear, LayerNorm or Embedding"
                 )
-            self._modules.append((name, module))
-            unowned -= owned.keys()
+        unowned = self._positions.keys() - owned
         if unowned:
             raise ValueError(f"per-example gradients: {len(unowned)} of the parameters are not the model's")
         self.clear()
@@ -75,12 +81,14 @@ class PerExampleGradients:
         self.batch_size = None
         self._uses: list[tuple[str, int]] = []  # module name, leading dimension of its output
         self._use_counts = Counter()  # uses of each parameter, by id
-        # An otherwise useless leaf that every tap depends on: asking autograd for its gradient alone makes the
-        # engine visit every tap and compute no parameter gradient on the way.
+        # A useless leaf that every tap depends on: asking autograd for its gradient alone makes the engine
+        # visit every tap and compute no parameter gradient on the way.
         self._anchor = torch.zeros((), requires_grad=True)
-        self._factors: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # Linear weights: (δ, a) of each use
-        self._lookups: dict[int, list[tuple[Tensor, Tensor, int | None]]] = defaultdict(list)  # embeddings: ids, δ
-        self._vectors: dict[int, Tensor] = {}  # small parameters: the per-example gradients themselves, (B, numel)
+        # By position in `params`: each use of a Linear weight (δ, a), of an embedding (indices, δ, padding).
+        self._factors: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._lookups: dict[int, list[tuple[Tensor, Tensor, int | None]]] = defaultdict(list)
+        # After the backward pass; vectors (B, numel) are the per-example gradients of biases and LayerNorms.
+        self._vectors: dict[int, Tensor] = {}
         self._products: list[_Products] = []
         self._rows: dict[int, _Rows] = {}
 
@@ -88,8 +96,8 @@ class PerExampleGradients:
     def record(self, batch_size: int | None = None):
         """Record the model's forward passes inside the context; hooks are on only there, also if it raises.
 
-        `batch_size` is needed only where the forward does not go through the model's own `__call__`, from whose
-        arguments it is read otherwise, and only to expand indices of leading dimension 1.
+        `batch_size` is needed only if the forward does not go through the model's own `__call__`, from whose
+        arguments it is read otherwise, and then only to expand indices of leading dimension 1.
         """
         self.clear()
         self.batch_size = batch_size
@@ -109,10 +117,10 @@ class PerExampleGradients:
 
     @torch.no_grad()
     def backward(self, losses: Tensor) -> None:
-        """Compute and keep the output gradients of Σ losses, `losses` (B,) being those of the recorded forward.
+        """Compute and keep the output gradients; `losses` (B,) come from the recorded forward.
 
-        Frees the graph. Raises ValueError if `losses` is not one-dimensional, and RuntimeError if the example axis of
-        some output is not its leading one or if a counted parameter is used other than by calling its module.
+        Frees the graph. Raises ValueError if `losses` is not one-dimensional, and RuntimeError if an output's
+        leading dimension is not B or if a counted parameter is used other than by calling its module.
         """
         if losses.dim() != 1:
             raise ValueError(f"per-example gradients: losses must have shape (B,), not {tuple(losses.shape)}")
@@ -120,8 +128,8 @@ class PerExampleGradients:
         for name, leading in self._uses:
             if leading != self.batch_size:
                 raise RuntimeError(
-                    f"per-example gradients: the output of '{name}' has leading dimension {leading}, not the batch "
-                    f"size {self.batch_size}; if its input is shared by the examples, pass record(batch_size=...)"
+                    f"per-example gradients: the output of '{name}' has leading dimension {leading}, not "
+                    f"the batch size {self.batch_size}; if its input is shared, pass record(batch_size=...)"
                 )
         self._check_that_all_uses_were_recorded(losses)
         with torch.enable_grad():
@@ -161,7 +169,8 @@ class PerExampleGradients:
                 right = _wide(products.right)
                 for k in products.lefts:
                     if direction[k] is not None:
-                        total += (products.left(k) * F.linear(right, direction[k].to(right.dtype))).sum((1, 2))
+                        outputs = F.linear(right, direction[k].to(right.dtype))
+                        total += outputs.mul_(products.left(k)).sum((1, 2))
             for k, rows in self._rows.items():
                 if direction[k] is not None:
                     total += rows.per_example((rows.values * direction[k][rows.ids]).sum(1))
@@ -187,7 +196,7 @@ class PerExampleGradients:
 
     @torch.no_grad()
     def weighted_gradient(self, weights: Tensor) -> list[Tensor]:
-        """Σ_i weights[i] g_i, aligned with `params` and in their dtypes; zeros for a parameter that was not used.
+        """Σ_i weights[i] g_i, aligned with `params` and in their dtypes; zeros for an unused parameter.
 
         `weights` (B,) may be any real numbers. Half-precision products are rounded as autograd's own are.
         """
@@ -218,7 +227,7 @@ class PerExampleGradients:
             self.batch_size = max(leading, default=None)
 
     def _expand_indices(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # Broadcasting after the lookup would sum the output gradient over the batch and lose the example axis.
+        # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
         ids = args[0] if args else kwargs["input"]
         if self.batch_size and ids.dim() and ids.shape[0] == 1:
             return (ids.expand(self.batch_size, *ids.shape[1:]),), {}
@@ -226,15 +235,16 @@ class PerExampleGradients:
 
     def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         own = [getattr(module, which, None) for which in ("weight", "bias")]
-        weight, bias = (self._positions.get(id(p)) if p is not None and p.requires_grad else None for p in own)
-        if (weight is None and bias is None) or not torch.is_grad_enabled():
+        counted = [self._positions.get(id(p)) if p is not None and p.requires_grad else None for p in own]
+        if counted == [None, None] or not torch.is_grad_enabled():
             return None
         self._uses.append((name, output.shape[0] if output.dim() else 0))
         self._use_counts.update(id(p) for p in own)
         x = args[0] if args else kwargs["input"]
-        return _Tap.apply(output, self._anchor, partial(self._receive, module, weight, bias, x))
+        return _Tap.apply(output, self._anchor, partial(self._receive, module, counted, x))
 
-    def _receive(self, module: nn.Module, weight: int | None, bias: int | None, x: Tensor, grad: Tensor) -> None:
+    def _receive(self, module: nn.Module, counted: list[int | None], x: Tensor, grad: Tensor) -> None:
+        weight, bias = counted
         if isinstance(module, nn.Embedding):
             self._lookups[weight].append((x, grad, module.padding_idx))
             return
@@ -254,16 +264,17 @@ class PerExampleGradients:
         self._vectors[k] = vector if k not in self._vectors else self._vectors[k] + vector
 
     def _gather(self) -> None:
-        """Join the uses of each parameter along the tokens, and the weights that share an input (query, key, value)."""
-        by_input: dict[int, _Products] = {}
+        """Join a parameter's uses along the tokens, and weights that share an input (query, key, value)."""
+        by_input: dict[tuple[int, torch.dtype], _Products] = {}
         for k, uses in self._factors.items():
-            rights = [x.reshape(self.batch_size, -1, x.shape[-1]) for _, x in uses]
+            # Detached, since an activation would otherwise keep the graph alive.
+            rights = [x.detach().reshape(self.batch_size, -1, x.shape[-1]) for _, x in uses]
             if len(uses) == 1:
-                left, key = uses[0][0], id(uses[0][1])
-                by_input.setdefault(key, _Products(rights[0], {})).lefts[k] = left
+                left, x = uses[0]
+                by_input.setdefault((id(x), left.dtype), _Products(rights[0], {})).lefts[k] = left
             else:
                 left = torch.cat([left for left, _ in uses], 1)
-                by_input[id(left)] = _Products(torch.cat(rights, 1), {k: left})
+                by_input[id(left), left.dtype] = _Products(torch.cat(rights, 1), {k: left})
         self._products = list(by_input.values())
         for k, uses in self._lookups.items():
             self._rows[k] = _Rows.of(uses, self.batch_size)
@@ -287,7 +298,7 @@ class PerExampleGradients:
                     stack.append(following)
         for name, p in self._model.named_parameters():
             if id(p) in self._positions and edges[id(p)] > self._use_counts[id(p)]:
-                raise RuntimeError(f"per-example gradients: '{name}' is also used other than by calling its module")
+                raise RuntimeError(f"per-example gradients: '{name}' is also used without calling its module")
 
 
 class _Tap(torch.autograd.Function):
@@ -303,7 +314,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx alive: let it not keep the layer's input too
+        receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx: let it not keep the layer's input too
         receive(grad)
         return grad, None, None
 
@@ -330,7 +341,7 @@ class _Products(NamedTuple):
             return sum(block.square().sum((1, 2)) for k in self.lefts for block in self.blocks(k))
         right, lefts = _wide(self.right), [self.left(k) for k in self.lefts]
         total = right.new_zeros(len(right))
-        for start in range(0, tokens, GHOST_BLOCK):  # the T × T products are symmetric: only from the diagonal on
+        for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
             stop = start + GHOST_BLOCK
             of_lefts = torch.bmm(lefts[0][:, start:stop], lefts[0][:, start:].mT)
             for left in lefts[1:]:
@@ -379,8 +390,9 @@ class _Rows(NamedTuple):
         keys, inverse = keys.flatten().unique(return_inverse=True)
         values = torch.ops.aten.embedding_dense_backward(grads, inverse, len(keys), -1, False)
         rows = cls(keys // size, keys % size, values, batch_size)
-        padding = {padding for _, _, padding in uses if padding is not None}
-        for index in padding:
+        for index in {
+            padding for _, _, padding in uses if padding is not None
+        }:  # autograd gives them nothing
             values.masked_fill_((rows.ids == index)[:, None], 0)
         return rows
 
@@ -398,8 +410,9 @@ class _Rows(NamedTuple):
         return torch.stack([self.per_example(product) for product in products])
 
     def gram_with(self, left: Tensor, right: Tensor) -> Tensor:
-        """Products with a linear layer's per-example gradients of the same weight, left (B, T, V), right (B, T, n)."""
-        products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in zip(left, _wide(right), strict=True))
+        """Products with a Linear's g_i of the same weight: left (B, T, V), right (B, T, n) -> (B, B)."""
+        pairs = zip(left, _wide(right), strict=True)
+        products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in pairs)
         return torch.stack([self.per_example(product) for product in products])
 
     def weighted_sum(self, weights: Tensor, size: int) -> Tensor:

@@ -51,4 +51,4 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
         "One pass is a forward and backward over the batch.",
         "Seconds compare only between runs of one machine that had it to themselves: see the provenance.",
     ]
-    return Table("cost", "What the methods cost", notes, values, text)
+    return Table("cost", "What the methods cost", notes, values, text).without_single_model()

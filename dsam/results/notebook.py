@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image
 
+from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
 from dsam.results.formatting import DASH
@@ -25,7 +26,10 @@ def runs_from_environment() -> tuple[pd.DataFrame, Path, str | None, str]:
     """
     runs_dir = Path(os.environ.get("DSAM_RUNS", ROOT / "results" / "runs")).resolve()
     experiment = os.environ.get("DSAM_EXPERIMENT") or None
-    return collect(runs_dir, experiment), runs_dir, experiment, os.environ.get("DSAM_EPOCH", "best")
+    frame = collect(runs_dir, experiment)
+    if frame.empty:
+        raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first")
+    return frame, runs_dir, experiment, os.environ.get("DSAM_EPOCH", "best")
 
 
 def overview(frame: pd.DataFrame, experiment: str | None) -> Table:
@@ -93,6 +97,12 @@ def published(frame: pd.DataFrame) -> Table:
     files = sorted((ROOT / "results" / "reference").glob("*.csv"))
     values = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
     values = values[values["task"].isin(frame["task"].unique())]
-    notes = ["Other code, models and recipes, ×100; they compare only with runs on the official GLUE data."]
-    text = values.assign(value=values["value"].map("{:.2f}".format))
+    if values.empty:
+        notes = ["There are none for these tasks."]
+    else:
+        notes = ["Other code and recipes, ×100; they compare only with runs on the official GLUE data."]
+        notes += [
+            f"{model}: {source}" for model, source in values.groupby("model", sort=False)["source"].first().items()
+        ]
+    text = values.drop(columns="source").assign(value=values["value"].map("{:.2f}".format))
     return Table("published", "Published figures on the GLUE development sets", notes, values, text)

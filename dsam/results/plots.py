@@ -29,9 +29,7 @@ def write(frame: pd.DataFrame, folder: str | Path, which: str = "best", baseline
     return paths
 
 
-def figures(
-    frame: pd.DataFrame, which: str = "best", baseline: str = "adamw"
-) -> Iterator[tuple[str, str, Figure]]:
+def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Iterator[tuple[str, str, Figure]]:
     """(file name, description, figure) for each kind of figure and model that has what it shows."""
     for model, runs in frame.groupby("model", sort=False):
         place = re.sub(r"[^A-Za-z0-9.-]+", "-", model)
@@ -41,14 +39,17 @@ def figures(
         comparison = compare(runs, baseline, which).dropna(subset="low")
         if len(comparison):
             text = f"{model}: mean difference to {baseline}, paired by seed, with 95 % bootstrap interval"
-            yield f"differences_{place}", text, differences(comparison, baseline)
+            yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
-            text = f"{model}: development score by step; thick lines are means over seeds, thin ones single runs"
-            yield f"curves_{place}", text, curves(runs, baseline)
+            text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
+            yield f"curves_{place}", text, curves(runs, which, baseline)
 
 
 def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
-    """One panel per task: a point per seed, a bar at the mean, a dashed line at the majority answer."""
+    """One panel per task: a point per seed, a bar at the mean, a dashed line at the majority answer.
+
+    The axis follows the scores; a majority answer far below them is written at its foot.
+    """
     order = methods(frame, baseline)
     figure, panels = _panels(frame, height=2.3 + 0.05 * max(map(len, order)), width=max(1.6, 0.45 * len(order) + 0.8))
     runs = scored(frame, which)
@@ -60,22 +61,35 @@ def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") ->
                 axes.plot(spread, values, linestyle="", alpha=0.75, **_style(position))
                 mean = values.mean()
                 axes.plot([position - 0.36, position + 0.36], [mean, mean], color=COLOURS[position % len(COLOURS)])
-        majority = frame.loc[frame["task"] == task, "majority"].dropna()
-        if len(majority):
-            axes.axhline(100 * majority.iloc[0], color="#777777", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
+        _mark_majority(axes, 100 * frame.loc[frame["task"] == task, "majority"].dropna())
         axes.set_xticks(range(len(order)), order, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.6, len(order) - 0.4)
     return figure
 
 
-def differences(comparison: pd.DataFrame, baseline: str) -> Figure:
-    """One row per method: its mean difference to the baseline in points, with the 95 % interval."""
+def _mark_majority(axes: Axes, majority: pd.Series) -> None:
+    low, high = axes.get_ylim()
+    if not len(majority):
+        return
+    value = majority.iloc[0]
+    if value > low - (high - low):
+        axes.axhline(value, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
+    else:
+        text = f"majority {value:.1f} ↓"
+        axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=7, color="#555555")
+
+
+def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Figure:
+    """One row per compared method: its mean difference to the baseline in points, with the 95 % interval.
+
+    `order` is that of `methods`, so that a method looks the same in every figure.
+    """
     figure = Figure(figsize=(6, 0.9 + 0.34 * len(comparison)), layout="constrained")
     axes = figure.add_subplot()
     _plain(axes)
     axes.axvline(0, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
     for position, row in enumerate(comparison.itertuples()):
-        style = _style(position + 1)
+        style = _style(order.index(row.method))
         axes.plot([100 * row.low, 100 * row.high], [position, position], color=style["color"], linewidth=1.8)
         axes.plot(100 * row.difference, position, **style | {"markersize": 6})
     axes.set_yticks(range(len(comparison)), comparison["method"])
@@ -84,20 +98,22 @@ def differences(comparison: pd.DataFrame, baseline: str) -> Figure:
     return figure
 
 
-def curves(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
-    """One panel per task: the development score by step, thin per run, thick for the mean over seeds."""
+def curves(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
+    """One panel per task: the development score by step, thin per run, thick for the mean of the runs that count."""
     order = methods(frame, baseline)
+    counted = scored(frame, which).index
     figure, panels = _panels(frame, height=2.6, width=2.6)
     for task, axes in panels.items():
         for position, method in enumerate(order):
             runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
-            lines = [pd.Series(dict(points), dtype=float) for points in runs["evaluations"] if points]
+            lines = runs["evaluations"].map(lambda points: pd.Series(dict(points), dtype=float))
             colour, dash = COLOURS[position % len(COLOURS)], DASHES[position // len(COLOURS) % len(DASHES)]
             for line in lines:
                 axes.plot(line.index, 100 * line, color=colour, linestyle=dash, linewidth=0.6, alpha=0.35)
-            if lines:
+            means = [line for run, line in lines.items() if run in counted]
+            if means:
                 # A mean over those runs alone that got this far would jump where one stops.
-                mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
+                mean = pd.concat(means, axis=1).dropna().mean(axis=1)
                 style = _style(position) | {"markersize": 4}
                 axes.plot(mean.index, 100 * mean, linestyle=dash, linewidth=1.8, label=method, **style)
         axes.set_xlabel("step", fontsize=9)

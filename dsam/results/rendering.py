@@ -2,7 +2,7 @@
 
 import html
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +30,13 @@ class Table:
         if self.bold is not None:
             cells = cells.where(~self.bold, cells.map(stress))
         return cells.rename(columns=escape)
+
+    def without_single_model(self) -> "Table":
+        """The table without its model column where that says the same in every row; `values` keep it."""
+        if self.text["model"].nunique() > 1:
+            return self
+        bold = None if self.bold is None else self.bold.drop(columns="model")
+        return replace(self, text=self.text.drop(columns="model"), bold=bold)
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -70,7 +77,7 @@ def as_html(table: Table) -> str:
     body = cells.to_html(index=False, escape=False, border=0, classes="results", justify="unset")
     body = body.replace("<thead>", f"<caption>{html.escape(table.caption)}</caption>\n<thead>", 1)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    return f'<div class="table">{body}</div>\n<ul class="notes">{notes}</ul>\n'
+    return f'<div class="table">{body}</div>\n' + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
 
 
 def write(table: Table, folder: Path) -> list[Path]:

@@ -54,7 +54,8 @@ def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # This interpreter's kernel: one that is registered under the same name may lack dsam.
     kernel = AsyncKernelManager(kernel_name="python3")
-    kernel.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    launch = "-m ipykernel_launcher -f {connection_file} --log-level=ERROR"
+    kernel.kernel_spec.argv = [sys.executable, *launch.split()]
     settings = {"DSAM_EXPERIMENT": experiment, "DSAM_RUNS": str(runs_dir), "DSAM_EPOCH": which}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
@@ -87,8 +88,8 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #1b1b1b; font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-main { max-width: 62rem; margin: 2.5rem auto 5rem; padding: 0 1.25rem; }
+body { margin: 0; background: #fff; color: #1b1b1b; font: 16px/1.55 system-ui, Helvetica, Arial, sans-serif; }
+main { max-width: 76rem; margin: 2.5rem auto 5rem; padding: 0 1.25rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid #ddd; }
 p, li { max-width: 46rem; }
@@ -100,8 +101,14 @@ table { border-collapse: collapse; margin: .4rem 0 .6rem; font-size: .86rem; fon
 caption { text-align: left; font-weight: 600; padding: .3rem 0; caption-side: top; }
 thead { border-top: 2px solid #1b1b1b; border-bottom: 1px solid #1b1b1b; }
 tbody { border-bottom: 2px solid #1b1b1b; }
-th, td { padding: .28rem .8rem .28rem 0; text-align: left; vertical-align: top; }
+th, td { padding: .28rem 1.1rem .28rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
+td:last-child { white-space: normal; min-width: 6rem; overflow-wrap: anywhere; }
 tbody tr + tr td { border-top: 1px solid #eee; }
 .notes { margin: .2rem 0 1.2rem; padding-left: 1.1rem; font-size: .82rem; color: #444; }
-@media print { main { max-width: none; margin: 0; } h2 { break-after: avoid; } table, img { break-inside: avoid; } }
+@media print {
+  main { max-width: none; margin: 0; }
+  th, td { white-space: normal; }
+  h2 { break-after: avoid; }
+  table, img { break-inside: avoid; }
+}
 """

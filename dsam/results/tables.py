@@ -84,14 +84,14 @@ def _main(frame, summary, comparison, which, baseline) -> Table:
             number |= versus[["difference", "low", "high", "p_holm", "smallest_p"]].to_dict()
             shown[f"difference to {baseline}"] = interval(versus)
             shown["Holm p"] = formatted(versus["p_holm"], "p")
-            values.append(number), text.append(shown), bold.append(stressed)
+            values.append(number)
+            text.append(shown)
+            bold.append(stressed)
     text = pd.DataFrame(text)
     bold = pd.DataFrame(bold).reindex(columns=text.columns).eq(True)
-    if frame["model"].nunique() == 1:
-        text, bold = text.drop(columns="model"), bold.drop(columns="model")
     caption = f"Scores on the development sets ({which} epoch): mean ± sd over seeds (number of runs), ×100"
     notes = [EPOCHS[which], *_main_notes(frame, comparison, averaged, which, baseline)]
-    return Table("main", caption, notes, pd.DataFrame(values), text, bold)
+    return Table("main", caption, notes, pd.DataFrame(values), text, bold).without_single_model()
 
 
 def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
@@ -137,10 +137,10 @@ def _per_task(frame, summary, which) -> Table:
             "model": values["model"],
             "task": values["task"],
             "method": values["method"],
-            "metric": values["metric"].fillna(DASH),
+            "metric": values["metric"].map(lambda metric: DASH if pd.isna(metric) else metric),
             "mean ± sd (runs)": [score_cell(row) for _, row in values.iterrows()],
             "median": values["median"].map(percent),
-            "range": [f"{percent(low)} to {percent(high)}" for low, high in zip(values["min"], values["max"])],
+            "range": values["min"].map(percent) + " to " + values["max"].map(percent),
             "majority": values["majority"].map(percent),
             "all metrics": [
                 ", ".join(
@@ -154,7 +154,7 @@ def _per_task(frame, summary, which) -> Table:
         }
     )
     caption = f"Each task ({which} epoch), ×100"
-    return Table("per_task", caption, [EPOCHS[which]], values, text)
+    return Table("per_task", caption, [EPOCHS[which]], values, text).without_single_model()
 
 
 def _statistics(comparison, which, baseline) -> Table:
@@ -163,16 +163,15 @@ def _statistics(comparison, which, baseline) -> Table:
             "model": comparison["model"],
             "method": comparison["method"],
             f"difference to {baseline}": [interval(row) for _, row in comparison.iterrows()],
-            "pairs (tasks)": [
-                DASH if pd.isna(row["pairs"]) else f"{row['pairs']} ({row['tasks']})" for _, row in comparison.iterrows()
-            ],
+            "pairs": comparison["pairs"].map(lambda pairs: DASH if pd.isna(pairs) else str(pairs)),
+            "tasks": comparison["tasks"].map(lambda tasks: DASH if pd.isna(tasks) else str(tasks)),
             "p": comparison["p"].map(lambda p: formatted(p, "p")),
             "Holm p": comparison["p_holm"].map(lambda p: formatted(p, "p")),
             "smallest p": comparison["smallest_p"].map(lambda p: formatted(p, "p")),
             "effect size": comparison["effect_size"].map(formatted),
             "P(improvement)": comparison["probability_of_improvement"].map(formatted),
             "average rank": comparison["average_rank"].map(formatted),
-            "missing pairs": comparison["missing_pairs"].replace("", pd.NA).fillna(DASH),
+            "missing pairs": comparison["missing_pairs"].map(lambda pairs: DASH if pd.isna(pairs) else pairs or DASH),
         }
     )
     notes = [
@@ -181,4 +180,4 @@ def _statistics(comparison, which, baseline) -> Table:
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
     ]
-    return Table("statistics", f"Methods compared with {baseline}", notes, comparison, text)
+    return Table("statistics", f"Methods compared with {baseline}", notes, comparison, text).without_single_model()

@@ -89,15 +89,16 @@ def prepare(config: Config) -> Ready:
     task = glue.get_task(config.task.name)
     tokenizer = models.load_tokenizer(config.model)
     network = models.build(config, task.num_labels, tokenizer).to(device)
-    data, notes = glue.load_tokenised(
-        task, config.data.source, config.data.root, config.data.revision, tokenizer, config.train.max_length, config.paths.cache
-    )
-    return Ready(task, tokenizer, network, data, device, notes)
+    source = config.data
+    splits = glue.load(task, source.source, root=source.root, revision=source.revision)
+    key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
+    data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
+    return Ready(task, tokenizer, network, data, device, splits.notes)
 
 
 def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:
     """What result.json holds."""
-    examples = data[task.train_split]
+    examples = data[task.train_splits[0]]
     seen = min(len(examples), config.train.max_train_examples or len(examples))
     per_step = min(config.train.batch_size, seen)
     steps = max(1, state.step)
@@ -108,6 +109,7 @@ def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: S
         "model": config.model.name,
         "optimizer": config.optimizer.name,
         "seed": config.seed,
+        "seeds": vars(config.seeds),
         "status": "diverged" if state.diverged else "finished",
         "diverged": state.diverged,
         "experiment": config.experiment,
@@ -141,8 +143,6 @@ def hyperparameters(config: Config) -> dict:
         "steps_factor": config.optimizer.steps_factor,
         **config.optimizer.options,
         **train,
-        "seed_init": config.seeds.init,
-        "seed_data": config.seeds.data,
     }
 
 

@@ -266,4 +266,7 @@ class Display:
             line += f": {r.reason}"
         elif (result := r.record.result()) and result["best"]:
             line += f": {result['metric']} {result['best']['score']:.4f}"
-        self.console.print(f"{line}; {self.left()}" if not self.live else line, markup=False, highlight=False)
+        if self.live:
+            self.console.print(line, markup=False, highlight=False)
+        else:
+            print(f"{line}; {self.left()}", file=sys.stderr, flush=True)

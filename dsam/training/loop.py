@@ -84,7 +84,7 @@ def fine_tune(
     """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
 
     Args:
-        data: the tokenised splits; trains on `task.train_split`, evaluates on `task.evaluation_splits`.
+        data: the tokenised splits; trains on the task's training split, evaluates on `task.evaluation_splits`.
         log: takes one record (event "train" or "evaluation") at a time.
         resume: called with the checkpoint's state before training goes on, e.g. to cut the log back to it.
         on_best: called after an evaluation that is the best so far.
@@ -92,7 +92,7 @@ def fine_tune(
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
     """
     train = config.train
-    examples = data[task.train_split]
+    examples = data[task.train_splits[0]]
     subset = training_subset(len(examples), train.max_train_examples, config.seeds.data)
     total, evaluate_every = total_steps(config, len(subset))
     per_epoch = -(-len(subset) // train.batch_size)

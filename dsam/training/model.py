@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import Config, Model, first_line
 from ..errors import UserError
-from ..glue import VOCABULARY, require_hub
+from ..glue.builtin import VOCABULARY
+from ..glue.hub import why_unreachable
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -134,7 +135,12 @@ def _load(model: Model, what: str, load, **options):
             try:
                 return load(**source, local_files_only=True, trust_remote_code=False, **options)
             except OSError:
-                require_hub(f"model {model.id}", "model.path=DIR")
+                problem = why_unreachable(f"models/{model.id}/revision/{model.revision}")
+                if problem:
+                    raise UserError(
+                        f"cannot get model {model.id} from the Hugging Face hub ({problem}): "
+                        "use model.path=DIR with a local model folder"
+                    ) from None
         return load(**source, trust_remote_code=False, **options)
     except UserError:
         raise

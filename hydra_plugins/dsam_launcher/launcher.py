@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
@@ -28,4 +28,4 @@ class DsamLauncher(Launcher):
 
         loader = self.hydra_context.config_loader
         sweep([loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides])
-        return [JobReturn(overrides=list(overrides)) for overrides in job_overrides]
+        return [JobReturn(overrides=list(o), status=JobStatus.COMPLETED) for o in job_overrides]

@@ -1,0 +1,42 @@
+# Targets for people; everything they do is a command that you can also type.
+EXPERIMENT ?= smoke
+ARGS ?=
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce plan report test lint lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+	@echo
+	@echo "EXPERIMENT=NAME picks a file of conf/experiment (now: $(EXPERIMENT)); ARGS='a=b c=d' adds settings."
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+reproduce: .venv/installed ## run EXPERIMENT (what is missing of it), then tables, figures and report
+	$(BIN)/python experiments/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
+
+plan: .venv/installed ## print the runs of EXPERIMENT and how many are finished; changes nothing
+	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) launcher.plan=true $(ARGS)
+
+report: .venv/installed ## tables, figures and report from the runs that are there
+	$(BIN)/python experiments/report.py experiment=$(EXPERIMENT) $(ARGS)
+
+test: .venv/installed ## all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lock: ## renew requirements.lock from pyproject.toml
+	rm -rf .venv && $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test]' && \
+	(echo "# Exact versions of everything that pip installs here (Python 3.11); make lock renews it."; \
+	 $(BIN)/pip freeze --exclude-editable --all | sed 's/+cpu//' | grep -viE '^(pip|wheel)==') > requirements.lock
+
+clean: ## remove the environment and caches; runs and tables stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build

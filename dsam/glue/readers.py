@@ -1,0 +1,111 @@
+"""Reads a task's splits from one of three sources: generated here, official local files, the Hugging Face hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError, did_you_mean
+from . import builtin, files, hub
+from .split import Split
+from .tasks import TASKS, Task
+
+SOURCES = ("builtin", "local", "hub")
+
+
+class Splits(dict[str, Split]):
+    """Splits by name, and `notes`: lines for the user about rows that are not as many as the official ones."""
+
+    def __init__(self, splits: dict[str, Split], notes: list[str]):
+        super().__init__(splits)
+        self.notes = notes
+
+
+def load(
+    task: Task,
+    source: str,
+    root: str | Path | None = None,
+    revision: str = hub.REVISION,
+    splits: Sequence[str] | None = None,
+) -> Splits:
+    """The rows of a task's splits.
+
+    Args:
+        source: "builtin", "local" or "hub".
+        root: the folder of GLUE's official files, for "local".
+        revision: the commit of the hub's data set, for "hub".
+        splits: which; by default those for training and evaluation.
+
+    Raises:
+        UserError: the source does not offer the task or a split, or the data are missing or broken.
+    """
+    splits = _check(task, source, splits)
+    notes: list[str] = []
+    if source == "builtin":
+        rows = {split: _builtin(task, split) for split in splits}
+    elif source == "local":
+        layouts = files.find(task, root, splits)
+        rows = {}
+        for split, layout in layouts.items():
+            rows[split], found = files.read(task, layout)
+            notes += found
+    else:
+        rows = hub.read(task, splits, revision)
+    for split, read in rows.items():
+        official = task.rows.get(split, len(read))
+        if len(read) != official:
+            notes.append(f"{task.name} {split}: {len(read)} rows, official {official}")
+    return Splits(rows, notes)
+
+
+def fingerprint(
+    task: Task,
+    source: str,
+    root: str | Path | None = None,
+    revision: str = hub.REVISION,
+    splits: Sequence[str] | None = None,
+) -> str:
+    """What identifies these splits' data, without parsing them: takes `load`'s arguments.
+
+    The generator's version, parameters and seed for "builtin"; the sha256 of the files' bytes for "local", never
+    their path; data set and revision for "hub".
+
+    Raises:
+        UserError: as `load`, for all that shows without parsing or a network.
+    """
+    splits = _check(task, source, splits)
+    if source == "builtin":
+        return builtin.fingerprint(task.name)
+    if source == "local":
+        return f"local {task.name} {files.digest(files.find(task, root, splits))}"
+    return f"hub {hub.DATASET}/{task.name}@{revision}"
+
+
+def _check(task: Task, source: str, splits: Sequence[str] | None) -> tuple[str, ...]:
+    if source not in SOURCES:
+        raise UserError(f"unknown data source '{source}': {did_you_mean(source, SOURCES)}")
+    if source not in task.sources:
+        if source == "builtin":
+            own = ", ".join(name for name, other in TASKS.items() if "builtin" in other.sources)
+            raise UserError(
+                f"task '{task.name}' is not built in: use data=local data.root=DIR or data=hub "
+                f"(data=builtin has the tasks {own})"
+            )
+        raise UserError(f"task '{task.name}' is built in, data={source} does not have it: use data=builtin")
+    if splits is None:
+        return tuple(dict.fromkeys(task.train_splits + task.evaluation_splits))
+    for split in splits:
+        if split not in task.splits:
+            raise UserError(f"task '{task.name}' has no split '{split}': {did_you_mean(split, task.splits)}")
+    if len(set(splits)) != len(splits):
+        raise UserError(f"task '{task.name}': a split is named twice in {', '.join(splits)}: name each once")
+    return tuple(splits)
+
+
+def _builtin(task: Task, split: str) -> Split:
+    sentence1, sentence2, labels = zip(*builtin.generate(task.name)[split], strict=True)
+    return Split(
+        list(sentence1),
+        list(sentence2) if len(task.columns) == 2 else None,
+        np.array(labels, dtype=np.float32 if task.regression else np.int64),
+    )

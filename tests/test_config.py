@@ -1,0 +1,217 @@
+"""Configurations: each choice composes, mistakes are named, and identity follows what computes and nothing else."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsam import overrides
+from dsam.config import Config, coerce
+from dsam.errors import UserError
+from dsam.runs.identity import identify
+
+CONF = ROOT / "conf"
+GROUPS = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+CHOICES = [(g, c) for g, choices in GROUPS.items() if g != "experiment" for c in choices]
+NEEDS = {"local": ["data.root=/data"], "encoder": ["model.path=/model"], "builtin": []}
+
+
+def config(*given: str) -> Config:
+    return Config.load(overrides.compose_config(overrides.check(list(given), CONF), CONF))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice):
+    loaded = config(f"{group}={choice}", *NEEDS.get(choice, []))
+    assert loaded.train.lr > 0
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_composes_each_of_its_runs(experiment):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with_hydra = overrides.compose_config([f"experiment={experiment}"], CONF, with_hydra=True)
+    assert with_hydra.hydra.mode.name == "MULTIRUN"
+    sweeps = [f"{k}={v}" for k, v in with_hydra.hydra.sweeper.params.items()]
+    assert overrides.check(sweeps, CONF) == sweeps
+    parsed = {o.key_or_group: list(o.sweep_string_iterator()) for o in OverridesParser.create().parse_overrides(sweeps)}
+    for task in parsed["task"]:
+        for optimizer in parsed["optimizer"]:
+            loaded = config(f"experiment={experiment}", f"task={task}", f"optimizer={optimizer}", "data.root=/x", "model.path=/y")
+            assert loaded.task.name == task
+            assert loaded.optimizer.name == optimizer
+
+
+def test_a_recipes_table_sets_each_tasks_values():
+    large = config("experiment=glue_roberta_large", "task=rte")
+    assert (large.train.lr, large.train.batch_size, large.train.betas) == (2e-5, 16, (0.9, 0.98))
+    assert large.train.max_grad_norm is None
+    assert config("experiment=glue_roberta_large", "task=qqp").train.lr == 1e-5
+    assert config("experiment=glue_roberta_large", "task=qqp", "train.lr=3e-5").train.lr == 3e-5
+    assert config("experiment=glue_bert_base", "task=mrpc").train.epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["task=agreemen"], ["agreemen", "did you mean 'agreement'"]),
+        (["optimizer=dsma"], ["did you mean 'dsam'"]),
+        (["experiment=smok"], ["did you mean 'smoke'"]),
+        (["train.epoch=3"], ["train.epoch", "did you mean 'epochs'"]),
+        (["trian.epochs=3"], ["did you mean 'train'"]),
+        (["optimizer.roh=0.1", "optimizer=sam"], ["optimizer.roh", "did you mean 'rho'"]),
+        (["optimizer=adamw", "optimizer.rho=0.1"], ["optimizer.rho", "plain"]),
+        (["optimizer=dsam", "optimizer.weighting=curvatur"], ["did you mean 'curvature'"]),
+        (["optimizer.method=samm"], ["did you mean 'sam'"]),
+        (["optimizer=sam", "optimizer.rho=-0.1"], ["rho", "-0.1"]),
+        (["optimizer=sam", "optimizer.rho=nan"], ["optimizer.rho", "finite"]),
+        (["optimizer=sam", "optimizer.rho=big"], ["optimizer.rho", "'big'"]),
+        (["optimizer=dsam", "optimizer.power=-1"], ["power"]),
+        (["train.batch_size=0"], ["train.batch_size=0"]),
+        (["train.batch_size=1.5"], ["train.batch_size", "whole number"]),
+        (["train.lr=-1"], ["train.lr=-1"]),
+        (["train.warmup_ratio=1"], ["warmup_ratio"]),
+        (["train.betas=[0.9]"], ["betas"]),
+        (["train.precision=fp16"], ["fp16"]),
+        (["seed=-1"], ["seed"]),
+        (["data=local"], ["data.root"]),
+        (["model=encoder"], ["model.path"]),
+        (["model=encoder", "model.id=x/y"], ["model.revision"]),
+        (["task=ax"], ["ax"]),
+        (["+train.extra=1"], ["train.extra"]),
+        (["launcher.workers=0"], ["launcher.workers=0"]),
+        (["train.epochs="], ["train.epochs"]),
+        (["a b"], ["a b"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(given, words):
+    with pytest.raises(UserError) as caught:
+        config(*given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["optimizer=sam", "optimizer.rho=1"], ["optimizer=sam", "optimizer.rho=1.0"]),
+        (["train.lr=1e-3"], ["train.lr=0.001"]),
+        (["optimizer=sam"], ["optimizer=sam", "optimizer.rho=0.05"]),
+        ([], ["paths.cache=/elsewhere"]),
+        ([], ["tracking=disabled"]),
+        ([], ["device.threads=2"]),
+        ([], ["launcher.workers=2"]),
+        ([], ["checkpoint.every_seconds=1"]),
+        (["optimizer=dsam", "optimizer.weighting=uniform"], ["optimizer=dsam", "optimizer.weighting=uniform", "optimizer.name=mine"]),
+    ],
+)
+def test_the_same_numbers_have_the_same_identity(one, other):
+    assert identify(config(*one)).id == identify(config(*other)).id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["seed=1"],
+        ["seeds.init=1"],
+        ["seeds.data=1"],
+        ["train.lr=1e-3"],
+        ["train.max_steps=5"],
+        ["train.precision=bfloat16"],
+        ["optimizer=sam"],
+        ["optimizer=adamw_2x"],
+        ["task=entailment"],
+        ["model.architecture.hidden_size=32"],
+    ],
+)
+def test_other_numbers_have_another_identity(change):
+    assert identify(config()).id != identify(config(*change)).id
+
+
+def test_a_weightings_options_are_part_of_the_identity():
+    ids = {
+        identify(config("optimizer=dsam", *more)).id
+        for more in ([], ["optimizer.radius=0.3"], ["optimizer.power=0.5"], ["optimizer.weighting=gibbs"])
+    }
+    assert len(ids) == 4
+
+
+def test_local_data_count_by_their_bytes_and_not_by_their_place(tmp_path):
+    def write(name, last):
+        folder = tmp_path / name / "RTE"
+        folder.mkdir(parents=True)
+        for split in ("train", "dev"):
+            (folder / f"{split}.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t{last}\n")
+        return ["task=rte", "data=local", f"data.root={tmp_path / name}"]
+
+    one, same, other = write("a", "entailment"), write("b", "entailment"), write("c", "not_entailment")
+    assert identify(config(*one)).id == identify(config(*same)).id != identify(config(*other)).id
+
+
+def test_model_folders_count_by_their_bytes(tmp_path):
+    import shutil
+
+    def model(name, weights):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+        return ["model=encoder", f"model.path={folder}"]
+
+    first = identify(config(*model("a", b"1"))).id
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert identify(config("model=encoder", f"model.path={tmp_path / 'b'}")).id == first
+    assert identify(config(*model("c", b"2"))).id != first
+
+
+@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)))
+@settings(max_examples=200, deadline=None)
+def test_coercion_gives_the_declared_type_or_names_the_key(value):
+    for kind in (int, float, bool, str, int | None, float | None, tuple[float, float]):
+        try:
+            coerced = coerce(value, kind, "some.key")
+        except UserError as error:
+            assert "some.key" in str(error)
+            assert "\n" not in str(error).replace(repr(value), "")
+        else:
+            if coerced is not None:
+                wanted = kind.__args__[0] if "|" in str(kind) else kind
+                assert type(coerced) is getattr(wanted, "__origin__", wanted)
+                if type(coerced) in (int, float):
+                    assert coerced in (value, float(value))
+
+
+def test_conda_environment_lock_and_project_agree():
+    import tomllib
+
+    import yaml
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = {Requirement(r).name.lower().replace("_", "-"): r for r in lines if r and not r.startswith("#")}
+    assert all("==" in pin for pin in locked.values())
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, wanted):
+        pin = locked[requirement.name.lower().replace("_", "-")].split("==")[1]
+        assert requirement.specifier.contains(pin), requirement
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda["name"] == project["name"]
+    (python,) = [d for d in conda["dependencies"] if str(d).startswith("python=")]
+    assert project["requires-python"] == ">=" + python.split("=")[1]
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    assert any("requirements.lock" in line for line in pip)
+
+
+def test_nothing_to_the_left_imports_what_is_to_the_right():
+    order = ["errors", "config", "glue", "methods", "training", "runs", "results"]
+    for place, package in enumerate(order):
+        for file in (ROOT / "dsam").glob(f"{package}/**/*.py"):
+            for later in order[place + 1 :]:
+                assert f"from ..{later}" not in Path(file).read_text(), f"{file} imports {later}"
+                assert f"from dsam.{later}" not in Path(file).read_text(), f"{file} imports {later}"

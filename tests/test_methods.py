@@ -1,0 +1,499 @@
+"""Methods against closed forms, against `pytorch_optimizer`, and against each trap that SAM code falls into."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_optimizer import SAM as ReferenceSAM
+from torch import nn
+
+from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
+from dsam.methods import WEIGHTINGS
+
+ALL = {
+    "plain": lambda p, rho, **o: Plain(p, **o),
+    "sam": lambda p, rho, **o: SAM(p, rho, **o),
+    "asam": lambda p, rho, **o: ASAM(p, rho, **o),
+} | {f"dsam-{w}": (lambda p, rho, w=w, **o: DeltaSAM(p, rho, w, **o)) for w in WEIGHTINGS}
+TWO_PASS = [name for name in ALL if name != "plain"]
+
+
+def network(seed=0, dropout=0.0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
+
+
+def batch(n=12, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, generator=generator, dtype=dtype), torch.randint(0, 3, (n,), generator=generator)
+
+
+def losses(model, x, y):
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def quadratic(batch_size=4, size=3, seed=0):
+    """ℓ_i(w) = ½ wᵀ A_i w + b_iᵀ w with symmetric A_i."""
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(batch_size, size, size, generator=g, dtype=torch.float64)
+    a = (a + a.mT) / 2
+    b = torch.randn(batch_size, size, generator=g, dtype=torch.float64)
+    w = nn.Parameter(torch.randn(size, generator=g, dtype=torch.float64))
+
+    def closure():
+        return 0.5 * torch.einsum("i,bij,j->b", w, a, w) + b @ w
+
+    return a, b, w, closure
+
+
+def test_sam_on_a_quadratic_is_the_closed_form():
+    a, b, w, closure = quadratic()
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    gradient = mean_a @ w.detach() + mean_b
+    expected = mean_a @ (w.detach() + 0.3 * gradient / gradient.norm()) + mean_b
+    loss = SAM([w], rho=0.3).backward(closure)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, closure().mean().detach())
+
+
+def test_asam_on_a_quadratic_is_the_closed_form():
+    a, b, w, closure = quadratic()
+    mean_a, mean_b, v = a.mean(0), b.mean(0), w.detach()
+    gradient = mean_a @ v + mean_b
+    t = v.abs() + 0.01
+    expected = mean_a @ (v + 0.3 * t**2 * gradient / (t * gradient).norm()) + mean_b
+    ASAM([w], rho=0.3).backward(closure)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def direction_of(method, size):
+    """The random direction that the method's next probe takes, unscaled."""
+    generator = torch.Generator()
+    generator.set_state(method.generator.get_state())
+    if method.weighting.noise == "rademacher":
+        return 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
+@pytest.mark.parametrize(("power", "mix"), [(1.0, 0.0), (0.5, 0.25)])
+def test_delta_sam_on_a_quadratic_is_the_closed_form(weighting, power, mix):
+    a, b, w, closure = quadratic(batch_size=5)
+    v0 = w.detach().clone()
+    method = DeltaSAM([w], 0.2, weighting, power=power, mix=mix, radius=0.7, seed=3)
+    g = torch.einsum("bij,j->bi", a, v0) + b
+    noise = direction_of(method, 3)
+    v = 0.7 * noise / noise.norm()
+    first, second = g @ v, 0.5 * torch.einsum("i,bij,j->b", v, a, v)  # ℓ(w ± v) − ℓ(w) = ±first + second, exactly
+    if weighting == "uniform":
+        score = torch.ones(5, dtype=torch.float64)
+    elif weighting == "probe":
+        score = (first + second).abs()
+    elif weighting == "curvature":
+        slope = first.abs() / 0.7
+        score = (2 * second).abs() / 0.49 / torch.maximum(slope, 0.3 * slope.mean())
+    else:
+        score = torch.exp(3**0.5 / 0.7 * (first + second).abs())
+    p = score**power / (score**power).sum()
+    p = (1 - mix) * p + mix / 5
+    ascent = p @ g
+    mean_a = a.mean(0)
+    expected = mean_a @ (v0 + 0.2 * ascent / ascent.norm()) + b.mean(0)
+    method.backward(closure)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-5, atol=1e-6)  # weights are float32
+    assert float(method.report["effective_sample_size"]) == pytest.approx(float(1 / (p**2).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_equals_pytorch_optimizer_over_steps(adaptive, base):
+    ours, theirs = network(), network()
+    options = {"lr": 0.05} | ({"momentum": 0.9} if base is torch.optim.SGD else {"weight_decay": 0.1})
+    reference = ReferenceSAM(theirs.parameters(), base, rho=0.1, adaptive=adaptive, **options)
+    optimizer = base(ours.parameters(), **options)
+    method = ASAM(ours.parameters(), 0.1, eta=0.0) if adaptive else SAM(ours.parameters(), 0.1)
+    for step in range(8):
+        x, y = batch(seed=step)
+        method.backward(lambda x=x, y=y: losses(ours, x, y))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses(theirs, x, y).mean().backward()
+        reference.first_step(zero_grad=True)
+        losses(theirs, x, y).mean().backward()
+        reference.second_step(zero_grad=True)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)  # theirs sums the norm in float32
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_restored_bit_for_bit(name, dtype):
+    model = network(dtype=dtype)
+    x, y = batch(dtype=dtype)
+    before = weights(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    ALL[name](model.parameters(), 0.5).backward(lambda: losses(model, x, y).float())
+    assert same(before, weights(model))
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_weights_are_restored_when_the_closure_raises(name, fails_at):
+    model, (x, y), calls = network(), batch(), [0]
+
+    def closure():
+        calls[0] += 1
+        if calls[0] == fails_at:
+            raise RuntimeError("out of memory")
+        return losses(model, x, y)
+
+    before = weights(model)
+    try:
+        ALL[name](model.parameters(), 0.5).backward(closure)
+    except RuntimeError as error:
+        assert "out of memory" in str(error)
+    else:
+        assert calls[0] < fails_at  # a method with fewer forwards never came to it
+    assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("mask", ["same", "fresh"])
+def test_rho_zero_trains_as_adamw_bit_for_bit(name, mask):
+    """Also with dropout: the stream of masks goes on as in plain training."""
+    trained = []
+    for make in (ALL["plain"], ALL[name]):
+        model = network(dropout=0.3, dtype=torch.float32)
+        method = make(model.parameters(), 0.0, mask=mask)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        torch.manual_seed(5)
+        for step in range(5):
+            x, y = batch(seed=step, dtype=torch.float32)
+            method.backward(lambda x=x, y=y, model=model: losses(model, x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([*weights(model), torch.get_rng_state()])
+    assert same(*trained)
+
+
+@given(cuts=st.lists(st.integers(1, 11), max_size=4), name=st.sampled_from(list(ALL)), recompute=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, recompute):
+    x, y = batch(12)
+    edges = [0, *sorted(set(cuts)), 12]
+    options = {"recompute": recompute} if name.startswith("dsam") else {}
+    gradients = []
+    for parts in ([slice(0, 12)], [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]):
+        model = network()
+        closures = [lambda s=s, model=model: losses(model, x[s], y[s]) for s in parts]
+        loss = ALL[name](model.parameters(), 0.1, **options).backward(closures)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    for one, divided in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, divided, rtol=1e-6 if name.startswith("dsam") else 1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_adds_to_a_gradient_that_is_already_there(name, pieces):
+    model, (x, y) = network(), batch()
+    closures = [lambda s=s: losses(model, x[s], y[s]) for s in torch.arange(12).chunk(pieces)]
+    ALL[name](model.parameters(), 0.1).backward(closures)
+    once = [p.grad.clone() for p in model.parameters()]
+    ALL[name](model.parameters(), 0.1).backward(closures)
+    for p, g in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g, rtol=1e-12, atol=1e-14)
+
+
+def draws(method, recorded):
+    """A closure that notes the random number each of its forwards begins with."""
+    w = method.params[0]
+
+    def closure():
+        recorded.append(float(torch.rand(())))
+        return (w * torch.tensor([1.0, 2.0])).square()
+
+    return closure
+
+
+def test_mask_same_draws_one_mask_for_every_pass_of_the_step():
+    method, seen = DeltaSAM([nn.Parameter(torch.ones(2))], 0.1, "curvature", mask="same"), []
+    method.backward(draws(method, seen))
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
+
+
+def test_mask_fresh_draws_another_for_the_descent_and_shares_the_ascents_with_its_probes():
+    method, seen = DeltaSAM([nn.Parameter(torch.ones(2))], 0.1, "curvature", mask="fresh"), []
+    torch.manual_seed(9)
+    expected = float(torch.rand(()))
+    torch.manual_seed(9)
+    method.backward(draws(method, seen))
+    clean, plus, minus, descent = seen
+    assert clean == plus == minus != descent
+    assert descent == expected  # plain training's own mask
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_methods_own_draws_leave_the_default_generator_alone(name):
+    model, (x, y) = network(), batch()
+    before = torch.get_rng_state()
+    ALL[name](model.parameters(), 0.1, mask="fresh").backward(lambda: losses(model, x, y))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bad_pass", [1, 2, 3, 4])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_non_finite_pass_stops_with_the_weights_unchanged(name, bad_pass, bad):
+    model, (x, y), calls = network(), batch(), [0]
+    before = weights(model)
+
+    def closure():
+        calls[0] += 1
+        return losses(model, x, y) * (bad if calls[0] == bad_pass else 1)
+
+    method = ALL[name](model.parameters(), 0.1)
+    if calls_of(name) < bad_pass:
+        method.backward(closure)
+    else:
+        with pytest.raises(NonFiniteGradient):
+            method.backward(closure)
+    assert same(before, weights(model))
+
+
+def calls_of(name):
+    return {"plain": 1, "dsam-probe": 3, "dsam-gibbs": 3, "dsam-curvature": 4}.get(name, 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_counts_its_passes(name):
+    model, (x, y) = network(), batch()
+    method = ALL[name](model.parameters(), 0.1)
+    for pieces in (1, 4):
+        method.backward([lambda s=s: losses(model, x[s], y[s]) for s in torch.arange(12).chunk(pieces)])
+        assert method.report["forwards"] == pytest.approx(calls_of(name))
+        assert method.report["backwards"] == pytest.approx(1 if name == "plain" else 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_zero_gradient_is_finite_and_decays_the_weights_once(name):
+    w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    method = ALL[name]([w], 0.1)
+    optimizer = torch.optim.AdamW([w], lr=0.1, weight_decay=0.5)
+    method.backward(lambda: (0 * w).sum().expand(3))
+    assert torch.equal(w.grad, torch.zeros(2))
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([1.0, -2.0]) * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+@pytest.mark.parametrize("skipped_at", [1, 2, 3])
+def test_a_layer_that_one_pass_skips_stays_where_it_is(name, skipped_at):
+    model, (x, y), calls = network(), batch(), [0]
+    extra = nn.Linear(3, 3).double()
+
+    def closure():
+        calls[0] += 1
+        out = model(x)
+        return nn.functional.cross_entropy(out if calls[0] == skipped_at else extra(out), y, reduction="none")
+
+    before = weights(model) + weights(extra)
+    params = [*model.parameters(), *extra.parameters()]
+    ALL[name](params, 0.1).backward(closure)
+    torch.optim.SGD(params, lr=0.0).step()
+    assert same(before, weights(model) + weights(extra))
+
+
+def seen_perturbation(method, model, x, y):
+    """ε as the last forward of the step saw it."""
+    before, seen = weights(model), []
+
+    def closure():
+        seen.append(weights(model))
+        return losses(model, x, y)
+
+    method.backward(closure)
+    return torch.cat([(a - b).flatten() for a, b in zip(seen[-1], before, strict=True)])
+
+
+@given(scale=st.floats(1e-3, 1e3), rho=st.floats(1e-3, 1.0))
+@settings(max_examples=30, deadline=None)
+def test_perturbation_is_rho_along_the_gradient_whatever_its_scale(scale, rho):
+    """Hence clipping before the ascent cannot matter."""
+    model, (x, y) = network(), batch()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(losses(model, x, y).mean(), model.parameters())])
+    before, seen = weights(model), []
+
+    def closure():
+        seen.append(weights(model))
+        return scale * losses(model, x, y)
+
+    SAM(model.parameters(), rho).backward(closure)
+    epsilon = torch.cat([(a - b).flatten() for a, b in zip(seen[1], before, strict=True)])
+    assert float(epsilon.norm()) == pytest.approx(rho, rel=1e-9)
+    assert float(torch.cosine_similarity(epsilon, gradient, dim=0)) == pytest.approx(1, abs=1e-9)
+
+
+def test_tied_weights_move_once_and_frozen_ones_never():
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+    second.weight = first.weight
+    frozen = nn.Linear(5, 3).double().requires_grad_(False)
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), frozen)
+    x, y = batch()
+    epsilon = seen_perturbation(SAM(model, 0.1), model, x, y)
+    assert float(epsilon.norm()) == pytest.approx(0.1, rel=1e-9)
+    assert all(p.grad is None for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_batch_norm_statistics_move_as_in_one_clean_pass(name):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    x, y = batch(dtype=torch.float32)
+    model, clean = make(), make()
+    clean(x)
+    ALL[name](model, 0.3).backward(lambda: losses(model, x, y))
+    assert same(list(model.buffers()), list(clean.buffers()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
+    x, y = batch(dtype=torch.float32)
+    trained = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        model = network(dtype=torch.float32)
+        method, optimizer = ALL[name](model.parameters(), 0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            method.backward(lambda model=model: losses(model, x, y), scaler=scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        trained.append(weights(model))
+    assert same(*trained)
+    method.backward(lambda: losses(model, x, y) * float("inf"), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(trained[1], weights(model))
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_around_the_closure_or_the_call_sees_the_perturbed_weights(outside):
+    """autocast caches casts of the weights: a stale cache would run the descent at w."""
+    model, (x, y) = network(dtype=torch.float32), batch(dtype=torch.float32)
+
+    def inside():
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses(model, x, y).float()
+
+    plain = Plain(model.parameters())
+    plain.backward(inside)
+    at_w = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    SAM(model.parameters(), 1.0).backward(inside)
+    expected = [p.grad.clone() for p in model.parameters()]
+    assert not same(at_w, expected)
+    assert all(g.dtype == torch.float32 for g in expected)
+    if outside:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            SAM(model.parameters(), 1.0).backward(lambda: losses(model, x, y).float())
+        for p, g in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, g)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    from torch.utils.checkpoint import checkpoint
+
+    x, y = batch()
+    gradients = []
+    for layers in (lambda model, x: model(x), lambda model, x: checkpoint(model, x, use_reentrant=False)):
+        model = network(dropout=0.5)
+        torch.manual_seed(4)
+        DeltaSAM(model.parameters(), 0.1).backward(
+            lambda model=model, layers=layers: nn.functional.cross_entropy(layers(model, x), y, reduction="none")
+        )
+        gradients.append([p.grad for p in model.parameters()])
+    assert same(*gradients)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_method_goes_on_as_if_never_stopped(name):
+    def train(model, method, optimizer, steps):
+        for step in steps:
+            x, y = batch(seed=step)
+            method.backward(lambda x=x, y=y: losses(model, x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = network(dropout=0.2)
+    method, optimizer = ALL[name](model.parameters(), 0.1, mask="fresh"), torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.manual_seed(0)
+    train(model, method, optimizer, range(3))
+    saved = copy.deepcopy([model.state_dict(), method.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
+    train(model, method, optimizer, range(3, 5))
+
+    resumed = network(seed=7, dropout=0.2)
+    resumed.load_state_dict(saved[0])
+    method, optimizer = ALL[name](resumed.parameters(), 0.1, mask="fresh"), torch.optim.AdamW(resumed.parameters(), lr=0.01)
+    method.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    torch.set_rng_state(saved[3])
+    train(resumed, method, optimizer, range(3, 5))
+    assert same(weights(model), weights(resumed))
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_weights_are_a_distribution_and_equal_for_equal_examples(name):
+    model, (x, y) = network(), batch(1)
+    x, y = x.expand(6, 5), y.expand(6)
+    method = DeltaSAM(model.parameters(), 0.1, name)
+    method.backward(lambda: losses(model, x, y))
+    assert float(method.report["effective_sample_size"]) == pytest.approx(6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: SAM([nn.Parameter(torch.ones(1))], rho=-1), "rho"),
+        (lambda: DeltaSAM([nn.Parameter(torch.ones(1))], weighting="prob"), "prob"),
+        (lambda: DeltaSAM([nn.Parameter(torch.ones(1))], radius=0), "radius"),
+        (lambda: SAM([nn.Parameter(torch.ones(1))], mask="other"), "mask"),
+        (lambda: SAM([torch.ones(1)]), "gradient"),
+        (lambda: Plain([nn.Parameter(torch.ones(1))]).backward([]), "closure"),
+    ],
+)
+def test_mistakes_are_named(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+def test_a_mean_loss_instead_of_per_example_losses_is_refused():
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="per-example"):
+        Plain([w]).backward(lambda: w.mean())
+
+
+def test_the_library_imports_neither_hydra_nor_wandb():
+    import subprocess
+    import sys
+
+    code = "import dsam, sys; print(sorted({'hydra', 'wandb', 'datasets', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

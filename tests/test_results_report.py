@@ -1,0 +1,230 @@
+"""Tables, figures and the report of a synthetic sweep, against hand computation and for what a reader sees."""
+
+import json
+import re
+import shutil
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from test_results_collect import fail, finish, plan, sweep
+
+from dsam.errors import UserError
+from dsam.results import plots, rendering, report, tables
+from dsam.results.collect import collect
+from dsam.results.rendering import Table, as_html, as_latex, as_markdown, escape_latex
+
+
+@pytest.fixture
+def runs_dir(tmp_path):
+    """adamw: rte 60, 62, 64 (one degenerate mrpc); sam: rte 66, 68 and a diverged run; mrpc seed 2 never started."""
+    runs = tmp_path / "results" / "runs"
+    planned = [
+        plan(task, "tiny", optimizer, seed)
+        for task in ("rte", "mrpc")
+        for optimizer in ("adamw", "sam")
+        for seed in (0, 1, 2)
+    ]
+    sweep(runs, "smoke", planned)
+    scores = {("rte", "adamw"): (0.60, 0.62, 0.64), ("rte", "sam"): (0.66, 0.68, None)}
+    scores |= {("mrpc", "adamw"): (0.80, 0.50, 0.84), ("mrpc", "sam"): (0.81, 0.83, None)}
+    for run in planned:
+        score = scores[run["task"], run["optimizer"]][run["seed"]]
+        if score is not None:
+            finish(runs, run, best=score, last=score - 0.1)
+        elif run["task"] == "rte":
+            finish(runs, run, best=0.99, status="diverged")
+        else:
+            fail(runs, run)
+    return runs
+
+
+def test_main_table_by_hand(runs_dir):
+    main = tables.build(collect(runs_dir, "smoke")).main
+    text = main.text.set_index("method")
+    assert text.loc["adamw", "rte"] == "62.00 ± 2.00 (3)"
+    assert text.loc["sam", "rte"] == "67.00 ± 1.41 (2/3, 1 diverged)"
+    assert text.loc["adamw", "mrpc"] == "71.33 ± 18.58 (3, 1 degenerate)"
+    assert text.loc["sam", "mrpc"] == "82.00 ± 1.41 (2/3, 1 failed)"
+    assert text.loc["adamw", "average"] == "66.67" and text.loc["sam", "average"] == "74.50"
+    # Pairs: rte +6, +6; mrpc +1, +33: the mean of 6 and 17. All 4 cells go up: p = 2/16.
+    assert text.loc["sam", "difference to adamw"].startswith("+11.50 [") and text.loc["sam", "Holm p"] == "0.1250"
+    assert main.bold.loc[1, ["rte", "mrpc"]].all() and not main.bold.loc[0].any()
+    assert main.values.set_index("method").loc["sam", "rte mean"] == (0.66 + 0.68) / 2
+    notes = " ".join(main.notes)
+    assert "Best epoch" in notes and "flatters" in notes and "over rte, mrpc" in notes
+    assert "sam rte seed 2 diverged" in notes and "sam mrpc seed 2 failed" in notes
+
+
+def test_the_last_epoch_is_another_table_that_says_so(runs_dir):
+    main = tables.build(collect(runs_dir, "smoke"), which="last").main
+    assert main.text.loc[0, "rte"] == "52.00 ± 2.00 (3)"
+    assert "last epoch" in main.caption and main.notes[0].startswith("Last epoch")
+
+
+def test_the_average_is_over_tasks_that_every_method_has(runs_dir):
+    sweep(runs_dir, "more", [
+        *(plan(task, "tiny", optimizer, 0) for task in ("rte", "mrpc") for optimizer in ("adamw", "sam")),
+        plan("cola", "tiny", "sam", 0), plan("rte", "tiny", "never", 0),
+    ])  # fmt: skip
+    finish(runs_dir, plan("cola", "tiny", "sam", 0), best=0.1)
+    main = tables.build(collect(runs_dir, "more")).main
+    text = main.text.set_index("method")
+    assert text.loc["sam", "average"] == "73.50" and text.loc["adamw", "cola"] == "–"
+    assert text.loc["never", "rte"] == "– (0/1, 1 missing)" and text.loc["never", "average"] == "–"
+    assert "Average for tiny: over rte, mrpc." in main.notes
+
+
+def test_a_score_that_was_not_recorded_stays_visible(tmp_path):
+    finish(tmp_path, plan(seed=0), best=None)
+    finish(tmp_path, plan(seed=1), best=0.6)
+    assert tables.build(collect(tmp_path)).main.text.loc[0, "rte"] == "60.00 (1/2, 1 without score)"
+
+
+def test_runs_that_all_failed_still_make_tables(tmp_path):
+    for seed in (0, 1):
+        fail(tmp_path, plan(seed=seed))
+    built = tables.build(collect(tmp_path))
+    tables.write(built, tmp_path / "tables")
+    assert built.main.text.loc[0, "rte"] == "– (0/2, 2 failed)" and built.cost.text.empty
+    assert list(plots.figures(collect(tmp_path))) == []
+
+
+def test_models_are_compared_within_themselves(tmp_path):
+    for model, base in (("tiny", 0.6), ("large", 0.8)):
+        for seed in (0, 1):
+            finish(tmp_path, plan("rte", model, "adamw", seed), best=base)
+            finish(tmp_path, plan("rte", model, "sam", seed), best=base + 0.01)
+    text = tables.build(collect(tmp_path)).main.text
+    assert list(text["model"]) == ["large", "large", "tiny", "tiny"]
+    assert list(text["difference to adamw"]) == ["–", "+1.00 [+1.00, +1.00]"] * 2
+
+
+def test_without_a_baseline_there_are_scores_and_a_reason(tmp_path):
+    for seed in (0, 1):
+        finish(tmp_path, plan(seed=seed))
+    main = tables.build(collect(tmp_path)).main
+    assert main.text.loc[0, "difference to adamw"] == "–"
+    assert any("baseline adamw was not run" in note for note in main.notes)
+
+
+def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
+    for task, seconds in (("rte", 0.1), ("mrpc", 1.0)):
+        for seed in (0, 1, 2):
+            cost = {"steps": 1, "seconds": 3600, "peak_memory_bytes": None, "examples_per_second": 1}
+            # One slow run doesn't move a median.
+            own = seconds * (100 if seed == 2 else 1)
+            finish(
+                tmp_path,
+                plan(task, "tiny", "adamw", seed),
+                train=cost | {"seconds_per_step": own, "passes_per_step": 1},
+            )
+            finish(
+                tmp_path,
+                plan(task, "tiny", "sam", seed),
+                train=cost | {"seconds_per_step": 2 * seconds, "passes_per_step": 2},
+            )
+    table = tables.build(collect(tmp_path)).cost
+    sam = table.values.set_index("method").loc["sam"]
+    assert sam["seconds_per_step"] == pytest.approx(1.1) and sam["time_ratio"] == pytest.approx(2)
+    assert sam["passes_per_step"] == 2 and sam["hours"] == 6
+    assert table.text.loc[1, "peak memory (MiB)"] == "–"
+
+
+def test_cells_rebuild_the_means(runs_dir, tmp_path):
+    built = tables.build(collect(runs_dir, "smoke"))
+    tables.write(built, tmp_path / "out")
+    cells = pd.read_csv(tmp_path / "out" / "cells.csv")
+    means = cells.groupby(["method", "task"])["score"].mean().unstack()
+    main = pd.read_csv(tmp_path / "out" / "main.csv").set_index("method")
+    for task in ("rte", "mrpc"):
+        np.testing.assert_allclose(means[task], main[f"{task} mean"].loc[means.index], rtol=1e-15)
+    assert len(cells) == 12 and cells.loc[0, "folder"] == "rte/tiny/adamw/adamw-0"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        f"{name}.{form}" for name in ("main", "per_task", "statistics", "cost") for form in ("csv", "md", "tex", "html")
+    } < names
+
+
+def test_each_form_escapes_what_it_would_misread():
+    text = pd.DataFrame({"method_name": [r"a&b_c 50% $x$ {y} #1 ~^\ | <b> ±"], "x": ["1"]})
+    bold = pd.DataFrame({"method_name": [False], "x": [True]})
+    table = Table("t", "100 %", [], text, text, bold)
+    latex = as_latex(table)
+    assert r"method\_name & x \\" in latex and r"\textbf{1}" in latex
+    cell = r"a\&b\_c 50\% \$x\$ \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{} | $<$b$>$ $\pm$"
+    assert cell in latex and cell == escape_latex(text.iloc[0, 0])
+    assert latex.count(r"\begin{tabular}{lr}") == latex.count(r"\end{tabular}") == 1
+    assert "&lt;b&gt;" in as_html(table) and "<strong>1</strong>" in as_html(table)
+    assert r"\| \<b>" in as_markdown(table) and "**1**" in as_markdown(table)
+
+
+def test_every_row_of_a_latex_table_has_every_column(runs_dir):
+    built = tables.build(collect(runs_dir, "smoke"))
+    for table in (built.main, built.per_task, built.statistics, built.cost):
+        body = as_latex(table).split(r"\toprule")[1].split(r"\bottomrule")[0]
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table.text.columns) - 1}
+
+
+def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
+    before = {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+    backend = matplotlib.get_backend(auto_select=False)
+    paths = plots.write(collect(runs_dir, "smoke"), tmp_path / "figures")
+    assert {path.name for path in paths} == {
+        f"{kind}_tiny.{form}" for kind in ("scores", "differences", "curves") for form in ("png", "pdf")
+    }
+    assert all(path.stat().st_size > 5000 for path in paths)
+    assert {name: matplotlib.rcParams[name] for name in before} == before
+    assert matplotlib.get_backend(auto_select=False) == backend
+
+
+def test_figures_of_one_run_and_of_many_methods(tmp_path):
+    finish(tmp_path, plan(), best=None)
+    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["curves_tiny"]
+    for rho in range(30):
+        finish(tmp_path, plan(rho=rho + 0.5))
+    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["scores_tiny", "curves_tiny"]
+
+
+def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
+    sweep(tmp_path / "runs", "smoke", [plan()])
+    with pytest.raises(UserError, match=r"no run of 'smoke' is finished \(1 missing\): run `make reproduce`"):
+        report.make("smoke", tmp_path / "runs", tmp_path / "tables", tmp_path / "figures")
+    assert not (tmp_path / "tables").exists()
+
+
+def test_the_report_is_one_file_that_needs_no_network(runs_dir):
+    results = runs_dir.parent
+    shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")
+    made = report.make("smoke", runs_dir, results / "tables", results / "figures")
+    page = made.html.read_text(encoding="utf-8")
+    assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
+    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 3
+    assert "<script" not in page and "<link" not in page and not re.search(r'src="(?!data:)', page)
+    assert "import" not in page and "Traceback" not in page
+    assert 'href="runs/rte/tiny/sam/sam-2"' in page and "adamw, seed 2: missing" in page
+    assert str(runs_dir) not in page
+    assert all(path.exists() for path in made.tables + made.figures)
+
+
+def test_the_notebook_is_committed_without_outputs():
+    cells = json.loads(report.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_each_published_figure_has_a_source_and_is_in_points():
+    for path in sorted((report.ROOT / "results" / "reference").glob("*.csv")):
+        figures = pd.read_csv(path)
+        assert list(figures.columns) == ["model", "task", "metric", "value", "statistic", "source"]
+        assert figures.notna().all(axis=None) and figures["value"].between(40, 100).all()
+        assert not figures.duplicated(["model", "task", "metric"]).any()
+        assert figures["source"].str.startswith("https://").all()
+
+
+def test_rendering_writes_unix_lines(tmp_path):
+    text = pd.DataFrame({"a": ["1"]})
+    for path in rendering.write(Table("t", "c", ["note"], text, text), tmp_path):
+        assert b"\r" not in path.read_bytes()

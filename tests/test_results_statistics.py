@@ -1,0 +1,164 @@
+"""The comparisons: hand-derived values, agreement with scipy, and honest error rates in simulation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dsam.errors import UserError
+from dsam.results import statistics
+from dsam.results.statistics import compare, sign_flip_test, summarise
+
+
+def runs(scores: dict, model="tiny", status="finished") -> pd.DataFrame:
+    """A collected frame from {(method, task): [score per seed]}."""
+    rows = [
+        {"model": model, "task": task, "method_label": method, "optimizer": method.split(" ")[0], "seed": seed,
+         "id": f"{method}{task}{seed}", "status": status, "metric": "accuracy", "best": score, "last": score,
+         "majority": 0.5, "degenerate": score <= 0.5}
+        for (method, task), values in scores.items()
+        for seed, score in enumerate(values)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).astype({"seed": "Int64", "degenerate": "boolean", "best": float, "last": float})
+
+
+def test_five_seeds_on_one_task_cannot_give_less_than_a_sixteenth():
+    assert sign_flip_test({"rte": [0.01, 0.02, 0.03, 0.01, 0.02]}) == (2 / 32, 0.0625)
+
+
+def test_sign_flip_counts_the_patterns_at_least_as_extreme():
+    # Of the 8 signed sums of 1, 2, 3 the observed 1+2-3 = 0 is beaten or met by all.
+    assert sign_flip_test({"rte": [0.1, 0.2, -0.3]}) == (1.0, 0.25)
+    # |3+2-1| = 4: met by +-4 and +-6.
+    assert sign_flip_test({"rte": [0.3, 0.2, -0.1]})[0] == 4 / 8
+
+
+def test_a_zero_difference_has_no_sign_and_cannot_lower_the_smallest_p():
+    assert sign_flip_test({"rte": [0.1, 0.0, 0.2]}) == (0.5, 0.5)
+    assert sign_flip_test({"rte": [0.0, 0.0]}) == (1.0, 1.0)
+    assert np.isnan(sign_flip_test({})).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=9))
+def test_sign_flip_agrees_with_scipy(points):
+    differences = np.array(points) / 1000
+    expected = stats.permutation_test(
+        (differences, np.zeros_like(differences)),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples", vectorized=True, n_resamples=np.inf,
+    ).pvalue  # fmt: skip
+    assert sign_flip_test({"rte": differences})[0] == pytest.approx(min(expected, 1))
+
+
+def test_sampled_sign_flips_agree_with_enumerated_ones(monkeypatch):
+    differences = {"rte": np.random.default_rng(3).normal(0.4, 1, size=14)}
+    exact, _ = sign_flip_test(differences)
+    monkeypatch.setattr(statistics, "EXACT_CELLS", 13)
+    sampled, smallest = sign_flip_test(differences)
+    assert sampled == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000))
+    assert smallest == 2 / 2**14
+    assert sign_flip_test({"rte": np.ones(40)}) == (1 / 20_001, 1 / 20_001)  # the observed pattern counts itself
+
+
+def simulated_p(effect: float, trials: int) -> np.ndarray:
+    """p values for 3 tasks x 4 seeds, with differences of unit sd around `effect`."""
+    generator = np.random.default_rng(0)
+    draws = generator.normal(effect, 1, size=(trials, 3, 4))
+    return np.array([sign_flip_test(dict(enumerate(cells)))[0] for cells in draws])
+
+
+def test_without_an_effect_one_in_twenty_is_called_significant():
+    assert np.mean(simulated_p(0, 4000) <= 0.05) == pytest.approx(0.05, abs=0.011)  # 3 standard errors
+
+
+def test_power_is_near_that_of_the_t_test():
+    noncentrality, critical = 0.8 * np.sqrt(12), stats.t.ppf(0.975, 11)
+    expected = stats.nct.sf(critical, 11, noncentrality) + stats.nct.cdf(-critical, 11, noncentrality)
+    assert np.mean(simulated_p(0.8, 1500) <= 0.05) == pytest.approx(expected, abs=0.06)
+
+
+def test_every_task_weighs_the_same():
+    assert statistics.mean_difference({"rte": [0.02, 0.04], "mrpc": [0.01] * 8}) == pytest.approx(0.02)
+    assert np.isnan(statistics.mean_difference({}))
+
+
+def test_bootstrap_resamples_within_tasks():
+    # Constant within each task: whatever is drawn, the mean is that of the task.
+    assert statistics.bootstrap_interval({"rte": [0.02, 0.02], "mrpc": [0.0, 0.0]}) == pytest.approx((0.01, 0.01))
+    low, high = statistics.bootstrap_interval({"rte": [0.0, 0.1]})
+    assert (low, high) == (0.0, 0.1)  # 1/4 of the resamples are (0, 0), 1/4 (0.1, 0.1)
+    assert np.isnan(statistics.bootstrap_interval({"rte": [0.1], "mrpc": [0.1, 0.2]})).all()
+
+
+def test_bootstrap_interval_has_the_normal_width_for_many_seeds():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = statistics.bootstrap_interval({"rte": values})
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+
+
+def test_effect_size_and_probability_of_improvement_by_hand():
+    assert statistics.effect_size({"rte": [1, 2], "mrpc": [3]}) == 2  # mean 2, sd 1
+    assert np.isnan(statistics.effect_size({"rte": [1, 1]}))
+    # rte: of 4 pairs 2 win, 1 ties; mrpc: all win.
+    share = statistics.probability_of_improvement({"rte": [2, 3], "mrpc": [9]}, {"rte": [1, 3], "mrpc": [1]})
+    assert share == pytest.approx(((1 + 1 + 0.5 + 0) / 4 + 1) / 2)
+
+
+def test_average_ranks_use_the_tasks_that_all_have():
+    means = pd.DataFrame(
+        {"adamw": [0.6, 0.8, 0.7], "sam": [0.7, 0.8, None], "never": [None] * 3}, index=["rte", "mrpc", "cola"]
+    ).astype(float)
+    ranks = statistics.average_ranks(means)
+    assert ranks["adamw"] == (2 + 1.5) / 2 and ranks["sam"] == (1 + 1.5) / 2 and np.isnan(ranks["never"])
+
+
+def test_summary_by_hand():
+    frame = runs({("sam", "rte"): [0.6, 0.7, 0.5, 0.9, np.nan]})
+    frame.loc[3, "status"] = "diverged"
+    row = summarise(frame).iloc[0]
+    assert row["mean"] == pytest.approx(0.6) and row["sd"] == pytest.approx(0.1) and row["median"] == 0.6
+    assert (row["expected"], row["count"], row["diverged"], row["no_score"], row["degenerate"]) == (5, 3, 1, 1, 1)
+
+
+def test_compare_pairs_by_seed_and_names_what_has_no_pair():
+    frame = runs({("adamw", "rte"): [0.6, 0.5, 0.7], ("sam", "rte"): [0.7, 0.8, 0.71, 0.9]})
+    frame.loc[frame["id"] == "samrte1", "status"] = "failed"
+    row = compare(frame).set_index("method").loc["sam"]
+    assert row["difference"] == pytest.approx((0.1 + 0.01) / 2) and row["pairs"] == 2
+    assert row["missing_pairs"] == "rte seed 1: sam failed; rte seed 3: adamw not planned"
+    assert row["p"] == row["smallest_p"] == 0.5
+
+
+def test_holm_corrects_over_the_methods_of_a_model():
+    up = [0.61, 0.62, 0.63, 0.64, 0.65, 0.66]
+    base = [0.60] * 6
+    frame = runs({("adamw", "rte"): base, ("sam", "rte"): up, ("asam", "rte"): [0.61, 0.59, 0.62, 0.58, 0.6, 0.6]})
+    rows = compare(frame).set_index("method")
+    assert rows.loc["sam", "p"] == 2 / 64 and rows.loc["sam", "p_holm"] == 4 / 64
+    assert rows.loc["asam", "p_holm"] == rows.loc["asam", "p"] == 1
+    assert np.isnan(rows.loc["adamw", "p_holm"]) and rows.loc["sam", "average_rank"] == 1
+
+
+def test_an_ambiguous_baseline_compares_nothing():
+    frame = runs({("adamw (lr=1)", "rte"): [0.6], ("adamw (lr=2)", "rte"): [0.6], ("sam", "rte"): [0.7]})
+    assert compare(frame)["difference"].isna().all()
+    named = compare(frame, baseline="adamw (lr=2)").set_index("method")
+    assert named.loc["sam", "difference"] == pytest.approx(0.1)
+
+
+def test_adamw_2x_is_no_variant_of_adamw():
+    assert statistics.baseline_label(["adamw_2x", "adamw (lr=1)"], "adamw") == "adamw (lr=1)"
+
+
+def test_no_score_at_all_compares_nothing():
+    rows = compare(runs({("adamw", "rte"): [0.6, 0.7], ("sam", "rte"): [0.6, 0.7]}, status="failed"))
+    assert rows["difference"].isna().all() and rows["average_rank"].isna().all()
+
+
+def test_two_runs_in_one_cell_are_an_error_that_names_them():
+    frame = pd.concat([runs({("sam", "rte"): [0.6]}), runs({("sam", "rte"): [0.7]})], ignore_index=True)
+    with pytest.raises(UserError, match="2 runs share tiny, rte, sam, seed 0"):
+        summarise(frame)

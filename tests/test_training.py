@@ -1,0 +1,210 @@
+"""The training loop's parts against numbers derived by hand, and whole runs against each other."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_config import config
+
+from dsam.config import Train
+from dsam.glue import get_task
+from dsam.runs.identity import identify
+from dsam.runs.run import prepare, run
+from dsam.training.batches import epoch_order, evaluation_batches, pieces, training_subset
+from dsam.training.checkpoint import Checkpoints
+from dsam.training.loop import best, evaluate, learning_rate_factor, total_steps
+
+TRAIN = Train(epochs=3, batch_size=32, lr=1.0)
+
+
+def test_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
+    assert [learning_rate_factor(s, 2, 6) for s in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
+    assert learning_rate_factor(0, 0, 4) == 1
+
+
+def test_steps_and_evaluations_stretch_together():
+    plain, twice = config(), config("optimizer=adamw_2x")
+    assert total_steps(plain, 2000) == (8 * 63, 63)
+    assert total_steps(twice, 2000) == (2 * 8 * 63, 2 * 63)
+    assert total_steps(config("train.max_steps=5"), 2000) == (5, 63)
+    assert total_steps(config("train.max_steps=5", "optimizer=adamw_2x"), 2000) == (10, 126)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 128), min_size=1, max_size=40),
+    most=st.one_of(st.none(), st.integers(1, 12)),
+    overhead=st.one_of(st.none(), st.integers(0, 500)),
+)
+@settings(max_examples=200, deadline=None)
+def test_pieces_are_the_batch_and_never_dearer_than_it(lengths, most, overhead):
+    lengths = np.array(lengths)
+    batch = np.random.default_rng(0).permutation(len(lengths))
+    parts = pieces(batch, lengths, dataclasses.replace(TRAIN, micro_batch_size=most, piece_overhead=overhead))
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    assert all(1 <= len(p) <= (most or len(lengths)) for p in parts)
+    if most is None and overhead is not None:
+        cost = sum(len(p) * lengths[p].max() + overhead for p in parts)
+        assert cost <= len(lengths) * lengths.max() + overhead
+    if overhead is None:
+        assert list(np.concatenate(parts)) == list(batch)
+
+
+def test_pieces_by_hand():
+    lengths = np.array([10, 100, 10, 100])
+    cut = pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=50))
+    assert [sorted(p) for p in cut] == [[0, 2], [1, 3]]  # 220 tokens + 2 × 50 against 400 + 50
+    assert len(pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=200))) == 1
+
+
+def test_orders_are_permutations_that_differ_by_epoch_and_seed():
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert list(training_subset(10, None, 0)) == list(range(10))
+    assert len(set(training_subset(10, 4, 0))) == 4
+
+
+def test_evaluation_sees_every_example_once():
+    lengths = np.random.default_rng(0).integers(3, 128, 333)
+    batches = list(evaluation_batches(lengths, tokens=1000))
+    assert sorted(np.concatenate(batches)) == list(range(333))
+    assert all(len(b) * lengths[b].max() <= 1000 for b in batches)
+
+
+def test_best_is_the_earliest_of_equals_and_never_nan():
+    scores = [float("nan"), 0.5, 0.7, 0.7, float("nan")]
+    evaluations = [{"score": s, "step": i} for i, s in enumerate(scores)]
+    assert best(evaluations)["step"] == 2
+    assert best(evaluations[:1]) is None
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    assert checkpoints.load() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step, "tensor": torch.arange(1000)})
+    files = sorted((tmp_path / "checkpoint").glob("*.pt"))
+    assert len(files) == 2
+    files[-1].write_bytes(files[-1].read_bytes()[:-100])
+    assert checkpoints.load()["step"] == 2
+    assert "damaged" in capsys.readouterr().err
+    checkpoints.clear()
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def short(tmp_path, *more):
+    return config(
+        "train.max_steps=12", "tracking=disabled", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache", *more
+    )
+
+
+def lines(folder):
+    """metrics.jsonl without what a clock wrote."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sam", "asam", "dsam"])
+@pytest.mark.parametrize("task", ["agreement", "entailment", "similarity"])
+def test_one_configuration_gives_one_set_of_numbers(tmp_path, optimizer, task):
+    configs = [short(tmp_path / place, f"optimizer={optimizer}", f"task={task}") for place in "ab"]
+    one, other = (run(c) for c in configs)
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert one["evaluations"] == other["evaluations"]
+    assert lines(identify(configs[0]).folder) == lines(identify(configs[1]).folder)
+
+
+def test_rho_zero_is_adamw_through_the_whole_pipeline(tmp_path):
+    digests = {
+        run(short(tmp_path, *given))["weights_sha256"]
+        for given in (["optimizer=adamw"], ["optimizer=sam", "optimizer.rho=0"], ["optimizer=dsam", "optimizer.rho=0"])
+    }
+    assert len(digests) == 1
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    chosen = short(tmp_path, "optimizer=dsam", "train.max_train_examples=96", "train.epochs=3")
+    result = run(chosen)
+    folder = identify(chosen).folder
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "provenance.json", "result.json"}
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["train"]["steps"] == 9
+    assert result["train"]["forwards_per_step"] == pytest.approx(3)
+    assert result["train"]["backwards_per_step"] == pytest.approx(2)
+    assert [e["epoch"] for e in result["evaluations"]] == [1, 2, 3]
+    assert result["best"] in result["evaluations"]
+    assert result["last"] == result["evaluations"][-1]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["identity"]["data"].startswith("builtin")
+
+
+def test_a_finished_run_is_returned_without_work(tmp_path, monkeypatch):
+    chosen = short(tmp_path)
+    first = run(chosen)
+    monkeypatch.setattr("dsam.runs.run.prepare", lambda config: pytest.fail("worked again"))
+    assert run(chosen) == first
+
+
+@pytest.mark.parametrize("contents", ["", '{"status": "fin', "[]", '{"status": "finished", "id": "another"}'])
+def test_a_broken_result_is_set_aside_and_done_again(tmp_path, contents):
+    chosen = short(tmp_path)
+    first = run(chosen)
+    path = identify(chosen).folder / "result.json"
+    path.write_text(contents)
+    again = run(chosen)
+    assert again["weights_sha256"] == first["weights_sha256"]
+    assert path.with_name("result.json.damaged").read_text() == contents
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "dsam"])
+def test_divergence_is_recorded_as_such(tmp_path, optimizer):
+    # A learning rate at which float32 overflows within a few steps.
+    chosen = short(tmp_path, f"optimizer={optimizer}", "train.lr=1e30", "train.warmup_ratio=0", "train.max_steps=30")
+    result = run(chosen)
+    assert result["status"] == "diverged"
+    assert "step" in result["diverged"]
+    assert result["train"]["steps"] < 30
+    assert "NaN" not in (identify(chosen).folder / "result.json").read_text()
+
+
+def test_bfloat16_keeps_weights_in_float32_and_probes_exact(tmp_path):
+    chosen = short(tmp_path, "optimizer=dsam", "train.precision=bfloat16", "checkpoint.keep_weights=true")
+    result = run(chosen)
+    assert result["status"] == "finished"
+    # one forward more than in float32: the losses that the float32 probes are compared with
+    assert result["train"]["forwards_per_step"] == pytest.approx(4)
+    from safetensors.torch import load_file
+
+    weights = load_file(identify(chosen).folder / "last" / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+
+
+def test_micro_batches_train_as_the_whole_batch_does(tmp_path):
+    """Without dropout, whose masks fall on other examples."""
+    results = [
+        run(short(tmp_path, "optimizer=dsam", "train.dropout=0", *more))
+        for more in ([], ["train.micro_batch_size=5"], ["train.piece_overhead=10"], ["train.micro_batch_size=7", "optimizer.recompute=true"])
+    ]
+    for other in results[1:]:
+        assert other["last"]["loss"] == pytest.approx(results[0]["last"]["loss"], rel=2e-3)
+    assert len({r["id"] for r in results}) == 4
+
+
+def test_kept_weights_give_the_recorded_scores_again(tmp_path):
+    chosen = short(tmp_path, "checkpoint.keep_weights=true", "task=similarity")
+    result = run(chosen)
+    ready = prepare(config("task=similarity", "model=encoder", f"model.path={identify(chosen).folder / 'best'}", f"paths.cache={tmp_path}/cache"))
+    again = evaluate(get_task("similarity"), ready.data, ready.network.eval(), ready.device)
+    assert again["score"] == pytest.approx(result["best"]["score"], abs=1e-6)
+
+
+def test_the_head_follows_seeds_init_and_the_data_order_seeds_data(tmp_path):
+    head = [prepare(short(tmp_path, *g)).network.classifier.weight for g in (["seed=3"], ["seed=4", "seeds.init=3"], ["seed=4"])]
+    assert torch.equal(head[0], head[1])
+    assert not torch.equal(head[0], head[2])
