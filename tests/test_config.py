@@ -119,7 +119,7 @@ def test_the_same_numbers_have_the_same_identity(one, other):
         ["seed=1"],
         ["seeds.init=1"],
         ["seeds.data=1"],
-        ["train.lr=1e-3"],
+        ["train.lr=3e-3"],
         ["train.max_steps=5"],
         ["train.precision=bfloat16"],
         ["optimizer=sam"],

@@ -107,6 +107,9 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
                 + (f"{len(missing)} missing, e.g. {sorted(missing)[0]}" if missing else "")
                 + (f"{len(mismatched)} of another shape, e.g. {sorted(mismatched)[0]}" if mismatched else "")
             )
+        for tensor in [*network.parameters(), *network.buffers()]:
+            # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
+            tensor.data = tensor.data.clone()
     if len(tokenizer) > network.get_input_embeddings().num_embeddings:
         raise UserError(
             f"model {model.path or model.name}: the tokenizer has {len(tokenizer)} tokens and the model "
