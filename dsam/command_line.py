@@ -1,6 +1,8 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +39,9 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
         checked = iter(overrides.check(parsed.overrides, CONF))
         given = set(parsed.overrides)
         sys.argv[1:] = [next(checked) if argument in given else argument for argument in arguments]
-    main()
+    with tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
+        os.environ["DSAM_SCRATCH"] = scratch  # for the files that Hydra insists on writing
+        main()
 
 
 def load(cfg: DictConfig) -> Config:

@@ -45,6 +45,7 @@ class Method:
         self.generator = torch.Generator(self.params[0].device)
         self.generator.manual_seed(seed)
         self.report: dict[str, float | Tensor] = {}
+        self.ranks = None  # dsam.integrations.distributed sets it where the ascent is that of all processes together
 
     def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Adds the step's gradient to `.grad` and returns the mean loss at w (0-dim, detached).
@@ -62,6 +63,7 @@ class Method:
             raise ValueError("backward needs at least one closure")
         self.report = {"forwards": 0.0, "backwards": 0.0}
         self._states: list[list[Tensor] | None] = [None] * len(closures)
+        self._sizes = [0] * len(closures)
         with self._buffers_kept():
             loss = self._backward(closures, scaler)
         if scaler is None:
@@ -103,6 +105,7 @@ class Method:
                 "the closure must return per-example losses of shape (B,), e.g. with reduction='none'; "
                 f"got shape {tuple(losses.shape)}"
             )
+        self._sizes[k] = len(losses)
         return losses
 
     def _gradient(self, closures: list[Closure], params: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:

@@ -29,6 +29,8 @@ class SAM(Method):
     def _backward(self, closures: list[Closure], scaler) -> Tensor:
         losses, gradient = self._ascent_gradient(closures)
         loss = losses.mean()
+        if self.ranks is not None:
+            loss, gradient = self.ranks.joint(loss, gradient, self.params, len(losses))
         self._clean_pass_done()
         direction, norm = self._direction(gradient)
         if scaler is not None and not torch.isfinite(norm):

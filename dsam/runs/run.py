@@ -35,6 +35,8 @@ def run(config: Config) -> dict:
         return result
 
     ready = prepare(config)
+    for note in ready.notes:
+        print(note)
     task, network, data, device = ready.task, ready.network, ready.data, ready.device
     method = METHODS[config.optimizer.method](network, seed=config.seeds.data, **config.optimizer.options)
 

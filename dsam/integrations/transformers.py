@@ -1,0 +1,167 @@
+"""Any method under the Hugging Face `Trainer`: accumulation, clipping, mixed precision, several processes, resume.
+
+    from dsam import DeltaSAM
+    from dsam.integrations.transformers import SharpnessAwareTrainer
+
+    trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=lambda model: DeltaSAM(model, rho=0.05))
+    trainer.train()
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..errors import did_you_mean
+from ..methods import METHODS, Method, example_losses
+from .distributed import Distributed
+
+METHOD_STATE = "dsam_method{rank}.pt"
+"""In a checkpoint's folder: the method's state; with several processes one file for each."""
+
+LossFunction = Callable[[Any, Tensor], Tensor]
+"""(the model's output, labels (B, …)) -> per-example losses (B,)."""
+
+
+def classifier_losses(outputs: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy (B,) of a sequence classifier for integer labels (B,), squared error for float ones."""
+    if labels.ndim != 1:
+        raise ValueError(f"labels of shape {tuple(labels.shape)}: pass losses=, which returns one loss per example")
+    return example_losses(outputs.logits, labels)
+
+
+class SharpnessAwareMixin:
+    """Put before `Trainer` (or a subclass that keeps its `training_step`) in the list of bases.
+
+    A step is that of its whole batch: `gradient_accumulation_steps` micro-batches are collected, then the ascent runs
+    over all of them and the descent over all, so the result equals that of the undivided batch, also where the last
+    micro-batch is smaller. The model is called without its labels; so no loss scaling of the Trainer
+    (`num_items_in_batch`, division by the accumulation steps) enters, and the logged loss is the mean over the
+    batch's examples at w. The method's report (perturbation_norm, …) is logged beside it.
+
+    Args:
+        method: a name from `dsam.METHODS`, a Method class, or a function of the model that returns a Method.
+        method_options: keywords for a name or a class; `seed` is `args.data_seed` or `args.seed` unless given.
+        losses: (outputs, labels) -> per-example losses (B,), by default `classifier_losses`.
+        ascent: with several processes "global" or "local", see `dsam.integrations.distributed.Distributed`.
+
+    Checkpoints also hold the method's state, and `train(resume_from_checkpoint=…)` goes on bit for bit.
+
+    Raises:
+        ValueError: an unknown method, or a setting that would not do what it says here: DataParallel (start one
+            process per GPU with torchrun), FSDP, DeepSpeed, `compute_loss_func`, label smoothing without `losses`.
+        NonFiniteGradient: out of `train`; the step was not taken. With fp16 the scaler skips the step instead.
+    """
+
+    def __init__(
+        self,
+        *args,
+        method: str | type[Method] | Callable[[nn.Module], Method] = "delta_sam",
+        method_options: Mapping[str, Any] | None = None,
+        losses: LossFunction | None = None,
+        ascent: str = "global",
+        **kwargs,
+    ):
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise ValueError(f"unknown method '{method}'; {did_you_mean(method, METHODS)}")
+            method = METHODS[method]
+        if ascent not in ("global", "local"):
+            raise ValueError(f"ascent must be 'global' or 'local', got {ascent!r}")
+        if method_options and not isinstance(method, type):
+            raise ValueError("method_options go with a method's name or class; a function takes care of its own")
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func returns one number; pass losses=, which returns one loss per example")
+        if self.args.label_smoothing_factor and losses is None:
+            raise ValueError("label_smoothing_factor is not applied here: pass losses= with the smoothing in it")
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel over several GPUs is not supported: start one process per GPU with torchrun")
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(f"{self.accelerator.distributed_type.value} is not supported: it shards the weights")
+        self._make_method, self._method_options = method, dict(method_options or {})
+        self._example_losses, self._ascent = losses or classifier_losses, ascent
+        self.method: Method | Distributed | None = None
+        self._pending: list[_TrainerLosses] = []
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        options = {}
+        if isinstance(self._make_method, type):
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            options = {"seed": seed} | self._method_options
+        self.method = self._make_method(self.model, **options)
+        if self.accelerator.num_processes > 1:
+            self.method = Distributed(self.method, model, ascent=self._ascent)
+        self._pending = []
+        if resume_from_checkpoint is not None:
+            path = self._method_path(resume_from_checkpoint)
+            if os.path.isfile(path):  # else it is the checkpoint of another trainer, which only has the weights
+                self.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return model, train_dataloader
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._pending = []  # of a batch that the data ended before it was whole
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Keeps the micro-batch; at the batch's last one takes the whole batch. Returns the batch's mean loss, or 0."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        self._pending.append(_TrainerLosses(self, model, self._prepare_inputs(inputs)))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        closures, self._pending = self._pending, []
+        return self.method.backward(closures, scaler=self.accelerator.scaler)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.method is not None and "loss" in logs:
+            passes = ("forwards", "backwards", "gradient_norm")
+            logs = logs | {k: float(v) for k, v in self.method.report.items() if k not in passes}
+        super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        torch.save(self.method.state_dict(), self._method_path(output_dir))
+
+    def _method_path(self, folder: str) -> str:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return os.path.join(folder, METHOD_STATE.format(rank=rank))
+
+
+class SharpnessAwareTrainer(SharpnessAwareMixin, Trainer):
+    """`Trainer` with a method; see `SharpnessAwareMixin`."""
+
+
+class _TrainerLosses:
+    """The closure of one micro-batch."""
+
+    def __init__(self, trainer: SharpnessAwareMixin, model: nn.Module, batch: Mapping[str, Any]):
+        if "labels" not in batch:
+            raise ValueError(f"the batch has no 'labels', only {', '.join(batch)}")
+        self.trainer, self.model = trainer, model
+        self.inputs = {name: value for name, value in batch.items() if name != "labels"}
+        self.labels = batch["labels"]
+        # Accelerate puts autocast into the model's forward: a caller's own autocast, or none, changes nothing there.
+        native = trainer.accelerator.native_amp
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.autocast = types.get(trainer.accelerator.mixed_precision) if native else None
+
+    def __call__(self) -> Tensor:
+        return self.trainer._example_losses(self.model(**self.inputs), self.labels)
+
+    def in_float32(self) -> Tensor:
+        network = self.trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with torch.autocast(self.labels.device.type, enabled=False):
+            outputs = getattr(network, "_original_forward", network)(**self.inputs)
+        return self.trainer._example_losses(outputs, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)

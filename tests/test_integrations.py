@@ -1,0 +1,274 @@
+"""Methods under the real Hugging Face `Trainer`, against the stock Trainer and loops written by hand."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from dsam import SAM, DeltaSAM, NonFiniteGradient, Plain
+from dsam.integrations.transformers import SharpnessAwareTrainer
+
+LR = 1e-2
+
+
+def network(dropout=0.0, num_labels=3, seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=12,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=num_labels,
+        )
+    )
+
+
+def examples(n=64, num_labels=3):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (n, 10), generator=g)
+    labels = torch.randn(n, generator=g) if num_labels == 1 else torch.randint(0, num_labels, (n,), generator=g)
+    return [{"input_ids": i, "attention_mask": torch.ones(10, dtype=torch.long), "labels": y} for i, y in zip(ids, labels)]
+
+
+def arguments(folder, steps=4, **options):
+    options = {"per_device_train_batch_size": 32, "max_grad_norm": 0.0, "optim": "sgd", "seed": 5} | options
+    return TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **{"save_strategy": "no"} | options,
+    )
+
+
+class InOrder:
+    """Batches in the data's own order, so that another loop can take the same ones."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Stock(InOrder, Trainer):
+    pass
+
+
+class Ours(InOrder, SharpnessAwareTrainer):
+    pass
+
+
+def losses_logged(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def trained(kind, folder, model=None, data=None, steps=4, callbacks=None, resume=None, args=None, **options):
+    trainer = kind(
+        model or network(),
+        arguments(folder, steps, **args or {}),
+        train_dataset=data or examples(),
+        callbacks=callbacks,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_same(a, b, **tolerance):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def moved(model):
+    return sum(float((p - q).square().sum()) for p, q in zip(model.parameters(), network().parameters())) ** 0.5
+
+
+EXACT = {"rtol": 0, "atol": 0}
+CLOSE = {"rtol": 0, "atol": 1e-6}
+
+
+def by_hand(method, size=32, steps=4, clip=None, num_labels=3):
+    """`steps` SGD steps in order over the data; the per-example losses are written out here."""
+    model, data = network(num_labels=num_labels), examples(num_labels=num_labels)
+    model.train()
+    method = method(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    seen, norms = [], []
+    for step in range(steps):
+        batch = [data[(step * size + i) % len(data)] for i in range(size)]
+        ids, mask, labels = (torch.stack([e[k] for e in batch]) for k in ("input_ids", "attention_mask", "labels"))
+
+        def losses(ids=ids, mask=mask, labels=labels):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            if labels.is_floating_point():
+                return (logits[:, 0] - labels) ** 2
+            return -logits.log_softmax(1)[torch.arange(len(labels)), labels]
+
+        seen.append(float(method.backward(losses)))
+        if clip:
+            norms.append(float(clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, seen, norms
+
+
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_plain_equals_the_stock_trainer(tmp_path, num_labels):
+    data = examples(num_labels=num_labels)
+    stock = trained(Stock, tmp_path, network(num_labels=num_labels), data)
+    ours = trained(Ours, tmp_path, network(num_labels=num_labels), data, method="plain")
+    assert losses_logged(ours) == pytest.approx(losses_logged(stock), abs=1e-6)
+    assert_same(ours.model, stock.model, **CLOSE)
+
+
+@pytest.mark.parametrize("make", [lambda m: SAM(m, 0.1), lambda m: DeltaSAM(m, 0.1, seed=5)])
+def test_a_method_equals_a_loop_by_hand(tmp_path, make):
+    reference, losses, _ = by_hand(make)
+    ours = trained(Ours, tmp_path, method=make)
+    assert losses_logged(ours) == pytest.approx(losses, abs=1e-6)
+    assert_same(ours.model, reference, **CLOSE)
+    plain, _, _ = by_hand(Plain)
+    with pytest.raises(AssertionError):  # ρ = 0.1 can be told from 0
+        assert_same(ours.model, plain, **CLOSE)
+    assert ours.state.log_history[0]["perturbation_norm"] == pytest.approx(0.1, rel=1e-5)
+
+
+def test_a_method_by_name_takes_options_and_the_seed_of_the_arguments(tmp_path):
+    named = trained(Ours, tmp_path, method="delta_sam", method_options={"rho": 0.1})
+    reference, _, _ = by_hand(lambda m: DeltaSAM(m, 0.1, seed=5))
+    assert_same(named.model, reference, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["plain", "sam", "delta_sam"])
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_accumulated_micro_batches_equal_the_undivided_batch(tmp_path, method, num_labels):
+    data = examples(num_labels=num_labels)
+    whole = trained(Ours, tmp_path, network(num_labels=num_labels), data, method=method)
+    cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    pieces = trained(Ours, tmp_path, network(num_labels=num_labels), data, method=method, args=cut)
+    assert pieces.state.global_step == 4
+    assert losses_logged(pieces) == pytest.approx(losses_logged(whole), abs=1e-6)
+    assert_same(pieces.model, whole.model, **CLOSE)
+
+
+def test_a_smaller_last_micro_batch_counts_by_its_size(tmp_path):
+    data = examples(29)  # an epoch: 12, 12, 5
+    pieces = trained(
+        Ours,
+        tmp_path,
+        data=data,
+        steps=1,
+        method=lambda m: SAM(m, 0.1),
+        args={"per_device_train_batch_size": 12, "gradient_accumulation_steps": 4},
+    )
+    whole = trained(Ours, tmp_path, data=data, steps=1, method=lambda m: SAM(m, 0.1))
+    assert moved(whole.model) > 1e-3
+    assert_same(pieces.model, whole.model, **CLOSE)
+
+
+def test_the_gradient_is_clipped_to_max_grad_norm(tmp_path):
+    clip = 0.05
+    reference, _, norms = by_hand(lambda m: SAM(m, 0.1), clip=clip)
+    assert min(norms) > clip
+    ours = trained(Ours, tmp_path, method=lambda m: SAM(m, 0.1), args={"max_grad_norm": clip})
+    assert [line["grad_norm"] for line in ours.state.log_history if "grad_norm" in line] == pytest.approx(norms, rel=1e-4)
+    assert_same(ours.model, reference, **CLOSE)
+    one = trained(Ours, tmp_path, steps=1, method=lambda m: SAM(m, 0.1), args={"max_grad_norm": clip})
+    assert moved(one.model) == pytest.approx(LR * clip, rel=1e-3)
+
+
+@pytest.mark.parametrize("mask", ["same", "fresh"])
+@pytest.mark.parametrize("saved_at", [3, 4])  # in the middle and at the end of an epoch of four steps
+def test_resumed_training_is_bit_for_bit_that_which_was_not_interrupted(tmp_path, mask, saved_at):
+    args = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "optim": "adamw_torch",
+        "save_strategy": "steps",
+        "save_steps": saved_at,
+    }
+
+    def run(folder, **options):
+        make = {"method": "delta_sam", "method_options": {"rho": 0.1, "mask": mask}}
+        return trained(SharpnessAwareTrainer, folder, network(dropout=0.1), steps=6, args=args, **make, **options)
+
+    uninterrupted = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{saved_at}"))
+    assert resumed.state.global_step == 6
+    assert_same(resumed.model, uninterrupted.model, **EXACT)
+    assert torch.equal(resumed.method.generator.get_state(), uninterrupted.method.generator.get_state())
+    # The state that the test is about matters: without it the probes (and fresh masks) are others.
+    (tmp_path / "a" / f"checkpoint-{saved_at}" / "dsam_method.pt").unlink()
+    without = run(tmp_path / "c", resume=str(tmp_path / "a" / f"checkpoint-{saved_at}"))
+    with pytest.raises(AssertionError):
+        assert_same(without.model, uninterrupted.model, **EXACT)
+
+
+def test_bfloat16_autocast_reaches_the_passes_but_not_the_probes(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+                lambda module, inputs, output: seen.append((output.dtype, torch.is_grad_enabled()))
+            )
+
+    ours = trained(
+        Ours, tmp_path, steps=2, callbacks=[Watch()], method=lambda m: DeltaSAM(m, 0.1, seed=5), args={"bf16": True}
+    )
+    passes, probes = (torch.bfloat16, True), (torch.float32, False)
+    assert seen == 2 * [passes, probes, probes, passes]  # ascent; w and w + v in float32; descent
+    reference, losses, _ = by_hand(lambda m: DeltaSAM(m, 0.1, seed=5), steps=2)
+    assert losses_logged(ours) == pytest.approx(losses, abs=2e-2)
+    distance = sum(float((p - q).square().sum()) for p, q in zip(ours.model.parameters(), reference.parameters())) ** 0.5
+    assert distance < 0.05 * moved(reference)
+
+
+def test_own_losses_per_example(tmp_path):
+    def doubled(outputs, labels):
+        return 2 * nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    one, two = (trained(Ours, tmp_path, steps=1, method="plain", losses=f) for f in (None, doubled))
+    assert losses_logged(two) == pytest.approx([2 * x for x in losses_logged(one)], rel=1e-5)
+    assert moved(two.model) == pytest.approx(2 * moved(one.model), rel=1e-3)
+
+
+def test_evaluation_and_prediction_are_the_stock_ones(tmp_path):
+    ours = trained(Ours, tmp_path, steps=1, method="sam")
+    stock = Stock(ours.model, arguments(tmp_path), train_dataset=examples())
+    assert ours.evaluate(examples())["eval_loss"] == pytest.approx(stock.evaluate(examples())["eval_loss"], rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_ends_training_with_the_weights_as_they_were(tmp_path):
+    with pytest.raises(NonFiniteGradient):
+        trained(Ours, tmp_path, model := network(), method="sam", losses=lambda o, y: o.logits.sum(1) * torch.inf)
+    assert_same(model, network(), **EXACT)
+
+
+def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
+    for options, args, message in (
+        ({"method": "dsam"}, {}, "unknown method 'dsam'; did you mean"),
+        ({"method": "sam", "ascent": "both"}, {}, "ascent must be 'global' or 'local'"),
+        ({"method": lambda m: SAM(m), "method_options": {"rho": 1.0}}, {}, "method_options"),
+        ({"compute_loss_func": lambda *a, **k: None}, {}, "pass losses="),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Ours(network(), arguments(tmp_path, **args), train_dataset=examples(), **options)
+
+
+def test_import_dsam_does_not_import_the_integrations():
+    code = "import sys, dsam; sys.exit(any(m.startswith(('dsam.integrations', 'transformers', 'accelerate')) for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
