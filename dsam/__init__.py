@@ -1,20 +1,57 @@
 """Sharpness-aware fine-tuning: SAM, δ-SAM (a reconstruction) and their relatives as replacements for `loss.backward()`."""
 
 from .errors import NonFiniteGradient
-from .methods import ASAM, METHODS, SAM, WEIGHTINGS, DeltaSAM, ExampleLosses, Method, Plain, Probe, Weighting
+from .methods import (
+    AESAM,
+    ASAM,
+    ESAM,
+    FSAM,
+    GSAM,
+    METHODS,
+    R3F,
+    SAM,
+    SAMON,
+    SMART,
+    WEIGHTINGS,
+    DeltaSAM,
+    ExampleLosses,
+    FreeLB,
+    GroupSAM,
+    LookSAM,
+    Method,
+    MomentumSAM,
+    PerInstance,
+    Plain,
+    Probe,
+    RDrop,
+    Weighting,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AESAM",
     "ASAM",
+    "ESAM",
+    "FSAM",
+    "GSAM",
     "METHODS",
+    "R3F",
     "SAM",
+    "SAMON",
+    "SMART",
     "WEIGHTINGS",
     "DeltaSAM",
     "ExampleLosses",
+    "FreeLB",
+    "GroupSAM",
+    "LookSAM",
     "Method",
+    "MomentumSAM",
     "NonFiniteGradient",
+    "PerInstance",
     "Plain",
     "Probe",
+    "RDrop",
     "Weighting",
 ]

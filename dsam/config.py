@@ -23,11 +23,12 @@ class Model:
     revision: str | None = None
     path: str | None = None
     architecture: dict[str, Any] | None = None
-    # What follows are the model's usual recipe and habits, which `train` and `device` take up.
+    # What follows are the model's usual recipe and habits, which `train`, `optimizer` and `device` take up.
     epochs: int = 3
     batch_size: int = 32
     lr: float = 2e-5
     weight_decay: float = 0.01
+    rho: float = 0.05
     threads: int | None = None
     piece_overhead: int | None = None
 

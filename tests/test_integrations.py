@@ -1,10 +1,13 @@
 """Methods under the real Hugging Face `Trainer`, against the stock Trainer and loops written by hand."""
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -36,7 +39,10 @@ def examples(n=64, num_labels=3):
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (n, 10), generator=g)
     labels = torch.randn(n, generator=g) if num_labels == 1 else torch.randint(0, num_labels, (n,), generator=g)
-    return [{"input_ids": i, "attention_mask": torch.ones(10, dtype=torch.long), "labels": y} for i, y in zip(ids, labels)]
+    return [
+        {"input_ids": i, "attention_mask": torch.ones(10, dtype=torch.long), "labels": y}
+        for i, y in zip(ids, labels, strict=True)
+    ]
 
 
 def arguments(folder, steps=4, **options):
@@ -91,8 +97,13 @@ def assert_same(a, b, **tolerance):
         torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def distance(a, b):
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return sum(float((p - q).detach().square().sum()) for p, q in pairs) ** 0.5
+
+
 def moved(model):
-    return sum(float((p - q).square().sum()) for p, q in zip(model.parameters(), network().parameters())) ** 0.5
+    return distance(model, network())
 
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -183,7 +194,9 @@ def test_the_gradient_is_clipped_to_max_grad_norm(tmp_path):
     reference, _, norms = by_hand(lambda m: SAM(m, 0.1), clip=clip)
     assert min(norms) > clip
     ours = trained(Ours, tmp_path, method=lambda m: SAM(m, 0.1), args={"max_grad_norm": clip})
-    assert [line["grad_norm"] for line in ours.state.log_history if "grad_norm" in line] == pytest.approx(norms, rel=1e-4)
+    assert [line["grad_norm"] for line in ours.state.log_history if "grad_norm" in line] == pytest.approx(
+        norms, rel=1e-4
+    )
     assert_same(ours.model, reference, **CLOSE)
     one = trained(Ours, tmp_path, steps=1, method=lambda m: SAM(m, 0.1), args={"max_grad_norm": clip})
     assert moved(one.model) == pytest.approx(LR * clip, rel=1e-3)
@@ -232,8 +245,7 @@ def test_bfloat16_autocast_reaches_the_passes_but_not_the_probes(tmp_path):
     assert seen == 2 * [passes, probes, probes, passes]  # ascent; w and w + v in float32; descent
     reference, losses, _ = by_hand(lambda m: DeltaSAM(m, 0.1, seed=5), steps=2)
     assert losses_logged(ours) == pytest.approx(losses, abs=2e-2)
-    distance = sum(float((p - q).square().sum()) for p, q in zip(ours.model.parameters(), reference.parameters())) ** 0.5
-    assert distance < 0.05 * moved(reference)
+    assert distance(ours.model, reference) < 0.05 * moved(reference)
 
 
 def test_own_losses_per_example(tmp_path):
@@ -270,5 +282,46 @@ def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
 
 
 def test_import_dsam_does_not_import_the_integrations():
-    code = "import sys, dsam; sys.exit(any(m.startswith(('dsam.integrations', 'transformers', 'accelerate')) for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    unwanted = ("dsam.integrations", "transformers", "accelerate")
+    code = f"import sys, dsam; print([m for m in sys.modules if m.startswith({unwanted})])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def a_rank(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    found = {}
+    cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    for name, options in TWO_PROCESSES.items():
+        trainer = trained(Ours, folder, steps=2, args=cut, method=lambda m: DeltaSAM(m, 0.1, seed=5), **options)
+        assert trainer.accelerator.num_processes == 2
+        found[name] = losses_logged(trainer), trainer.model.state_dict()
+    saving = cut | {"save_strategy": "steps", "save_steps": 1}
+    options = {"method": lambda m: DeltaSAM(m, 0.1, seed=5), "args": saving}
+    trained(Ours, folder / "saved", steps=2, **options)
+    resumed = trained(Ours, folder / "saved", steps=2, resume=str(folder / "saved" / "checkpoint-1"), **options)
+    found["resumed"] = [], resumed.model.state_dict()
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+TWO_PROCESSES = {"global": {"ascent": "global"}, "local": {"ascent": "local"}}
+
+
+def test_two_processes_equal_one_with_the_joint_batch_and_resume_exactly(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(a_rank, (port, tmp_path), nprocs=2)
+    one = trained(Ours, tmp_path, steps=2, method=lambda m: DeltaSAM(m, 0.1, seed=5))
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        losses, weights = found["global"]
+        if rank == 0:  # only the first process logs
+            assert losses == pytest.approx(losses_logged(one), abs=1e-6)
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, **CLOSE)
+            assert torch.equal(found["resumed"][1][name], weights[name])
+        _, local = found["local"]
+        assert max(float((weights[k] - local[k]).abs().max()) for k in weights) > 1e-5

@@ -10,7 +10,10 @@ from pytorch_optimizer import SAM as ReferenceSAM
 from torch import nn
 
 from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
-from dsam.methods import WEIGHTINGS
+from dsam.methods import WEIGHTINGS as ALL_WEIGHTINGS
+
+# Those that look inside the model or at the logits have their own tests in test_exact_weightings.py.
+WEIGHTINGS = {n: w for n, w in ALL_WEIGHTINGS.items() if not w.exact and not w.needs_logits}
 
 ALL = {
     "plain": lambda p, rho, **o: Plain(p, **o),
@@ -99,6 +102,8 @@ def test_delta_sam_on_a_quadratic_is_the_closed_form(weighting, power, mix):
         score = torch.ones(5, dtype=torch.float64)
     elif weighting == "probe":
         score = (first + second).abs()
+    elif weighting == "confidence":
+        score = torch.exp(-closure().detach())
     elif weighting == "curvature":
         slope = first.abs() / 0.7
         score = (2 * second).abs() / 0.49 / torch.maximum(slope, 0.3 * slope.mean())

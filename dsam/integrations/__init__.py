@@ -1,1 +1,1 @@
-"""Methods inside other people's training loops. Import what you use: `dsam.integrations.transformers` or `.distributed`."""
+"""Methods inside other training loops; import what you use: `dsam.integrations.transformers`, `.distributed`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -59,9 +59,13 @@ class Distributed:
         if ascent == "global" and type(method)._backward is not Method._backward:
             if not _ascends_once(method):
                 raise ValueError(f"{type(method).__name__} cannot ascend on the joint batch; use ascent='local'")
-            method.ranks = self
             if isinstance(method, DeltaSAM):
+                joint_only = {"cosines", "gram"}.intersection(method.weighting.exact)
+                if joint_only:  # products with other examples, which a rank's own backward pass does not have
+                    name, needs = type(method.weighting).__name__, ", ".join(sorted(joint_only))
+                    raise ValueError(f"weighting {name} needs the joint batch's {needs}; use ascent='local'")
                 method.weighting = _JointWeighting(method.weighting, self)
+            method.ranks = self
 
     def __getattr__(self, name: str):
         if name == "method":  # while unpickling or copying, before __init__
@@ -187,18 +191,11 @@ class _JointWeighting:
         return getattr(self.weighting, name)
 
     def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
-        others = [
-            f.name
-            for f in fields(probe)
-            if f.name not in ("rho", "radius", "dimension", "plus", "minus") and getattr(probe, f.name) is not None
-        ]
-        if others:  # dot products with this rank's gradient, say, which are not those with the joint one
-            raise ValueError(
-                f"{type(self.weighting).__name__} needs {', '.join(others)}, which only a rank's own batch gives: "
-                "use ascent='local'"
-            )
         everyone, start = self.ranks.gather(losses)
-        seen = {n: self.ranks.gather(getattr(probe, n))[0] for n in ("plus", "minus") if getattr(probe, n) is not None}
+        seen = {name: getattr(probe, name) for name in ("plus", "minus", "norms", "curvature", "labels", "logits")}
+        seen = {name: value for name, value in seen.items() if value is not None}
+        for name, value in seen.items():  # the examples are the last axis, except in logits (B, C)
+            seen[name] = self.ranks.gather(value.mT)[0].mT if name == "logits" else self.ranks.gather(value)[0]
         self.joint = self.weighting(everyone, replace(probe, **seen))
         # `Distributed.joint` averages the ranks' gradients by size: scaled like this, their average is Σ p_i g_i.
         return self.joint[start : start + len(losses)] * (len(everyone) / len(losses))

@@ -1,10 +1,10 @@
 """Any method under the Hugging Face `Trainer`: accumulation, clipping, mixed precision, several processes, resume.
 
-    from dsam import DeltaSAM
-    from dsam.integrations.transformers import SharpnessAwareTrainer
+from dsam import DeltaSAM
+from dsam.integrations.transformers import SharpnessAwareTrainer
 
-    trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=lambda model: DeltaSAM(model, rho=0.05))
-    trainer.train()
+trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=lambda model: DeltaSAM(model, rho=0.05))
+trainer.train()
 """
 
 import os
@@ -154,14 +154,25 @@ class _TrainerLosses:
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self.autocast = types.get(trainer.accelerator.mixed_precision) if native else None
 
+        self.logits: Tensor | None = None  # of the latest call: some weightings read them
+
     def __call__(self) -> Tensor:
-        return self.trainer._example_losses(self.model(**self.inputs), self.labels)
+        return self._losses(self.model(**self.inputs))
 
     def in_float32(self) -> Tensor:
         network = self.trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with torch.autocast(self.labels.device.type, enabled=False):
             outputs = getattr(network, "_original_forward", network)(**self.inputs)
+        return self._losses(outputs)
+
+    def _losses(self, outputs: Any) -> Tensor:
+        logits = getattr(outputs, "logits", None)
+        self.logits = None if logits is None else logits.detach()
         return self.trainer._example_losses(outputs, self.labels)
+
+    def subset(self, indices: list[int]) -> "_TrainerLosses":
+        batch = {n: v[indices] if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
+        return _TrainerLosses(self.trainer, self.model, batch | {"labels": self.labels[indices]})
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -3,13 +3,45 @@
 import inspect
 from typing import Any
 
+from .ae_sam import AESAM
 from .base import Closure, Method, Plain
 from .delta_sam import DeltaSAM
+from .esam import ESAM
+from .freelb import FreeLB
+from .fsam import FSAM
+from .gsam import GSAM
+from .looksam import LookSAM
 from .losses import ExampleLosses, example_losses
+from .m_sam import GroupSAM, PerInstance
+from .msam import MomentumSAM
+from .r3f import R3F
+from .rdrop import RDrop
 from .sam import ASAM, SAM
-from .weighting import WEIGHTINGS, Probe, Weighting
+from .sam_on import SAMON
+from .smart import SMART
+from .weighting import WEIGHTINGS, Probe, Weighting, make_weighting
 
-METHODS: dict[str, type[Method]] = {"plain": Plain, "sam": SAM, "asam": ASAM, "delta_sam": DeltaSAM}
+METHODS: dict[str, type[Method]] = {
+    "plain": Plain,
+    "sam": SAM,
+    "asam": ASAM,
+    "delta_sam": DeltaSAM,
+    # relatives of SAM
+    "ae_sam": AESAM,
+    "esam": ESAM,
+    "fsam": FSAM,
+    "gsam": GSAM,
+    "looksam": LookSAM,
+    "m_sam": GroupSAM,
+    "msam": MomentumSAM,
+    "per_instance": PerInstance,
+    "sam_on": SAMON,
+    # baselines that look at the model's outputs
+    "freelb": FreeLB,
+    "r3f": R3F,
+    "rdrop": RDrop,
+    "smart": SMART,
+}
 
 
 def option_types(method: str, weighting: str | None = None) -> dict[str, tuple[Any, Any]]:
@@ -40,17 +72,31 @@ def _collect(cls: type, options: dict[str, tuple[Any, Any]]) -> None:
 
 
 __all__ = [
+    "AESAM",
     "ASAM",
+    "ESAM",
+    "FSAM",
+    "GSAM",
     "METHODS",
+    "R3F",
     "SAM",
+    "SAMON",
+    "SMART",
     "WEIGHTINGS",
     "Closure",
     "DeltaSAM",
     "ExampleLosses",
+    "FreeLB",
+    "GroupSAM",
+    "LookSAM",
     "Method",
+    "MomentumSAM",
+    "PerInstance",
     "Plain",
     "Probe",
+    "RDrop",
     "Weighting",
     "example_losses",
+    "make_weighting",
     "option_types",
 ]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .base import Closure
-from .perturbation import perturbed, total_norm
+from .per_example import PerExampleGradients
+from .perturbation import RandomState, perturbed, total_norm
 from .sam import SAM
 from .weighting import Probe, Weighting, make_weighting
 
@@ -45,6 +46,8 @@ class DeltaSAM(SAM):
         self.recompute = recompute
 
     def _ascent_gradient(self, closures: list[Closure]):
+        if self.weighting.exact:
+            return self._exact_ascent_gradient(closures)
         hold = len(closures) == 1 or not self.recompute
         held = []
         for k in range(len(closures)):
@@ -53,8 +56,7 @@ class DeltaSAM(SAM):
         self._clean_pass_done()
         losses = torch.cat([piece.detach() for piece in held])
         weights = self.weighting(*self._probe(closures, losses))
-        self.report["effective_sample_size"] = 1 / weights.square().sum()
-        self.report["largest_weight"] = weights.max()
+        self._report_weights(weights)
         total, start = None, 0
         for k, piece in enumerate(held):
             if not hold:
@@ -65,9 +67,66 @@ class DeltaSAM(SAM):
             start += len(piece)
         return losses, total
 
+    def _exact_ascent_gradient(self, closures: list[Closure]):
+        """As above with exact per-example quantities: one backward pass over the activations serves for the norms and
+        for the weighted gradient."""
+        if self.module is None:
+            raise ValueError(f"weighting {type(self.weighting).__name__} looks inside the model: DeltaSAM(model, …)")
+        pieces, recorded = [], []
+        for k in range(len(closures)):
+            gradients = PerExampleGradients(self.module, self.params)
+            with gradients.record():
+                losses = self._forward(closures, k, ascent=True)
+            pieces.append(losses.detach())
+            gradients.backward(losses)
+            recorded.append(gradients)
+            self.report["backwards"] += 1 / len(closures)
+        self._clean_pass_done()
+        losses = torch.cat(pieces)
+        _, probe = self._probe(closures, losses)
+        self._look(recorded, pieces, closures, probe)
+        weights = self.weighting(losses, probe)
+        self._report_weights(weights)
+        return losses, _weighted(recorded, weights.split([len(piece) for piece in pieces]))
+
+    def _look(self, recorded: list[PerExampleGradients], pieces: list[Tensor], closures, probe: Probe) -> None:
+        """Fills in the exact fields that the weighting reads."""
+        exact = self.weighting.exact
+        probe.norms = torch.cat([g.squared_norms() for g in recorded]).sqrt()
+        if "cosines" in exact:
+            examples = sum(len(piece) for piece in pieces)
+            mean = _weighted(recorded, [torch.full_like(piece, 1 / examples) for piece in pieces])
+            products = torch.cat([g.dots(mean) for g in recorded])
+            probe.cosines = products / (probe.norms * total_norm(mean)).clamp_min(torch.finfo(products.dtype).tiny)
+        if "gram" in exact:
+            if len(recorded) > 1:
+                raise ValueError("the Gram matrix needs the undivided batch: one closure, not a sequence")
+            probe.gram = recorded[0].gram()
+        if "curvature" in exact:
+            probe.curvature = torch.cat([self._curvature(closure) for closure in closures])
+
+    def _curvature(self, closure) -> Tensor:
+        """‖H_i ĝ_i‖ for each example of the closure, by differences of its gradient along its own gradient."""
+        if not hasattr(closure, "subset"):
+            raise ValueError("weighting 'exact_curvature' takes examples one by one: pass dsam.ExampleLosses(model, batch)")
+        found = []
+        with self.random.replay(self.random.get()):
+            for i in range(len(closure)):
+                found.append(hessian_product(closure.subset([i]), self.params, self.random)[2])
+        return torch.stack(found)
+
+    def _report_weights(self, weights: Tensor) -> None:
+        self.report["effective_sample_size"] = 1 / weights.square().sum()
+        self.report["largest_weight"] = weights.max()
+
     def _probe(self, closures: list[Closure], losses: Tensor) -> tuple[Tensor, Probe]:
         """(losses at w to compare with, what the probes saw): losses at w ± v for random directions v, same masks."""
         probe = Probe(rho=self.rho, radius=self.weighting.radius, dimension=sum(p.numel() for p in self.params))
+        if self.weighting.needs_logits:
+            if any(getattr(closure, "logits", None) is None for closure in closures):
+                raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
+            probe.logits = torch.cat([closure.logits for closure in closures])
+            probe.labels = torch.cat([closure.labels for closure in closures])
         if not self.weighting.sides:
             return losses, probe
         if any(getattr(closure, "autocast", None) for closure in closures):
@@ -95,3 +154,37 @@ class DeltaSAM(SAM):
         if self.weighting.noise == "rademacher":
             return [torch.randint(0, 2, **options).mul_(2).sub_(1) for options in like]
         return [torch.randn(**options) for options in like]
+
+
+def _weighted(recorded: list[PerExampleGradients], weights) -> list[Tensor]:
+    """Σ over pieces of Σ_i weights[piece][i] g_i."""
+    total = recorded[0].weighted_gradient(weights[0])
+    for gradients, piece in zip(recorded[1:], weights[1:], strict=True):
+        torch._foreach_add_(total, gradients.weighted_gradient(piece))
+    return total
+
+
+def hessian_product(closure: Closure, params: list[Tensor], random: RandomState, step: float = 1e-2):
+    """(gradient g, H ĝ by a central difference of gradients, ‖H ĝ‖) of the closure's mean loss along its own gradient.
+
+    `step` is the length of the difference, long enough for float32: TRAPS of finite differences concern losses, of
+    which this takes none.
+    """
+    state = random.get()
+
+    def gradient() -> list[Tensor]:
+        with random.replay(state):
+            found = torch.autograd.grad(closure().mean(), params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+
+    own = gradient()
+    norm = total_norm(own)
+    if not norm > 0:
+        return own, [torch.zeros_like(g) for g in own], torch.zeros_like(norm)
+    with perturbed(params, own, float(step / norm)):
+        ahead = gradient()
+    with perturbed(params, own, float(-step / norm)):
+        behind = gradient()
+    product = torch._foreach_sub(ahead, behind)
+    torch._foreach_div_(product, 2 * step)
+    return own, product, total_norm(product)

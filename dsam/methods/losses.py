@@ -1,6 +1,6 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -46,5 +46,53 @@ class ExampleLosses:
         self.logits = logits.detach()
         return example_losses(logits, self.labels)
 
+    def subset(self, indices: list[int]) -> "ExampleLosses":
+        """The same closure for some of its examples, still padded as before."""
+        batch = {name: value[indices] for name, value in self.inputs.items()} | {"labels": self.labels[indices]}
+        return ExampleLosses(self.model, batch, self.autocast)
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def subset(self, indices: slice | Tensor) -> "ExampleLosses":
+        """The losses of some of the examples: every input and the labels are sliced, and no padding is trimmed."""
+        inputs = {name: value[indices] for name, value in self.inputs.items()}
+        return ExampleLosses(self.model, inputs | {"labels": self.labels[indices]}, self.autocast)
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        """(B, T, d) of what `model.get_input_embeddings()` puts out."""
+        ids = self.inputs["input_ids"]
+        return (*ids.shape, self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def token_mask(self) -> Tensor:
+        """(B, T, 1), float: 1 at tokens, 0 at padding."""
+        ids = self.inputs["input_ids"]
+        mask = self.inputs.get("attention_mask")
+        return (torch.ones_like(ids) if mask is None else mask).float().unsqueeze(-1)
+
+    def outputs(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(losses (B,), logits (B, C) in float32 with their graph), with `noise` (B, T, d) added to the embeddings.
+
+        Padding gets no noise. The noise goes in by a hook on `model.get_input_embeddings()` during this call only.
+        """
+        hook = None
+        if noise is not None:
+            added = noise * self.token_mask
+            hook = self.model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + added.to(out.dtype))
+        try:
+            with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
+                logits = self.model(**self.inputs).logits.float()
+        finally:
+            if hook is not None:
+                hook.remove()
+        self.logits = logits.detach()
+        return example_losses(logits, self.labels), logits
+
+
+def restricted(closure: Callable[[], Tensor], indices: slice | Tensor) -> Callable[[], Tensor]:
+    """A closure for some of the examples; without `closure.subset` it runs them all and picks the losses."""
+    if hasattr(closure, "subset"):
+        return closure.subset(indices)
+    return lambda: closure()[indices]

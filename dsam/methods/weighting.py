@@ -6,9 +6,12 @@ p_i ∝ score_i ** power, then p ← (1 − mix) p + mix/B. What is known of eac
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -21,6 +24,12 @@ class Probe:
     dimension: int = 0  # of v
     plus: Tensor | None = None  # (K, B) losses at w + v
     minus: Tensor | None = None  # (K, B) losses at w − v
+    norms: Tensor | None = None  # (B,) ‖g_i‖, exact
+    cosines: Tensor | None = None  # (B,) between g_i and the mean gradient, exact
+    gram: Tensor | None = None  # (B, B) g_i · g_j, exact
+    curvature: Tensor | None = None  # (B,) ‖H_i ĝ_i‖, exact
+    logits: Tensor | None = None  # (B, C), where the closure keeps them
+    labels: Tensor | None = None  # (B,)
 
 
 class Weighting:
@@ -36,6 +45,9 @@ class Weighting:
     sides = 0
     """No-grad forwards per probe: 0 (no probe), 1 (w + v) or 2 (w ± v)."""
     noise = "gaussian"
+    exact: Sequence[str] = ()
+    """Which exact fields of `Probe` it reads: norms, cosines, gram, curvature."""
+    needs_logits = False
 
     def __init__(self, power: float = 1.0, mix: float = 0.0, probes: int = 1, radius: float = 0.5):
         for name, value, good in (
@@ -111,22 +123,116 @@ class Curvature(Weighting):
 
 
 class Gibbs(Weighting):
-    """p_i ∝ exp(λ‖g_i‖). RW-SAM, arXiv 2509.18001. One no-grad forward a probe.
+    """p_i ∝ exp(λ‖g_i‖). RW-SAM, arXiv 2509.18001. One no-grad forward a probe, or none with norms="exact".
 
-    ‖g_i‖² ≈ mean over probes of d (ℓ_i(w + v) − ℓ_i(w))²/‖v‖² with v a Rademacher vector in d dimensions.
+    norms="probe": ‖g_i‖² ≈ mean over probes of d (ℓ_i(w + v) − ℓ_i(w))²/‖v‖², v a Rademacher vector in d dimensions.
     """
 
     sides = 1
     noise = "rademacher"
 
-    def __init__(self, lam: float = 1.0, **options):
+    def __init__(self, lam: float = 1.0, norms: str = "probe", **options):
         super().__init__(**options)
+        if norms not in ("probe", "exact"):
+            raise ValueError(f"norms must be 'probe' or 'exact', got {norms!r}")
         self.lam = lam
+        if norms == "exact":
+            self.sides, self.exact = 0, ("norms",)
 
     def scores(self, losses: Tensor, probe: Probe) -> Tensor:
-        norms = (probe.dimension * (probe.plus - losses).square().mean(0)).sqrt() / probe.radius
+        if self.exact:
+            norms = probe.norms
+        else:
+            norms = (probe.dimension * (probe.plus - losses).square().mean(0)).sqrt() / probe.radius
         exponent = self.lam * norms
         return torch.exp(exponent - exponent.max())
+
+
+class Gap(Weighting):
+    """p_i ∝ ρ‖g_i‖ − g_i·ε, ε = ρ g/‖g‖ with g the mean gradient: how far, to first order, SAM's perturbation falls
+    short of the example's own. [derived] from "unguarded instances are up-weighted". Exact norms and one product with
+    the mean gradient: about 0.8 of a training pass (activation-gradient pass included in SAM's own)."""
+
+    exact = ("norms", "cosines")
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        return probe.norms * (1 - probe.cosines).clamp_min(0)
+
+
+class RelativeGap(Gap):
+    """p_i ∝ 1 − cos(g_i, g): the gap as a share of the example's own worst rise. [derived]; costs what `gap` costs."""
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        return (1 - probe.cosines).clamp_min(0)
+
+
+class GaussNewton(Weighting):
+    """p_i ∝ h_i/‖g_i‖ with h_i = ‖H_i ĝ_i‖ and H_i ≈ J_iᵀ(diag p − p pᵀ)J_i, J_i the Jacobian of the logits. [derived]
+
+    With r = p − e_y, D = diag p − p pᵀ and J_i J_iᵀ taken to be isotropic, h_i/‖g_i‖ = ‖g_i‖ ‖D r‖/‖r‖³; for two
+    classes this is ‖g_i‖ p_y/(1 − p_y) and needs no such assumption. Squared error: ‖g_i‖/(2 ℓ_i). The denominators
+    are kept above `floor` times their mean over the batch. Exact norms and the softmax; no extra forward.
+    """
+
+    exact = ("norms",)
+    needs_logits = True
+
+    def __init__(self, floor: float = 0.1, **options):
+        super().__init__(**options)
+        if not floor > 0:
+            raise ValueError(f"floor must be above 0, got {floor}")
+        self.floor = floor
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        if probe.labels.is_floating_point():
+            return probe.norms / torch.maximum(2 * losses, self.floor * (2 * losses).mean()).clamp_min(1e-12)
+        p = probe.logits.float().softmax(-1)
+        r = p - torch.nn.functional.one_hot(probe.labels, p.shape[-1])
+        dr = p * r - p * (p * r).sum(-1, keepdim=True)
+        size = r.norm(dim=-1)
+        size = torch.maximum(size, self.floor * size.mean()).clamp_min(1e-12)
+        return probe.norms * dr.norm(dim=-1) / size**3
+
+
+class Confidence(Weighting):
+    """p_i ∝ p_y = exp(−ℓ_i), the probability of the true class; `power` tempers it. No cost. Exploratory, [derived]:
+    for two classes the part of the Gauss-Newton weight that the logits alone give."""
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        return torch.exp(-losses)
+
+
+class ExactCurvature(Weighting):
+    """p_i ∝ ‖H_i ĝ_i‖/‖g_i‖, exactly. [derived]; for study only: a forward-backward pair per example, twice."""
+
+    exact = ("norms", "curvature")
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        return probe.curvature / probe.norms.clamp_min(torch.finfo(probe.norms.dtype).tiny)
+
+
+class Equalised(Weighting):
+    """Weights whose perturbation raises every loss by the same share of its own worst rise, as nearly as can be:
+    non-negative c with Σ_j ĝ_i·ĝ_j c_j ≈ 1 for all i (least squares, ridge), p_j ∝ c_j/‖g_j‖. [derived]
+
+    Exact Gram matrix: about a backward pass. Needs the undivided batch.
+    """
+
+    exact = ("norms", "gram")
+
+    def __init__(self, ridge: float = 1.0, **options):
+        super().__init__(**options)
+        if not ridge >= 0:
+            raise ValueError(f"ridge must be at least 0, got {ridge}")
+        self.ridge = ridge
+
+    def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        norms = probe.norms.double().clamp_min(1e-30)
+        cosines = (probe.gram.double() / norms[:, None] / norms[None, :]).cpu().numpy()
+        n = len(cosines)
+        system = np.vstack([cosines, self.ridge**0.5 * np.eye(n)])
+        c, _ = nnls(system, np.concatenate([np.ones(n), np.zeros(n)]))
+        return torch.from_numpy(c).to(norms) / norms
 
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
@@ -134,6 +240,12 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "probe": LossChange,
     "curvature": Curvature,
     "gibbs": Gibbs,
+    "gap": Gap,
+    "relative_gap": RelativeGap,
+    "gauss_newton": GaussNewton,
+    "confidence": Confidence,
+    "exact_curvature": ExactCurvature,
+    "equalised": Equalised,
 }
 
 

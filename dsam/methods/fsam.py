@@ -1,0 +1,50 @@
+"""F-SAM: the ascent leaves out what the batch's gradient shares with those before it."""
+
+import torch
+from torch import Tensor
+
+from .gradients import combine
+from .perturbation import total_norm
+from .sam import SAM
+
+
+class FSAM(SAM):
+    """ε = ρ d/‖d‖ with d = g − σ m, m the moving average of the gradients of the ascents; m ← λ m + (1 − λ) g.
+
+    Li et al. 2024, Friendly Sharpness-Aware Minimization, arXiv 2403.12350. Two passes. As we understand the official
+    code, m is the average *before* this step and starts as the first g, whose own step is SAM's; the paper's algorithm
+    can also be read with this step's g in m, which only rescales: g − σ m' = (1 − σ(1−λ)) g − σ λ m.
+
+    Args:
+        sigma: how much of the average is taken away, ≥ 0; 0 is SAM.
+        decay: λ, in [0, 1).
+    """
+
+    def __init__(self, params, rho: float = 0.05, sigma: float = 1.0, decay: float = 0.9, **options):
+        super().__init__(params, rho, **options)
+        if not sigma >= 0:
+            raise ValueError(f"sigma must be at least 0, got {sigma}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+        self.sigma, self.decay = sigma, decay
+        self.average: list[Tensor | None] | None = None
+
+    def _direction(self, gradient):
+        norm = total_norm(gradient)
+        if self.average is None:
+            if torch.isfinite(norm):
+                self.average = [None if g is None else g.clone() for g in gradient]
+            return gradient, norm
+        direction = combine(gradient, self.average, -self.sigma)
+        if torch.isfinite(norm):
+            self.average = combine(self.average, gradient, 1 - self.decay, self.decay)
+        # A layer that this pass skipped is not moved, and a non-finite gradient shows in the direction's norm.
+        direction = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
+        return direction, total_norm(direction)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.average = state["average"]

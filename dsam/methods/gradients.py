@@ -1,0 +1,64 @@
+"""Arithmetic on gradients (lists with one tensor per parameter, None where none came), and passes that leave no trace."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .perturbation import Gradients
+
+
+def inner_product(a: Gradients, b: Gradients) -> Tensor:
+    """Σ a·b over all parameters, in float32 or wider; None counts as zero."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    if not pairs:
+        return torch.zeros(())
+    return torch.stack([_wide(x).flatten().dot(_wide(y).flatten()) for x, y in pairs]).sum()
+
+
+def combine(a: Gradients, b: Gradients, scale: Tensor | float, times: Tensor | float = 1.0) -> list[Tensor | None]:
+    """times · a + scale · b, as new tensors."""
+
+    def one(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        if x is None or y is None:
+            return None if x is y else (y * scale if x is None else x * times)
+        return (x * times).add_(y * scale)
+
+    return [one(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def without_component(a: Gradients, along: Gradients) -> list[Tensor | None]:
+    """a − (a·u) u with u the unit vector of `along`; a itself where `along` is zero."""
+    square = inner_product(along, along)
+    share = inner_product(a, along) / square if square > 0 else torch.zeros_like(square)
+    return combine(a, along, -share)
+
+
+@contextmanager
+def gradient_apart(params: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, `.grad` starts empty, so that it is this step's alone; afterwards what was there before is added."""
+    earlier = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(params, earlier, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module | None) -> Iterator[None]:
+    """Inside, passes may move the buffers (batch-norm statistics); afterwards they are what they were."""
+    before = [(b, b.clone()) for b in module.buffers()] if module is not None and module.training else []
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

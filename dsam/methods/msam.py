@@ -1,0 +1,52 @@
+"""Momentum-SAM: SAM without the ascent pass."""
+
+import torch
+from torch import Tensor
+
+from .base import Closure
+from .gradients import combine, gradient_apart
+from .perturbation import perturbed, total_norm
+from .sam import SAM
+
+
+class MomentumSAM(SAM):
+    """The gradient at w − ρ m/‖m‖, with m ← μ m + (1 − μ) ∇ the method's own average of the gradients it returned.
+
+    Becker, Altrock, Risse 2024, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv
+    2401.12033, algorithm 1. One pass. The sign is the paper's: against the averaged gradient. The paper takes the base
+    optimizer's momentum; ours is apart from it (the same direction for SGD with momentum μ), so that any optimizer goes.
+    The returned loss is that at w − ρ m/‖m‖, not at w: the method never visits w. The first step is plain.
+
+    Args:
+        rho: length of the step aside, ≥ 0; 0 equals plain training bit for bit.
+        momentum: μ, in [0, 1).
+    """
+
+    passes = 1.0
+
+    def __init__(self, params, rho: float = 0.05, momentum: float = 0.9, **options):
+        super().__init__(params, rho, **options)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+        self.momentum = momentum
+        self.average: list[Tensor | None] = [None] * len(self.params)
+
+    def _backward(self, closures: list[Closure], scaler) -> Tensor:
+        size = total_norm(self.average)
+        scale = -self.rho / float(size) if size > 0 else 0.0
+        self.report["perturbation_norm"] = abs(scale) * size
+        with gradient_apart(self.params):
+            with perturbed(self.params, self.average, scale):
+                loss = self._descend(closures, scaler)
+            gradient = [p.grad for p in self.params]
+            if torch.isfinite(total_norm(gradient)):
+                unscale = 1.0 if scaler is None else 1 / scaler.get_scale()
+                self.average = combine(self.average, gradient, (1 - self.momentum) * unscale, self.momentum)
+        return loss
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"average": list(self.average)}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.average = list(state["average"])

@@ -1,0 +1,40 @@
+"""R3F: the outputs may not change with a little noise on the embeddings."""
+
+from torch import Tensor
+
+from .base import Closure
+from .embedding_noise import OutputMethod, divergence, require_at_least
+from .gradients import buffers_kept
+
+
+class R3F(OutputMethod):
+    """ℓ + λ [KL(p‖p̃) + KL(p̃‖p)], p̃ the output with noise z on the embeddings, z ~ N(0, σ²) or U(−σ, σ).
+
+    Aghajanyan et al. 2020, Better Fine-Tuning by Reducing Representational Collapse, arXiv 2008.03156, eqs. 4–6; for a
+    regression (f − f̃)², which the paper leaves open. Two passes; the gradient flows through both outputs. As we
+    understand the authors' code, it draws fresh dropout masks for the second forward (mask="fresh"), which then differ
+    far more than the noise does; the default here compares under the same masks.
+
+    Args:
+        weight: λ, ≥ 0; 0 is plain training.
+        sigma: σ, ≥ 0. The paper's 1e-5 leaves the divergence near float32's rounding under the same masks.
+        noise: "normal" or "uniform".
+    """
+
+    passes = 2.0
+
+    def __init__(self, params, weight: float = 1.0, sigma: float = 1e-5, noise: str = "uniform", **options):
+        super().__init__(params, **options)
+        require_at_least(0, weight=weight, sigma=sigma)
+        if noise not in ("normal", "uniform"):
+            raise ValueError(f"noise must be 'normal' or 'uniform', got {noise!r}")
+        self.weight, self.sigma, self.noise = weight, sigma, noise
+
+    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
+        losses, logits = self._outputs(closures, k)
+        with buffers_kept(self.module):
+            _, noisy = self._outputs(closures, k, self.sigma * self._noise(closures[k], self.noise))
+        apart = divergence(logits, noisy)
+        self._descend_from((losses + self.weight * apart).sum() / examples, scaler, 2 / len(closures))
+        self.report["divergence"] = self.report.get("divergence", 0) + apart.detach().sum() / examples
+        return losses

@@ -1,0 +1,38 @@
+"""R-Drop: two dropout masks have to agree."""
+
+from torch import Tensor
+
+from .base import Closure
+from .embedding_noise import OutputMethod, divergence, require_at_least
+from .gradients import buffers_kept
+
+
+class RDrop(OutputMethod):
+    """½(ℓ¹ + ℓ²) + α ½[KL(p¹‖p²) + KL(p²‖p¹)] with two dropout masks; for a regression the KL part is (f¹ − f²)².
+
+    Liang, Wu et al. 2021, R-Drop: Regularized Dropout for Neural Networks, arXiv 2106.14448, eqs. 1–3. The paper's
+    formula sums the two losses, so its α is twice ours; as we understand the official GLUE code, it averages them, as
+    here. Two passes. The second mask is always another one: `mask` has no effect. Without dropout it is plain
+    training up to rounding. The returned loss is that of the first mask, which is plain training's.
+
+    Args:
+        alpha: ≥ 0.
+    """
+
+    passes = 2.0
+
+    def __init__(self, params, alpha: float = 1.0, **options):
+        super().__init__(params, **options)
+        require_at_least(0, alpha=alpha)
+        self.alpha = alpha
+
+    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
+        losses, logits = self._outputs(closures, k)
+        with buffers_kept(self.module):
+            others, other_logits = self._outputs(closures, k, other_masks=True)
+        apart = divergence(logits, other_logits)
+        share = 1.0 if logits.shape[-1] == 1 else 0.5
+        loss = ((losses + others) / 2 + self.alpha * share * apart).sum() / examples
+        self._descend_from(loss, scaler, 2 / len(closures))
+        self.report["divergence"] = self.report.get("divergence", 0) + apart.detach().sum() / examples
+        return losses

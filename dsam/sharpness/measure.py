@@ -1,0 +1,294 @@
+"""Everything that is measured of one finished run, from its folder to `sharpness.json` and the figures."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from .. import glue
+from ..config import Config, first_line
+from ..errors import UserError
+from ..methods import ExampleLosses
+from ..methods.perturbation import total_norm
+from ..runs.record import plain, write_atomically
+from ..runs.run import choose_device
+from ..training import model as models
+from ..training.batches import training_subset
+from ..training.loop import to
+from .curvature import top_eigenvalues, trace
+from .objective import Objective
+from .rise import rises
+from .surface import filter_normalised, line, line_figure, plane, plane_figure
+
+EXPECTED_PRODUCTS = 40  # of Lanczos; only for the time left
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises UserError for what cannot be meant."""
+    parser = Parser(prog="sharpness.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run made with checkpoint.keep_weights=true")
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="which of its weights")
+    parser.add_argument("--examples", type=int, default=128, help="of the training set: a fixed random choice")
+    parser.add_argument("--batch", type=int, default=None, help="examples in a batch [the run's batch size]")
+    parser.add_argument("--rho", type=float, default=0.05, help="radius of the worst case")
+    parser.add_argument("--eigenvalues", type=int, default=3, help="how many of the largest; 0: none")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="relative, of the eigenvalues")
+    parser.add_argument("--probes", type=int, default=30, help="of the trace; 0: none")
+    parser.add_argument("--line", type=int, default=21, help="points of a 1-D surface; 0: none")
+    parser.add_argument("--grid", type=int, default=15, help="points of a side of the 2-D surface; 0: none")
+    parser.add_argument("--range", type=float, default=1.0, help="of the surfaces, in lengths of the weights' filters")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples, probes and directions")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0 [the run's]")
+    parser.add_argument("--out", type=Path, default=None, help="[RUN/sharpness/WEIGHTS]")
+    options = parser.parse_args(list(arguments))
+    for name, smallest in (("examples", 1), ("batch", 1), ("eigenvalues", 0), ("probes", 0), ("line", 0), ("grid", 0)):
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name} {value} must be at least {smallest}")
+    for name in ("line", "grid"):
+        if getattr(options, name) in (1, 2):
+            raise UserError(f"--{name} {getattr(options, name)} must be 0 or at least 3")
+    for name in ("rho", "range", "tolerance"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise UserError(f"--{name} {getattr(options, name)} must be above 0")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, writes and says where."""
+    options = parse(arguments)
+    config, result = read_run(options.run, options.weights)
+    if options.device:
+        config.device.name = options.device
+    out = options.out or options.run / "sharpness" / options.weights
+    found, figures = measure(config, options)
+    found = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed")}} | found
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+            figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)
+    write_atomically(out / "sharpness.json", json.dumps(plain(found), indent=2) + "\n")
+    print(summary(found))
+    print(out)
+
+
+def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
+    """The configuration and result of the run in `folder`. UserError where it cannot be measured."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} is not finished: it has no result.json; the command that started it goes on with it")
+    if not (folder / weights / "config.json").is_file():
+        raise UserError(f"{folder} has no {weights}/: its weights are kept only with checkpoint.keep_weights=true")
+    try:
+        config = Config.load(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
+    path = str(folder / weights)
+    config.model = dataclasses.replace(config.model, path=path, id=None, revision=None, architecture=None)
+    return config, result
+
+
+def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:
+    """The model in evaluation mode (no dropout: one function of the weights) and the training split."""
+    task = glue.get_task(config.task.name)
+    tokenizer = models.load_tokenizer(config.model)
+    source = config.data
+    splits = glue.load(task, source.source, root=source.root, revision=source.revision)
+    key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
+    data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
+    try:
+        network = AutoModelForSequenceClassification.from_pretrained(
+            config.model.path,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation="eager",  # the fused kernels have no second derivative
+        )
+    except Exception as error:  # whatever a broken file raises inside transformers or safetensors
+        raise UserError(f"{config.model.path}: cannot read the weights: {first_line(error)}") from None
+    return network.to(device).eval(), data[task.train_splits[0]]
+
+
+def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
+    """(what sharpness.json holds, {file name: figure})."""
+    started = time.monotonic()
+    device = choose_device(config)
+    network, examples = load(config, device)
+    params = [p for p in network.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in params)
+    if options.eigenvalues >= size:
+        raise UserError(f"--eigenvalues {options.eigenvalues} must be below the model's {size} parameters")
+    subset = training_subset(len(examples), config.train.max_train_examples, config.seeds.data)
+    chosen = np.random.default_rng(options.seed).permutation(subset)[: options.examples]
+    per_batch = min(options.batch or config.train.batch_size, len(chosen))
+    batches = [chosen[i : i + per_batch] for i in range(0, len(chosen), per_batch)]
+
+    def closures(cuts):
+        return [ExampleLosses(network, to(examples.batch(np.atleast_1d(cut)), device)) for cut in cuts]
+
+    whole_batches = len(chosen) // per_batch
+    points = 3 * options.line + options.grid**2
+    products = (EXPECTED_PRODUCTS if options.eigenvalues else 0) + options.probes
+    total = 4 * (whole_batches + len(chosen)) + (4 + 6 * products + points) * len(batches)
+    title = f"{config.task.name}, {config.model.name}, {config.optimizer.name}, seed {config.seed}"
+    figures = {}
+    with Stages(title, total) as stages:
+        stages.enter("loss")
+        objective = Objective(closures(batches), params, stages.passed)
+        loss = objective.loss()
+        if not np.isfinite(loss):
+            raise UserError(f"the loss at the {options.weights} weights is {loss}: there is no sharpness to measure")
+        gradient = objective.gradient()
+        found = {
+            "weights": options.weights,
+            "examples": len(chosen),
+            "batch_size": per_batch,
+            "parameters": size,
+            "seed_of_measurement": options.seed,
+            "loss": loss,
+            "gradient_norm": float(total_norm(gradient)),
+        }
+        stages.enter("rise, batches")
+        # A smaller last batch would be sharper only because it is smaller.
+        of_batches = rises(closures(batches[:whole_batches]), params, options.rho, stages.passed)
+        stages.enter("rise, instances")
+        of_instances = rises(closures(chosen), params, options.rho, stages.passed)
+        found["rise"] = {
+            "rho": options.rho,
+            "batch": mean_and_error(of_batches),
+            "instance": mean_and_error(of_instances),
+        }
+
+        spectrum = None
+        if options.eigenvalues:
+            stages.enter("eigenvalues", EXPECTED_PRODUCTS * 6 * len(batches))
+            spectrum = top_eigenvalues(objective, options.eigenvalues, tolerance=options.tolerance, seed=options.seed)
+            found["eigenvalues"] = {
+                "values": spectrum.values,
+                "residuals": spectrum.residuals,
+                "asked": options.eigenvalues,
+                "products": spectrum.products,
+            }
+        if options.probes:
+            stages.enter("trace")
+            estimate, error = trace(objective, options.probes, seed=options.seed)
+            found["trace"] = {"mean": estimate, "standard_error": error, "probes": options.probes}
+
+        generator = torch.Generator().manual_seed(options.seed)
+        first, second = filter_normalised(params, generator), filter_normalised(params, generator)
+        found["surface"] = {}
+        if options.line:
+            stages.enter("lines")
+            unit = float(total_norm(gradient))
+            directions = {"step along the gradient (Euclidean)": (gradient, 1 / unit if unit else 0.0)}
+            if spectrum is not None and spectrum.vectors:
+                directions["step along the top eigenvector (Euclidean)"] = (spectrum.vectors[0], 1.0)
+            directions["random direction (filter-normalised)"] = (first, None)
+            panels = {}
+            for label, (direction, scale) in directions.items():
+                steps = np.linspace(-options.range, options.range, options.line)
+                if scale is not None:
+                    direction = torch._foreach_mul(list(direction), scale)
+                panels[label] = (steps.tolist(), line(objective, direction, steps).tolist())
+            found["surface"]["lines"] = {k: {"steps": s, "losses": v} for k, (s, v) in panels.items()}
+            figures["line"] = line_figure(panels, title)
+        if options.grid:
+            stages.enter("plane")
+            steps = np.linspace(-options.range, options.range, options.grid)
+            losses = plane(objective, first, second, steps)
+            found["surface"]["plane"] = {"steps": steps.tolist(), "losses": losses.tolist()}
+            figures["plane"] = plane_figure(steps, losses, title)
+    found["seconds"] = round(time.monotonic() - started, 1)
+    found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "device": str(device)}
+    return found, figures
+
+
+def mean_and_error(values: torch.Tensor) -> dict:
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "standard_error": error, "count": len(values)}
+
+
+def summary(found: dict) -> str:
+    def figure(name: str, value: float, error: float | None = None) -> str:
+        return f"{name:32} {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+
+    rise = found["rise"]
+    lines = [figure("loss", found["loss"]), figure("gradient norm", found["gradient_norm"])]
+    for name in ("batch", "instance"):
+        label = f"rise at rho={rise['rho']}, per {name}"
+        lines.append(figure(label, rise[name]["mean"], rise[name]["standard_error"]))
+    for value, residual in zip(
+        *(found.get("eigenvalues", {}).get(k, []) for k in ("values", "residuals")), strict=True
+    ):
+        lines.append(figure("Hessian eigenvalue", value, residual))
+    if "trace" in found:
+        lines.append(figure("Hessian trace", found["trace"]["mean"], found["trace"]["standard_error"]))
+    return "\n".join(lines)
+
+
+class Stages:
+    """One bar over all stages, with the time left: on a terminal it moves, in a log it speaks now and then."""
+
+    def __init__(self, title: str, total: int, every_seconds: float = 10):
+        self.title, self.total, self.every = title, total, every_seconds
+        self.console = Console(stderr=True)
+        self.done = self.stage_start = self.planned = 0
+        self.stage = ""
+
+    def __enter__(self) -> "Stages":
+        self.start = self.said = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(self.title, total=self.total)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.progress.stop()
+
+    def enter(self, stage: str, planned: int = 0) -> None:
+        """`planned`: the cost that the total holds for a stage whose real cost shows only at its end."""
+        self._correct()
+        self.stage, self.stage_start, self.planned = stage, self.done, planned
+        self.progress.update(self.task, description=f"{self.title}: {stage}")
+
+    def _correct(self) -> None:
+        if self.planned:
+            self.total += (self.done - self.stage_start) - self.planned
+            self.progress.update(self.task, total=self.total)
+
+    def passed(self, forwards: int) -> None:
+        self.done += forwards
+        self.progress.update(self.task, completed=self.done)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.said >= self.every:
+            self.said = now
+            share = min(1.0, self.done / self.total)
+            left = (now - self.start) * (1 / share - 1)
+            print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,345 @@
+"""Two real processes (gloo) against one process with the joint batch, in float64."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
+from dsam.integrations.distributed import Distributed
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+METHODS = {
+    "plain": lambda m: Plain(m),
+    "sam": lambda m: SAM(m, 0.3),
+    "asam": lambda m: ASAM(m, 0.5),
+    "delta_sam": lambda m: DeltaSAM(m, 0.3, seed=3),
+    "delta_sam-curvature": lambda m: DeltaSAM(m, 0.3, "curvature", probes=2, seed=3),
+    "delta_sam-gauss_newton": lambda m: DeltaSAM(m, 0.3, "gauss_newton"),  # exact norms, logits, labels
+    "delta_sam-recompute": lambda m: DeltaSAM(m, 0.3, power=0.5, mix=0.2, recompute=True, seed=3),
+}
+PARTS = {"equal": [6, 6], "unequal": [4, 8]}
+STEPS = 3
+
+
+class Network(nn.Module):
+    """With a parameter that no pass reaches and a layer that only rank 1's inputs reach."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.unused = nn.Linear(2, 2)
+        self.sometimes = nn.Linear(8, 8)
+        self.drop = nn.Dropout(dropout)
+        self.double()
+
+    def forward(self, x, sometimes=False):
+        hidden = self.drop(torch.tanh(self.first(x)))
+        if sometimes:
+            hidden = hidden + torch.tanh(self.sometimes(hidden))
+        return self.last(hidden)
+
+
+def batch(step):
+    g = torch.Generator().manual_seed(step + 1)
+    return torch.randn(12, 5, generator=g, dtype=torch.float64), torch.randint(0, 3, (12,), generator=g)
+
+
+class closure:
+    """Keeps its logits and labels, which some weightings read."""
+
+    def __init__(self, model, step, start, stop, scale=1.0):
+        x, y = batch(step)
+        self.model, self.x, self.labels, self.scale = model, x[start:stop], y[start:stop], scale
+        self.sometimes = start >= 6
+
+    def __call__(self):
+        logits = self.model(self.x, self.sometimes)
+        self.logits = logits.detach()
+        return self.scale * nn.functional.cross_entropy(logits, self.labels, reduction="none")
+
+
+def trained(method, closures_of):
+    """SGD with momentum and weight decay; (losses, gradient norms, weights)."""
+    params = method.params
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1)
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(float(method.backward(closures_of(step))))
+        norms.append(float(method.report["gradient_norm"]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, [p.detach().clone() for p in params]
+
+
+def bounds(parts, rank):
+    start = sum(parts[:rank])
+    return start, start + parts[rank]
+
+
+def a_rank(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found = {}
+    for name, make in METHODS.items():
+        for ascent in ("global", "local"):
+            for sizes, parts in PARTS.items():
+                for wrapped in (True, False):
+                    network = Network()
+                    model = DistributedDataParallel(network) if wrapped else network
+                    method = Distributed(make(network), model, ascent=ascent)
+                    start, stop = bounds(parts, rank)
+                    pieces = [(start, start + 2), (start + 2, stop)] if wrapped else [(start, stop)]
+                    found[name, ascent, sizes, wrapped] = (
+                        *trained(method, lambda step, m=model, p=pieces: [closure(m, step, *ends) for ends in p]),
+                        float(method.report.get("effective_sample_size", 0)),
+                    )
+    found["not finite"] = not_finite(rank)
+    found["earlier"] = earlier(rank)
+    found["scaled"] = scaled(rank)
+    found["fresh"] = fresh(rank)
+    found["no_sync"] = reductions_by_ddp(rank)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def not_finite(rank):
+    """Rank 1's losses are infinite: (error, are weights and gradients untouched?, a good step's loss) for each mode."""
+    out = []
+    for ascent in ("global", "local"):
+        network = Network()
+        before = [p.detach().clone() for p in network.parameters()]
+        method = Distributed(SAM(network, 0.3), ascent=ascent)
+        try:
+            method.backward(closure(network, 0, 6 * rank, 6 * rank + 6, scale=1.0 + rank * torch.inf))
+            raised = None
+        except NonFiniteGradient:
+            raised = "NonFiniteGradient"
+        same = all(torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True))
+        no_gradient = all(p.grad is None for p in network.parameters())
+        loss = method.backward(closure(network, 0, 6 * rank, 6 * rank + 6))
+        out.append((raised, same, no_gradient, float(loss)))
+    return out
+
+
+def earlier(rank):
+    network = Network()
+    network.first.bias.grad = torch.full_like(network.first.bias, 7.0)
+    network.unused.bias.grad = torch.full_like(network.unused.bias, 5.0)
+    Distributed(SAM(network, 0.3)).backward(closure(network, 0, 6 * rank, 6 * rank + 6))
+    return network.first.bias.grad, network.unused.bias.grad
+
+
+def scaled(rank):
+    network = Network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    Distributed(SAM(network, 0.3)).backward(closure(network, 0, 6 * rank, 6 * rank + 6), scaler)
+    return network.last.weight.grad
+
+
+def fresh(rank):
+    """Unequal numbers of micro-batches with fresh masks would let the ranks' probes part: refused on both."""
+    network = Network(dropout=0.3)
+    method = Distributed(DeltaSAM(network, 0.3, mask="fresh", seed=1))
+    pieces = [(6 * rank, 6 * rank + 3), (6 * rank + 3, 6 * rank + 6)]
+    method.backward([closure(network, 0, *ends) for ends in pieces])
+    state = method.generator.get_state()
+    try:
+        method.backward([closure(network, 0, *ends) for ends in pieces[: 1 + rank]])
+    except ValueError as error:
+        return state, str(error)
+
+
+def reductions_by_ddp(rank):
+    """How often DistributedDataParallel itself reduced a bucket in one δ-SAM step, and in one step of its own."""
+    network = Network()
+    model, count = DistributedDataParallel(network, find_unused_parameters=True), []
+
+    def hook(state, bucket):
+        count.append(1)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(None, hook)
+    Distributed(DeltaSAM(network, 0.3), model).backward(
+        [closure(model, 0, 6 * rank, 6 * rank + 3), closure(model, 0, 6 * rank + 3, 6 * rank + 6)]
+    )
+    ours = len(count)
+    closure(model, 0, 6 * rank, 6 * rank + 6)().mean().backward()
+    return ours, len(count) - ours
+
+
+def tolerance(name):
+    return {"rtol": 1e-6, "atol": 1e-7} if "delta" in name else EXACT  # δ-SAM's weights are float32
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(a_rank, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def joint(network, step):
+    """One process with all twelve examples; two closures only because the last six go through another layer."""
+    return [closure(network, step, 0, 6), closure(network, step, 6, 12)]
+
+
+class LocalReference:
+    """m-SAM by its definition: the mean, by size, of the gradients that the method gives on each rank's part alone."""
+
+    def __init__(self, make, network, parts):
+        self.methods, self.parts = [make(network) for _ in parts], parts
+        self.params, self.report = list(network.parameters()), {}
+
+    def backward(self, parts):
+        total, loss = [None] * len(self.params), 0.0
+        for method, pieces, size in zip(self.methods, parts, self.parts, strict=True):
+            loss += float(method.backward(pieces)) * size / 12
+            for k, p in enumerate(self.params):
+                if p.grad is not None:
+                    total[k] = p.grad * size / 12 + (0 if total[k] is None else total[k])
+                p.grad = None
+        for p, g in zip(self.params, total, strict=True):
+            p.grad = g
+        self.report["gradient_norm"] = torch.cat([g.flatten() for g in total if g is not None]).norm()
+        return loss
+
+
+def split(network, step, parts):
+    """The joint batch as the ranks' parts, cut where the layer changes (closure() routes by `start`)."""
+    out = []
+    for rank in (0, 1):
+        start, stop = bounds(parts, rank)
+        out.append([closure(network, step, start, stop)])
+    return out
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["DDP-2-pieces", "module"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_global_ascent_equals_one_process_with_the_joint_batch(found, name, wrapped):
+    network = Network()
+    method = METHODS[name](network)
+    losses, norms, weights = trained(method, lambda step: joint(network, step))
+    for rank in (0, 1):
+        ours = found[rank][name, "global", "equal", wrapped]
+        assert ours[0] == pytest.approx(losses, rel=tolerance(name)["rtol"])
+        assert ours[1] == pytest.approx(norms, rel=2e-6)
+        torch.testing.assert_close(ours[2], weights, **tolerance(name))
+        assert ours[3] == pytest.approx(float(method.report.get("effective_sample_size", 0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ranks_with_unequal_parts_count_by_size(found, name):
+    network = Network()
+    method = METHODS[name](network)
+
+    def pieces(step):  # what the ranks ran: 4 and 8 examples
+        return [closure(network, step, 0, 4), closure(network, step, 4, 12)]
+
+    losses, _, weights = trained(method, pieces)
+    for rank in (0, 1):
+        ours = found[rank][name, "global", "unequal", False]
+        assert ours[0] == pytest.approx(losses, rel=tolerance(name)["rtol"])
+        torch.testing.assert_close(ours[2], weights, **tolerance(name))
+
+
+@pytest.mark.parametrize("sizes", PARTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_local_ascent_is_the_mean_of_each_ranks_own(found, name, sizes):
+    network = Network()
+    parts = PARTS[sizes]
+    reference = LocalReference(METHODS[name], network, parts)
+    losses, norms, weights = trained(reference, lambda step: split(network, step, parts))
+    for rank in (0, 1):
+        ours = found[rank][name, "local", sizes, False]
+        assert ours[0] == pytest.approx(losses, rel=1e-12)
+        assert ours[1] == pytest.approx(norms, rel=1e-9)
+        torch.testing.assert_close(ours[2], weights, **EXACT)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "plain"])
+def test_the_two_modes_differ(found, name):
+    a, b = (found[0][name, ascent, "equal", False][2] for ascent in ("global", "local"))
+    assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) > 1e-4
+
+
+def test_ranks_hold_the_same_bits(found):
+    for key in found[0]:
+        if len(key) == 4:
+            assert all(torch.equal(x, y) for x, y in zip(found[0][key][2], found[1][key][2], strict=True)), key
+
+
+def test_a_parameter_that_no_rank_reached_gets_no_gradient(found):
+    start = Network()
+    names = [n for n, _ in start.named_parameters()]
+    after = dict(zip(names, found[0]["sam", "global", "equal", True][2], strict=True))
+    assert torch.equal(after["unused.weight"], start.unused.weight)  # else weight decay would have shrunk it
+    assert not torch.equal(after["sometimes.weight"], start.sometimes.weight)
+
+
+def test_one_ranks_infinite_loss_stops_both_and_leaves_the_weights(found):
+    network = Network()
+    mean = float(Plain(network).backward(joint(network, 0)))
+    for rank in (0, 1):
+        for raised, same, no_gradient, loss in found[rank]["not finite"]:
+            assert (raised, same, no_gradient) == ("NonFiniteGradient", True, True)
+            assert loss == pytest.approx(mean, rel=1e-12)
+
+
+def test_the_gradient_is_added_to_an_earlier_one(found):
+    network = Network()
+    SAM(network, 0.3).backward(joint(network, 0))
+    bias, unused = found[1]["earlier"]
+    torch.testing.assert_close(bias, network.first.bias.grad + 7, **EXACT)
+    torch.testing.assert_close(unused, torch.full_like(unused, 5.0))
+
+
+def test_a_scaler_scales_the_joint_gradient_once(found):
+    network = Network()
+    SAM(network, 0.3).backward(joint(network, 0))
+    torch.testing.assert_close(found[0]["scaled"], 1024 * network.last.weight.grad, **EXACT)
+
+
+def test_fresh_masks_keep_the_ranks_probes_together(found):
+    (state_0, error_0), (state_1, error_1) = found[0]["fresh"], found[1]["fresh"]
+    assert torch.equal(state_0, state_1)
+    assert error_0 == error_1
+    assert "[1, 2]" in error_0
+
+
+def test_distributed_data_parallel_reduces_nothing_itself(found):
+    ours, its_own = found[0]["no_sync"]
+    assert ours == 0
+    assert its_own > 0  # so the count can see one
+
+
+def test_what_cannot_be_done_is_refused(tmp_path):
+    network = Network()
+    with pytest.raises(ValueError, match="init_process_group"):
+        Distributed(SAM(network))
+    with pytest.raises(ValueError, match="'global' or 'local'"):
+        Distributed(SAM(network), ascent="both")
+
+    class Twice(SAM):
+        def _backward(self, closures, scaler):
+            return super()._backward(closures, scaler)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Twice cannot ascend on the joint batch; use ascent='local'"):
+            Distributed(Twice(network))
+        with pytest.raises(ValueError, match="Gap needs the joint batch's cosines; use ascent='local'"):
+            Distributed(DeltaSAM(network, weighting="gap"))
+        assert Distributed(Twice(network), ascent="local").backward(closure(network, 0, 0, 6)) > 0
+    finally:
+        dist.destroy_process_group()

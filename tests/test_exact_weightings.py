@@ -1,0 +1,172 @@
+"""δ-SAM with exact per-example quantities, against gradients taken one example at a time."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from dsam import DeltaSAM, ExampleLosses
+from dsam.methods import WEIGHTINGS, Probe, make_weighting
+
+EXACT = ["gap", "relative_gap", "gauss_newton", "gibbs", "equalised", "exact_curvature"]
+B, RHO = 6, 0.05
+
+
+def bert(labels=2):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config).double().train()
+
+
+def batch(labels=2, n=B):
+    g = torch.Generator().manual_seed(1)
+    mask = (torch.arange(9)[None] < torch.randint(3, 10, (n, 1), generator=g)).long()
+    target = torch.rand(n, generator=g).double() * 5 if labels == 1 else torch.randint(0, labels, (n,), generator=g)
+    return {"input_ids": torch.randint(0, 40, (n, 9), generator=g), "attention_mask": mask, "labels": target}
+
+
+def one_by_one(closure, params):
+    """G (B, P): every example's gradient, from a backward pass of its own."""
+    rows = []
+    for i in range(B):
+        gradient = torch.autograd.grad(closure.subset([i])().sum(), params, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradient, params, strict=True)]))
+    return torch.stack(rows)
+
+
+def curvature_one_by_one(closure, params):
+    """‖H_i ĝ_i‖ by double backward."""
+    found = []
+    for i in range(B):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            gradient = torch.autograd.grad(closure.subset([i])().sum(), params, create_graph=True, allow_unused=True)
+            flat = torch.cat([g.flatten() for g in gradient if g is not None])
+            unit = (flat / flat.norm()).detach()
+            product = torch.autograd.grad(flat @ unit, params, allow_unused=True)
+        found.append(torch.cat([g.flatten() for g in product if g is not None]).norm())
+    return torch.stack(found)
+
+
+def expected_scores(name, closure, params, labels):
+    g = one_by_one(closure, params)
+    norms, mean = g.norm(dim=1), g.mean(0)
+    epsilon = RHO * mean / mean.norm()
+    if name == "gap":
+        return RHO * norms - g @ epsilon
+    if name == "relative_gap":
+        return 1 - (g @ epsilon) / (RHO * norms)
+    if name == "gibbs":
+        return torch.exp(norms - norms.max())
+    if name == "exact_curvature":
+        return curvature_one_by_one(closure, params) / norms
+    if name == "gauss_newton":
+        losses = closure().detach()
+        if labels == 1:
+            return norms / torch.maximum(2 * losses, 0.1 * (2 * losses).mean())
+        p_y = torch.exp(-losses)
+        assert labels == 2
+        return norms * p_y / (1 - p_y)
+    units = g / norms[:, None]
+    gram = (units @ units.T).numpy()
+
+    def shortfall(c):
+        return ((gram @ c - 1) ** 2).sum() + (c**2).sum()
+
+    best = minimize(shortfall, [0.1] * B, bounds=[(0, None)] * B, tol=1e-14, options={"maxiter": 10_000, "ftol": 1e-16})
+    return torch.from_numpy(best.x) / norms
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("name", EXACT)
+def test_equals_weights_from_single_example_gradients(name, labels):
+    model = bert(labels)
+    closure = ExampleLosses(model, batch(labels))
+    params = list(model.parameters())
+    g = one_by_one(closure, params)
+    score = expected_scores(name, closure, params, labels)
+    p = score / score.sum()
+    options = {"norms": "exact"} if name == "gibbs" else {}
+    method = DeltaSAM(model, RHO, name, **options)
+    method.backward(closure)
+    tolerance = 2e-2 if name == "exact_curvature" else 1e-4  # there: differences along a step of 0.01
+    assert float(method.report["effective_sample_size"]) == pytest.approx(float(1 / p.square().sum()), rel=tolerance)
+
+    ascent = p @ g
+    at = [param.detach().clone() for param in params]
+    with torch.no_grad():
+        for param, part in zip(params, ascent.split([q.numel() for q in params]), strict=True):
+            param += RHO * part.view_as(param) / ascent.norm()
+    wanted = torch.autograd.grad(closure().mean(), params, allow_unused=True)
+    for param, value in zip(params, at, strict=True):
+        param.data = value
+    ours = torch.cat([q.grad.flatten() for q, w in zip(params, wanted, strict=True) if w is not None])
+    theirs = torch.cat([w.flatten() for w in wanted if w is not None])
+    assert float((ours - theirs).norm() / theirs.norm()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["gap", "relative_gap", "gauss_newton", "gibbs"])
+def test_micro_batches_equal_the_undivided_batch(name):
+    options = {"norms": "exact"} if name == "gibbs" else {}
+    gradients = []
+    for cut in ([range(B)], [range(2), range(2, 3), range(3, B)]):
+        model = bert()
+        whole = ExampleLosses(model, batch())
+        DeltaSAM(model, RHO, name, **options).backward([whole.subset(list(part)) for part in cut])
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_weights_restored_gradient_only_in_grad_and_rho_zero_is_plain(name):
+    model = bert()
+    closure = ExampleLosses(model, batch())
+    before = [p.detach().clone() for p in model.parameters()]
+    plain = torch.autograd.grad(closure().mean(), list(model.parameters()), allow_unused=True)
+    DeltaSAM(model, 0.0, name).backward(closure)
+    for p, w, g in zip(model.parameters(), before, plain, strict=True):
+        assert torch.equal(p, w)
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.equal(p.grad, g)
+
+
+def test_three_classes_follow_the_documented_formula():
+    """‖g‖ ‖D r‖/‖r‖³ with r = p − e_y and D = diag p − p pᵀ, by hand for one example."""
+    p = torch.tensor([0.7, 0.2, 0.1])
+    r = p - torch.tensor([0.0, 1.0, 0.0])
+    d = torch.diag(p) - torch.outer(p, p)
+    expected = 3.0 * (d @ r).norm() / r.norm() ** 3
+    probe = Probe(norms=torch.tensor([3.0]), logits=p.log()[None], labels=torch.tensor([1]))
+    score = WEIGHTINGS["gauss_newton"]().scores(torch.tensor([-math.log(0.2)]), probe)
+    torch.testing.assert_close(score, expected[None])
+
+
+def test_gap_is_zero_for_the_example_that_the_mean_gradient_already_serves():
+    probe = Probe(rho=0.1, norms=torch.tensor([2.0, 1.0, 1.0]), cosines=torch.tensor([1.0, 0.0, -1.0]))
+    losses = torch.ones(3)
+    torch.testing.assert_close(make_weighting("gap")(losses, probe), torch.tensor([0.0, 1 / 3, 2 / 3]))
+    torch.testing.assert_close(make_weighting("gap", mix=0.3)(losses, probe), torch.tensor([0.1, 0.7 / 3 + 0.1, 1.4 / 3 + 0.1]))
+
+
+def test_what_cannot_be_looked_into_is_said():
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(ValueError, match="DeltaSAM\\(model"):
+        DeltaSAM(model.parameters(), 0.1, "gap").backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
+    with pytest.raises(ValueError, match="ExampleLosses"):
+        DeltaSAM(model, 0.1, "gauss_newton").backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
+    with pytest.raises(ValueError, match="undivided"):
+        whole = ExampleLosses(bert(), batch())
+        DeltaSAM(whole.model, 0.1, "equalised").backward([whole.subset([0, 1]), whole.subset([2, 3])])

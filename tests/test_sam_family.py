@@ -1,0 +1,620 @@
+"""The relatives of SAM against closed forms on quadratics, against re-derivations, and against the family's traps."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_optimizer.optimizer.sam import FriendlySAM as ReferenceFSAM
+from test_methods import batch, losses, network, quadratic, same, weights
+from torch import nn
+
+from dsam import (
+    AESAM,
+    ESAM,
+    FSAM,
+    GSAM,
+    METHODS,
+    SAM,
+    SAMON,
+    GroupSAM,
+    LookSAM,
+    MomentumSAM,
+    NonFiniteGradient,
+    PerInstance,
+    Plain,
+)
+from dsam.config import check_method
+from dsam.errors import UserError
+
+# A low threshold makes AE-SAM ascend in every step: the trap tests mean its two passes.
+FAMILY = {
+    "ae_sam": lambda p, rho, **o: AESAM(p, rho, threshold=-1e9, **o),
+    "esam": lambda p, rho, **o: ESAM(p, rho, **o),
+    "fsam": lambda p, rho, **o: FSAM(p, rho, **o),
+    "gsam": lambda p, rho, **o: GSAM(p, rho, **o),
+    "looksam": lambda p, rho, **o: LookSAM(p, rho, k=2, **o),
+    "m_sam": lambda p, rho, **o: GroupSAM(p, rho, m=5, **o),
+    "msam": lambda p, rho, **o: MomentumSAM(p, rho, **o),
+    "per_instance": lambda p, rho, **o: PerInstance(p, rho, **o),
+    "sam_on": lambda p, rho, **o: SAMON(p, rho, **o),
+}
+GROUPED = ("m_sam", "per_instance")
+
+
+class Losses:
+    """Per-example losses that can be restricted, as `ExampleLosses` can."""
+
+    def __init__(self, model, x, y):
+        self.model, self.x, self.y = model, x, y
+
+    def __call__(self):
+        return losses(self.model, self.x, self.y)
+
+    def __len__(self):
+        return len(self.y)
+
+    def subset(self, indices):
+        return Losses(self.model, self.x[indices], self.y[indices])
+
+
+class Quadratic:
+    """ℓ_i(w) = ½ wᵀ A_i w + b_iᵀ w, restrictable."""
+
+    def __init__(self, a, b, w):
+        self.a, self.b, self.w = a, b, w
+
+    def __call__(self):
+        return 0.5 * torch.einsum("i,bij,j->b", self.w, self.a, self.w) + self.b @ self.w
+
+    def __len__(self):
+        return len(self.b)
+
+    def subset(self, indices):
+        return Quadratic(self.a[indices], self.b[indices], self.w)
+
+
+def normed(dropout=0.0, dtype=torch.float64, seed=0):
+    """`network` with a layer norm, so that SAM-ON has something to perturb."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def unit(x):
+    return x / x.norm()
+
+
+def step(method, w, closure):
+    w.grad = None
+    loss = method.backward(closure)
+    return loss, w.grad.clone()
+
+
+def close(a, b, rtol=1e-10):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("restrictable", [True, False])
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 100])
+def test_m_sam_on_a_quadratic_is_the_closed_form(restrictable, m):
+    a, b, w, plain = quadratic(batch_size=7)
+    v = w.detach().clone()
+    closure = Quadratic(a, b, w) if restrictable else plain
+    expected = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, 7, m):
+        group = slice(start, start + m)
+        g = a[group].mean(0) @ v + b[group].mean(0)
+        size = len(b[group])
+        expected += size / 7 * (a[group].mean(0) @ (v + 0.3 * unit(g)) + b[group].mean(0))
+    loss, gradient = step(GroupSAM([w], 0.3, m=m), w, closure)
+    close(gradient, expected)
+    close(loss, plain().mean().detach())
+    if m == 1:
+        close(step(PerInstance([w], 0.3), w, closure)[1], expected)
+    if m == 100:
+        close(step(SAM([w], 0.3), w, closure)[1], expected)
+
+
+def test_m_sam_counts_a_restricted_forward_by_its_share_and_a_full_one_in_full():
+    a, b, w, plain = quadratic(batch_size=7)
+    method = GroupSAM([w], 0.3, m=3)
+    method.backward(Quadratic(a, b, w))
+    assert (method.report["forwards"], method.report["backwards"]) == pytest.approx((2, 2))
+    method.backward(plain)
+    assert (method.report["forwards"], method.report["backwards"]) == pytest.approx((1 + 2 * 3, 2 * 3))
+
+
+def gradients(a, b, v, rho):
+    """(g at w, SAM's gradient) of the mean quadratic."""
+    g = a.mean(0) @ v + b.mean(0)
+    return g, a.mean(0) @ (v + rho * unit(g)) + b.mean(0)
+
+
+def test_gsam_on_a_quadratic_is_the_closed_form():
+    a, b, w, closure = quadratic()
+    g, perturbed = gradients(a, b, w.detach(), 0.3)
+    orthogonal = g - (g @ perturbed) / (perturbed @ perturbed) * perturbed
+    close(step(GSAM([w], 0.3, alpha=0.4), w, closure)[1], perturbed - 0.4 * orthogonal)
+    assert float(orthogonal.norm()) > 0.01
+    close(step(GSAM([w], 0.3, alpha=0.0), w, closure)[1], perturbed)
+
+
+def test_looksam_on_a_quadratic_is_the_closed_form_in_each_kind_of_step():
+    a, b, w, closure = quadratic()
+    method = LookSAM([w], 0.3, k=3, alpha=0.7)
+    for t in range(7):
+        v = w.detach().clone()
+        g, perturbed = gradients(a, b, v, 0.3)
+        _, gradient = step(method, w, closure)
+        if t % 3 == 0:
+            expected = perturbed
+            kept = perturbed - (perturbed @ unit(g)) * unit(g)
+        else:
+            expected = g + 0.7 * g.norm() / kept.norm() * kept
+        close(gradient, expected)
+        assert method.report["backwards"] == (2 if t % 3 == 0 else 1)
+        with torch.no_grad():
+            w -= 0.05 * gradient
+
+
+def test_looksam_with_k_one_is_sam():
+    a, b, w, closure = quadratic()
+    method = LookSAM([w], 0.3, k=1)
+    for _ in range(3):
+        close(step(method, w, closure)[1], step(SAM([w], 0.3), w, closure)[1])
+
+
+def test_fsam_on_a_quadratic_is_the_closed_form():
+    a, b, w, closure = quadratic()
+    method = FSAM([w], 0.3, sigma=0.8, decay=0.6)
+    average = None
+    for _ in range(4):
+        v = w.detach().clone()
+        g, _ = gradients(a, b, v, 0.3)
+        direction = g if average is None else g - 0.8 * average
+        average = g if average is None else 0.6 * average + 0.4 * g
+        _, gradient = step(method, w, closure)
+        close(gradient, a.mean(0) @ (v + 0.3 * unit(direction)) + b.mean(0))
+        with torch.no_grad():
+            w -= 0.05 * gradient
+
+
+def test_fsam_equals_pytorch_optimizer_over_steps():
+    ours, theirs = network(), network()
+    reference = ReferenceFSAM(theirs.parameters(), torch.optim.SGD, rho=0.1, sigma=1.0, lmbda=0.9, lr=0.05)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
+    method = FSAM(ours.parameters(), 0.1, sigma=1.0, decay=0.9)
+    for t in range(6):
+        x, y = batch(seed=t)
+        method.backward(lambda x=x, y=y: losses(ours, x, y))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses(theirs, x, y).mean().backward()
+        reference.first_step(zero_grad=True)
+        losses(theirs, x, y).mean().backward()
+        reference.second_step(zero_grad=True)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)  # theirs sums the norm in float32
+
+
+def test_momentum_sam_on_a_quadratic_is_the_papers_algorithm():
+    """w̃ = w − ρ v/‖v‖ with v ← μ v + ∇L(w̃): the direction of SGD's momentum buffer."""
+    a, b, w, closure = quadratic()
+    method = MomentumSAM([w], 0.3, momentum=0.9)
+    v = torch.zeros(3, dtype=torch.float64)
+    for t in range(4):
+        point = w.detach() - (0.3 * unit(v) if t else 0)
+        expected = a.mean(0) @ point + b.mean(0)
+        v = 0.9 * v + expected
+        _, gradient = step(method, w, closure)
+        close(gradient, expected)
+        assert method.report["backwards"] == 1
+        with torch.no_grad():
+            w -= 0.05 * gradient
+
+
+def test_sam_on_moves_the_normalisation_layers_only_by_rho_along_their_gradient():
+    model, (x, y) = normed(), batch()
+    norm = model[1]
+    g = torch.autograd.grad(losses(model, x, y).mean(), [norm.weight, norm.bias])
+    size = torch.cat(g).norm()
+    moved = copy.deepcopy(model)
+    for p, d in zip([moved[1].weight, moved[1].bias], g, strict=True):
+        p.data += 0.3 * d / size
+    losses(moved, x, y).mean().backward()
+    SAMON(model, 0.3).backward(lambda: losses(model, x, y))
+    for p, q in zip(model.parameters(), moved.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
+def test_sam_on_says_what_it_needs():
+    model, (x, y) = normed(), batch()
+    with pytest.raises(ValueError, match="pass the module"):
+        SAMON(model.parameters()).backward(lambda: losses(model, x, y))
+    with pytest.raises(ValueError, match="has none"):
+        SAMON(network())
+
+
+def test_ae_sam_ascends_exactly_where_the_squared_norm_is_large():
+    """ℓ = s·w, so that ‖g‖² = s² is chosen at will."""
+    w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    method = AESAM([w], 0.3, threshold=0.5, decay=0.8)
+    scales = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    mean, variance, ascents = float(scales[0]) ** 2, 0.0, 0
+    for s in scales.tolist():
+        mean = 0.8 * mean + 0.2 * s**2
+        variance = 0.8 * variance + 0.2 * (s**2 - mean) ** 2
+        expected = s**2 >= mean + 0.5 * variance**0.5
+        step(method, w, lambda s=s: s * w)
+        assert method.report["ascended"] == expected
+        assert method.report["backwards"] == 1 + expected
+        ascents += expected
+    assert 5 < ascents < 35
+
+
+def test_ae_sam_gives_sams_gradient_or_the_plain_one():
+    a, b, w, closure = quadratic()
+    g, perturbed = gradients(a, b, w.detach(), 0.3)
+    close(step(AESAM([w], 0.3, threshold=-1e9), w, closure)[1], perturbed)
+    never = AESAM([w], 0.3, threshold=1e9)
+    never.variance = 1.0
+    close(step(never, w, closure)[1], g)
+
+
+@pytest.mark.parametrize("restrictable", [True, False])
+def test_esam_on_a_quadratic_is_the_closed_form(restrictable):
+    """Two parameters u, v; with this seed β = ½ draws one of them."""
+    a, b, _, _ = quadratic(batch_size=6, size=4)
+    u, v = (nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in ([0.5, -1.0], [2.0, 0.3]))
+
+    class Both(Quadratic):
+        def __call__(self):
+            self.w = torch.cat([u, v])
+            return super().__call__()
+
+        def subset(self, indices):
+            return Both(self.a[indices], self.b[indices], None)
+
+    closure = Both(a, b, None) if restrictable else Both(a, b, None).__call__
+    method = ESAM([u, v], 0.3, beta=0.5, gamma=0.5, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    kept = (torch.rand(2, generator=generator) < 0.5).tolist()
+    assert kept.count(True) == 1
+    w = torch.cat([u, v]).detach()
+    per_example = lambda w: 0.5 * torch.einsum("i,bij,j->b", w, a, w) + b @ w  # noqa: E731
+    g = (a.mean(0) @ w + b.mean(0)) * torch.tensor([kept[0]] * 2 + [kept[1]] * 2)
+    moved = w + 0.3 / 0.5 * unit(g)
+    worst = (per_example(moved) - per_example(w)).topk(3).indices
+    expected = a[worst].mean(0) @ moved + b[worst].mean(0)
+    loss = method.backward(closure)
+    close(torch.cat([u.grad, v.grad]), expected)
+    close(loss, per_example(w).mean())
+    passes = (method.report["forwards"] + 2 * method.report["backwards"]) / 3
+    assert passes == pytest.approx(method.passes if restrictable else 7 / 3)
+
+
+def test_esam_with_everything_drawn_is_sam():
+    x, y = batch()
+    found = []
+    for make in (lambda p: SAM(p, 0.3), lambda p: ESAM(p, 0.3, beta=1.0, gamma=1.0)):
+        model = network()
+        make(model.parameters()).backward(Losses(model, x, y))
+        found.append([p.grad for p in model.parameters()])
+    assert same(*found)
+
+
+# The traps, for each
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("restrictable", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_restored_bit_for_bit(name, restrictable, dtype):
+    model = normed(dtype=dtype, dropout=0.2)
+    x, y = batch(dtype=dtype)
+    before, pointers = weights(model), [p.data_ptr() for p in model.parameters()]
+    method = FAMILY[name](model, 0.5)
+    for _ in range(3):
+        method.backward(Losses(model, x, y) if restrictable else lambda: losses(model, x, y).float())
+    assert same(before, weights(model))
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+class Counted(Losses):
+    """Does `what` in its n-th forward, restricted or not."""
+
+    def __init__(self, model, x, y, calls, n, what):
+        super().__init__(model, x, y)
+        self.calls, self.n, self.what = calls, n, what
+
+    def __call__(self):
+        self.calls[0] += 1
+        found = super().__call__()
+        return self.what(found) if self.calls[0] == self.n else found
+
+    def subset(self, indices):
+        return Counted(self.model, self.x[indices], self.y[indices], self.calls, self.n, self.what)
+
+
+def forwards_of(name):
+    """Forwards of a first step on 12 examples."""
+    return {"esam": 3, "m_sam": 6, "per_instance": 24, "msam": 1}.get(name, 2)
+
+
+def stop(_):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 24])
+def test_a_raising_or_non_finite_pass_leaves_the_weights(name, n):
+    for what, error in ((stop, RuntimeError), (lambda x: x * float("nan"), NonFiniteGradient)):
+        model = normed()
+        before = weights(model)
+        method, closure = FAMILY[name](model, 0.5), Counted(model, *batch(), [0], n, what)
+        if n > forwards_of(name):
+            method.backward(closure)
+        else:
+            with pytest.raises(error):
+                method.backward(closure)
+        assert same(before, weights(model))
+
+
+@given(cuts=st.lists(st.integers(1, 11), max_size=4), name=st.sampled_from(list(FAMILY)), restrictable=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, restrictable):
+    edges = [0, *sorted(set(cuts)), 12]
+    results = []
+    for parts in ([slice(0, 12)], [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]):
+        model = normed()
+        method = FAMILY[name](model, 0.1)
+        found = []
+        for t in range(3):
+            x, y = batch(12, seed=t)
+            pieces = [Losses(model, x[s], y[s]) for s in parts]
+            if not restrictable:
+                pieces = [piece.__call__ for piece in pieces]
+            model.zero_grad()
+            found += [method.backward(pieces), *(p.grad.clone() for p in model.parameters())]
+        results.append(found)
+    for one, divided in zip(*results, strict=True):
+        torch.testing.assert_close(one, divided, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_adds_to_a_gradient_that_is_already_there(name):
+    model, (x, y) = normed(), batch()
+    FAMILY[name](model, 0.1).backward(Losses(model, x, y))
+    once = [p.grad.clone() for p in model.parameters()]
+    FAMILY[name](model, 0.1).backward([Losses(model, x[:5], y[:5]), Losses(model, x[5:], y[5:])])
+    for p, g in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILY) - {*GROUPED, "esam"}))
+@pytest.mark.parametrize("mask", ["same", "fresh"])
+def test_rho_zero_trains_as_plain_bit_for_bit(name, mask):
+    """Also with dropout. Not so for groups (rounding, own masks), ESAM (selects), AE-SAM with fresh masks (documented)."""
+    trained = []
+    for make in (lambda p, rho, **o: Plain(p, **o), FAMILY[name]):
+        model = normed(dropout=0.3, dtype=torch.float32)
+        method, optimizer = make(model, 0.0, mask=mask), torch.optim.AdamW(model.parameters(), lr=0.01)
+        torch.manual_seed(5)
+        for t in range(5):
+            x, y = batch(seed=t, dtype=torch.float32)
+            method.backward(Losses(model, x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([*weights(model), torch.get_rng_state()])
+    if (name, mask) == ("ae_sam", "fresh"):
+        assert torch.equal(trained[0][-1], trained[1][-1])
+    else:
+        assert same(*trained)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_rho_zero_is_plain_up_to_rounding_for_groups(name):
+    model, (x, y) = normed(), batch()
+    Plain(model).backward(Losses(model, x, y))
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    FAMILY[name](model, 0.0).backward(Losses(model, x, y))
+    for p, g in zip(model.parameters(), plain, strict=True):
+        close(p.grad, g)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_zero_gradient_is_finite(name):
+    model, (x, y) = normed(), batch()
+    method = FAMILY[name](model, 0.1)
+    for _ in range(3):
+        method.backward(lambda: 0 * losses(model, x, y))
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
+    x, y = batch(dtype=torch.float32)
+    trained = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        model = normed(dtype=torch.float32)
+        method, optimizer = FAMILY[name](model, 0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            method.backward(Losses(model, x, y), scaler=scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        trained.append(weights(model))
+    assert same(*trained)
+    method.backward(lambda: losses(model, x, y) * float("inf"), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(trained[1], weights(model))
+    assert scaler.get_scale() == 2.0**9
+    optimizer.zero_grad()
+    method.backward(Losses(model, x, y), scaler=scaler)  # and its own state is not spoilt
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_scaler_works_with_ae_sams_plain_steps():
+    model, (x, y) = normed(dtype=torch.float32), batch(dtype=torch.float32)
+    method, scaler = AESAM(model, 0.1, threshold=1e9), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    method.variance = 1.0
+    before, optimizer = weights(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = torch.autograd.grad(losses(model, x, y).mean(), list(model.parameters()))
+    method.backward(Losses(model, x, y), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    for p, old, g in zip(model.parameters(), before, expected, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.1 * g)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("restrictable", [True, False])
+def test_batch_norm_statistics_move_as_in_one_clean_pass(name, restrictable):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    x, y = batch(dtype=torch.float32)
+    model, clean = make(), make()
+    if restrictable and name == "per_instance":
+        pytest.skip("batch norm cannot train on one example")
+    if restrictable and name == "m_sam":
+        for part in x.split(5):
+            clean(part)
+    else:
+        clean(x)
+    if name == "msam":
+        FAMILY[name](model, 0.3)  # its first step is at w
+    FAMILY[name](model, 0.3).backward(Losses(model, x, y) if restrictable else lambda: losses(model, x, y))
+    assert same(list(model.buffers()), list(clean.buffers()))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("mask", ["same", "fresh"])
+def test_a_resumed_method_goes_on_as_if_never_stopped(name, mask):
+    def train(model, method, optimizer, steps):
+        for t in steps:
+            x, y = batch(seed=t)
+            method.backward(Losses(model, x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = normed(dropout=0.2)
+    method, optimizer = FAMILY[name](model, 0.1, mask=mask), torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.manual_seed(0)
+    train(model, method, optimizer, range(3))
+    saved = copy.deepcopy([model.state_dict(), method.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
+    train(model, method, optimizer, range(3, 6))
+
+    resumed = normed(seed=7, dropout=0.2)
+    resumed.load_state_dict(saved[0])
+    method = FAMILY[name](resumed, 0.1, mask=mask, seed=9)
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.01)
+    method.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    torch.set_rng_state(saved[3])
+    train(resumed, method, optimizer, range(3, 6))
+    assert same(weights(model), weights(resumed))
+
+
+@pytest.mark.parametrize("name", ["fsam", "looksam", "msam", "ae_sam"])
+def test_the_state_matters(name):
+    """Else the resume test could not fail."""
+    model, (x, y) = normed(), batch()
+    method = AESAM(model, 0.1, threshold=0.0) if name == "ae_sam" else FAMILY[name](model, 0.1)
+    fresh = copy.deepcopy(method.state_dict())
+    method.backward(Losses(model, x, y))
+    assert str(fresh) != str(method.state_dict())
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_layer_that_one_pass_skips_does_not_break_the_step(name):
+    for skipped in (1, 2):
+        model, extra, (x, y), calls = normed(), nn.Linear(3, 3).double(), batch(), [0]
+
+        def closure(model=model, extra=extra, x=x, y=y, calls=calls, skipped=skipped):
+            calls[0] += 1
+            out = model(x)
+            return nn.functional.cross_entropy(out if calls[0] == skipped else extra(out), y, reduction="none")
+
+        both = nn.ModuleList([model, extra])
+        before = weights(both)
+        method = FAMILY[name](both, 0.1)
+        method.backward(closure)
+        method.backward(closure)
+        assert same(before, weights(both))
+
+
+@pytest.mark.parametrize(("name", "steps"), [(name, 20) for name in FAMILY if name != "ae_sam"])
+def test_passes_are_true_at_the_default_options(name, steps):
+    """In units of a training pass: a forward is a third of one, a backward two thirds."""
+    model, (x, y) = normed(), batch()
+    method = METHODS[name](model)
+    spent = 0.0
+    for _ in range(steps):
+        method.backward([Losses(model, x[:4], y[:4]), Losses(model, x[4:], y[4:])])
+        spent += (method.report["forwards"] + 2 * method.report["backwards"]) / 3
+    assert spent / steps == pytest.approx(method.passes)
+    assert METHODS[name].passes == pytest.approx(method.passes)
+
+
+def test_ae_sams_passes_are_one_and_a_half_where_the_norm_is_symmetric():
+    w, seen = nn.Parameter(torch.ones(1, dtype=torch.float64)), []
+    method = AESAM([w])
+    for square in (1 + 0.5 * (2 * torch.rand(600, generator=torch.Generator().manual_seed(1)) - 1)).tolist():
+        method.backward(lambda s=square**0.5: s * w)
+        seen.append((method.report["forwards"] + 2 * method.report["backwards"]) / 3)
+    assert sum(seen) / len(seen) == pytest.approx(AESAM.passes, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("m_sam", "m", 0),
+        ("gsam", "alpha", -1),
+        ("looksam", "k", 0),
+        ("looksam", "alpha", -1),
+        ("fsam", "sigma", -1),
+        ("fsam", "decay", 1),
+        ("msam", "momentum", 1),
+        ("ae_sam", "decay", -0.1),
+        ("esam", "beta", 0),
+        ("esam", "gamma", 1.5),
+        ("sam_on", "rho", -1),
+        ("r3f", "noise", "cauchy"),
+        ("r3f", "sigma", -1),
+        ("rdrop", "alpha", -1),
+        ("freelb", "steps", 0),
+        ("freelb", "max_norm", -1),
+        ("smart", "steps", 0),
+        ("smart", "radius", -1),
+    ],
+)
+def test_a_bad_option_is_named_before_work_starts(name, option, value):
+    with pytest.raises(UserError, match=option):
+        check_method(name, {option: value})
+
+
+def test_per_instance_offers_no_m():
+    with pytest.raises(UserError, match="'optimizer.m'"):
+        check_method("per_instance", {"m": 4})
+
+
+def test_the_table_of_methods_has_a_row_for_each_with_its_passes():
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    rows = {row[0]: row[1] for row in re.findall(r"^\| `(\w+)` \|[^|]*(?:\\\|[^|]*)*\| ([\d.]+)", text, re.MULTILINE)}
+    assert set(METHODS) <= set(rows)
+    for name, cls in METHODS.items():
+        assert float(rows[name]) == pytest.approx(cls.passes, abs=0.005), name
