@@ -1,4 +1,4 @@
-"""Sharpness-aware fine-tuning: SAM, δ-SAM (a reconstruction) and their relatives as replacements for `loss.backward()`."""
+"""Sharpness-aware fine-tuning: SAM, δ-SAM (a reconstruction) and relatives as replacements for `loss.backward()`."""
 
 from .errors import NonFiniteGradient
 from .methods import (

@@ -49,7 +49,9 @@ def load(cfg: DictConfig) -> Config:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = cfg.get("hydra") or HydraConfig.get()
-    return Config.load({k: v for k, v in _unresolved(cfg).items() if k != "hydra"}, hydra.runtime.choices.get("experiment"))
+    return Config.load(
+        {k: v for k, v in _unresolved(cfg).items() if k != "hydra"}, hydra.runtime.choices.get("experiment")
+    )
 
 
 def _unresolved(cfg: DictConfig) -> dict:

@@ -92,6 +92,7 @@ class Device:
 class Checkpoint:
     every_seconds: float = 60
     keep_weights: bool = False
+    keep_at: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -187,7 +188,7 @@ def coerce(value: Any, kind: Any, path: str) -> Any:
             return value
         if isinstance(value, bool):
             continue
-        if alternative is int and (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
+        if alternative is int and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             return int(value)
         if alternative is float and isinstance(value, int | float | str):
             try:
@@ -200,6 +201,9 @@ def coerce(value: Any, kind: Any, path: str) -> Any:
             return str(value)
         if getattr(alternative, "__origin__", None) is dict and isinstance(value, dict):
             return value
+        if getattr(alternative, "__origin__", None) is list and isinstance(value, list | tuple):
+            (part,) = alternative.__args__
+            return [coerce(v, part, f"{path}[{i}]") for i, v in enumerate(value)]
         if getattr(alternative, "__origin__", None) is tuple and isinstance(value, list | tuple):
             parts = alternative.__args__
             if len(parts) == len(value):
@@ -248,6 +252,9 @@ def _check(config: Config) -> None:
     at_least("device.threads", config.device.threads, 1)
     at_least("launcher.workers", config.launcher.workers, 1)
     at_least("checkpoint.every_seconds", config.checkpoint.every_seconds, 0)
+    for percent in config.checkpoint.keep_at:
+        if not 0 < percent <= 100:
+            raise UserError(f"checkpoint.keep_at: {percent} must be above 0 and at most 100 (per cent of the steps)")
     one_of("train.precision", train.precision, ("float32", "bfloat16"))
     one_of("data.source", config.data.source, ("builtin", "local", "hub"))
     one_of("tracking.mode", config.tracking.mode, ("offline", "online", "disabled"))

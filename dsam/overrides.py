@@ -19,7 +19,9 @@ def check(overrides: list[str], conf: Path) -> list[str]:
     Options of an optimizer need not stand in its file (a weighting's do not), so `optimizer.radius=0.3` is passed on
     as `++optimizer.radius=0.3`; `dsam.config` checks it against the method itself.
     """
-    groups = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()}
+    groups = {
+        folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
+    }
     passed, chosen, keys = [], [], []
     parser = OverridesParser.create()
     for text in overrides:
@@ -36,7 +38,9 @@ def check(overrides: list[str], conf: Path) -> list[str]:
             chosen.append(f"{name}={choices[0] if choices[0] is not None else 'null'}")
         elif name.startswith("optimizer.") and text.startswith("optimizer."):
             text = f"++{text}"
-        elif name.split(".")[0] != "hydra" and not (override.is_add() or override.is_force_add() or override.is_delete()):
+        elif name.split(".")[0] != "hydra" and not (
+            override.is_add() or override.is_force_add() or override.is_delete()
+        ):
             keys.append(name)
         passed.append(text)
     if keys:
@@ -63,5 +67,9 @@ def _check_keys(keys: list[str], config: DictConfig, groups: dict) -> None:
                 known = list(node) if isinstance(node, DictConfig) else []
                 if i == 0:
                     known += list(groups)
-                raise UserError(f"unknown key '{key}'" + (f" ({where} has no '{part}')" if where else "") + f"; {did_you_mean(part, known)}")
+                raise UserError(
+                    f"unknown key '{key}'"
+                    + (f" ({where} has no '{part}')" if where else "")
+                    + f"; {did_you_mean(part, known)}"
+                )
             node = node._get_node(part)  # not node[part]: that would resolve interpolations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.command_line import one_line_errors, report  # noqa: E402
+from dsam.command_line import one_line_errors, report
 
 if __name__ == "__main__":
     with one_line_errors():

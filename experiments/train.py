@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dsam and hydra_plugins lie beside this folder
 
-import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+import hydra
+from omegaconf import DictConfig
 
-from dsam.command_line import run_one, start  # noqa: E402
+from dsam.command_line import run_one, start
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -158,7 +158,15 @@ def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish
 
 
 def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
-    arguments = ["-m", *LONG, "optimizer=sam", "seed=range(0,2)", "launcher.workers=2", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    arguments = [
+        "-m",
+        *LONG,
+        "optimizer=sam",
+        "seed=range(0,2)",
+        "launcher.workers=2",
+        f"paths.runs={tmp_path}/runs",
+        f"paths.cache={tmp_path}/cache",
+    ]
     process = start(*arguments)
     wait_for(lambda: len(list((tmp_path / "runs").glob("*/*/*/*/checkpoint/*.pt"))) >= 2, 120)
     process.send_signal(signal.SIGINT)
@@ -170,7 +178,9 @@ def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
 
 
 def test_planning_changes_nothing(tmp_path):
-    done = command("experiment=smoke", "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache")
+    done = command(
+        "experiment=smoke", "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"
+    )
     assert done.returncode == 0, done.stderr
     assert "45 runs: 45 missing. 45 would start." in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -210,7 +220,12 @@ def model_folder(tmp_path, **files):
 )
 def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(tmp_path, arguments, words):
     begun = time.monotonic()
-    done = command(*arguments, *([] if "paths" in arguments[0] else [f"paths.runs={tmp_path}/runs"]), f"paths.cache={tmp_path}/cache", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    done = command(
+        *arguments,
+        *([] if "paths" in arguments[0] else [f"paths.runs={tmp_path}/runs"]),
+        f"paths.cache={tmp_path}/cache",
+        env={"HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
@@ -225,7 +240,11 @@ def saved_model(tmp_path_factory):
     """A small model folder as a user may bring one."""
     folder = tmp_path_factory.mktemp("models") / "saved"
     done = command(
-        "train.max_steps=1", "tracking=disabled", "checkpoint.keep_weights=true", f"paths.runs={folder}", f"paths.cache={folder}/cache"
+        "train.max_steps=1",
+        "tracking=disabled",
+        "checkpoint.keep_weights=true",
+        f"paths.runs={folder}",
+        f"paths.cache={folder}/cache",
     )
     assert done.returncode == 0, done.stderr
     (last,) = folder.glob("*/*/*/*/last")
@@ -252,7 +271,9 @@ def test_a_model_folder_that_cannot_be_used_is_one_line(tmp_path, saved_model, s
     shutil.copytree(saved_model, folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     spoil(folder)
-    done = command("model=encoder", f"model.path={folder}", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache")
+    done = command(
+        "model=encoder", f"model.path={folder}", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     for word in words:
@@ -294,7 +315,14 @@ def test_a_broken_data_file_is_one_line_with_its_place(tmp_path, spoil, words):
         (folder / f"{split}.tsv").write_text(
             "index\tsentence1\tsentence2\tlabel\n0\tA man.\tA man.\tentailment\n1\tA dog.\tA cat.\tnot_entailment\n"
         )
-    arguments = ["task=rte", "data=local", f"data.root={tmp_path}/glue", *SHORT, f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    arguments = [
+        "task=rte",
+        "data=local",
+        f"data.root={tmp_path}/glue",
+        *SHORT,
+        f"paths.runs={tmp_path}/runs",
+        f"paths.cache={tmp_path}/cache",
+    ]
     good = command(*arguments, "train.max_steps=1")
     assert good.returncode == 0, good.stderr
     assert "rte train: 2 rows, official 2490" in good.stdout

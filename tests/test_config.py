@@ -39,7 +39,9 @@ def test_every_experiment_composes_each_of_its_runs(experiment):
     parsed = {o.key_or_group: list(o.sweep_string_iterator()) for o in OverridesParser.create().parse_overrides(sweeps)}
     for task in parsed["task"]:
         for optimizer in parsed["optimizer"]:
-            loaded = config(f"experiment={experiment}", f"task={task}", f"optimizer={optimizer}", "data.root=/x", "model.path=/y")
+            loaded = config(
+                f"experiment={experiment}", f"task={task}", f"optimizer={optimizer}", "data.root=/x", "model.path=/y"
+            )
             assert loaded.task.name == task
             assert loaded.optimizer.name == optimizer
 
@@ -106,7 +108,10 @@ def test_mistakes_are_one_line_that_names_them(given, words):
         ([], ["device.threads=2"]),
         ([], ["launcher.workers=2"]),
         ([], ["checkpoint.every_seconds=1"]),
-        (["optimizer=dsam", "optimizer.weighting=uniform"], ["optimizer=dsam", "optimizer.weighting=uniform", "optimizer.name=mine"]),
+        (
+            ["optimizer=dsam", "optimizer.weighting=uniform"],
+            ["optimizer=dsam", "optimizer.weighting=uniform", "optimizer.name=mine"],
+        ),
     ],
 )
 def test_the_same_numbers_have_the_same_identity(one, other):
@@ -169,7 +174,11 @@ def test_model_folders_count_by_their_bytes(tmp_path):
     assert identify(config(*model("c", b"2"))).id != first
 
 
-@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)))
+@given(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_coercion_gives_the_declared_type_or_names_the_key(value):
     for kind in (int, float, bool, str, int | None, float | None, tuple[float, float]):

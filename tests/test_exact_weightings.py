@@ -43,7 +43,11 @@ def one_by_one(closure, params):
     rows = []
     for i in range(B):
         gradient = torch.autograd.grad(closure.subset([i])().sum(), params, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradient, params, strict=True)]))
+        rows.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradient, params, strict=True)]
+            )
+        )
     return torch.stack(rows)
 
 
@@ -157,16 +161,22 @@ def test_gap_is_zero_for_the_example_that_the_mean_gradient_already_serves():
     probe = Probe(rho=0.1, norms=torch.tensor([2.0, 1.0, 1.0]), cosines=torch.tensor([1.0, 0.0, -1.0]))
     losses = torch.ones(3)
     torch.testing.assert_close(make_weighting("gap")(losses, probe), torch.tensor([0.0, 1 / 3, 2 / 3]))
-    torch.testing.assert_close(make_weighting("gap", mix=0.3)(losses, probe), torch.tensor([0.1, 0.7 / 3 + 0.1, 1.4 / 3 + 0.1]))
+    torch.testing.assert_close(
+        make_weighting("gap", mix=0.3)(losses, probe), torch.tensor([0.1, 0.7 / 3 + 0.1, 1.4 / 3 + 0.1])
+    )
 
 
 def test_what_cannot_be_looked_into_is_said():
     model = nn.Linear(3, 2)
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     with pytest.raises(ValueError, match="DeltaSAM\\(model"):
-        DeltaSAM(model.parameters(), 0.1, "gap").backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
+        DeltaSAM(model.parameters(), 0.1, "gap").backward(
+            lambda: nn.functional.cross_entropy(model(x), y, reduction="none")
+        )
     with pytest.raises(ValueError, match="ExampleLosses"):
-        DeltaSAM(model, 0.1, "gauss_newton").backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"))
+        DeltaSAM(model, 0.1, "gauss_newton").backward(
+            lambda: nn.functional.cross_entropy(model(x), y, reduction="none")
+        )
     with pytest.raises(ValueError, match="undivided"):
         whole = ExampleLosses(bert(), batch())
         DeltaSAM(whole.model, 0.1, "equalised").backward([whole.subset([0, 1]), whole.subset([2, 3])])

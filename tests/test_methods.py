@@ -457,7 +457,10 @@ def test_a_resumed_method_goes_on_as_if_never_stopped(name):
 
     resumed = network(seed=7, dropout=0.2)
     resumed.load_state_dict(saved[0])
-    method, optimizer = ALL[name](resumed.parameters(), 0.1, mask="fresh"), torch.optim.AdamW(resumed.parameters(), lr=0.01)
+    method, optimizer = (
+        ALL[name](resumed.parameters(), 0.1, mask="fresh"),
+        torch.optim.AdamW(resumed.parameters(), lr=0.01),
+    )
     method.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[2])
     torch.set_rng_state(saved[3])

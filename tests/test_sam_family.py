@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_looksam_on_a_quadratic_is_the_closed_form_in_each_kind_of_step():
 
 
 def test_looksam_with_k_one_is_sam():
-    a, b, w, closure = quadratic()
+    _, _, w, closure = quadratic()
     method = LookSAM([w], 0.3, k=1)
     for _ in range(3):
         close(step(method, w, closure)[1], step(SAM([w], 0.3), w, closure)[1])
@@ -283,8 +284,8 @@ def test_esam_on_a_quadratic_is_the_closed_form(restrictable):
             return Both(self.a[indices], self.b[indices], None)
 
     closure = Both(a, b, None) if restrictable else Both(a, b, None).__call__
-    method = ESAM([u, v], 0.3, beta=0.5, gamma=0.5, seed=3)
-    generator = torch.Generator().manual_seed(3)
+    method = ESAM([u, v], 0.3, beta=0.5, gamma=0.5, seed=5)
+    generator = torch.Generator().manual_seed(5)
     kept = (torch.rand(2, generator=generator) < 0.5).tolist()
     assert kept.count(True) == 1
     w = torch.cat([u, v]).detach()
@@ -372,7 +373,7 @@ def test_a_raising_or_non_finite_pass_leaves_the_weights(name, n):
 def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, restrictable):
     edges = [0, *sorted(set(cuts)), 12]
     results = []
-    for parts in ([slice(0, 12)], [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]):
+    for parts in ([slice(0, 12)], [slice(a, b) for a, b in pairwise(edges)]):
         model = normed()
         method = FAMILY[name](model, 0.1)
         found = []
@@ -401,7 +402,7 @@ def test_adds_to_a_gradient_that_is_already_there(name):
 @pytest.mark.parametrize("name", sorted(set(FAMILY) - {*GROUPED, "esam"}))
 @pytest.mark.parametrize("mask", ["same", "fresh"])
 def test_rho_zero_trains_as_plain_bit_for_bit(name, mask):
-    """Also with dropout. Not so for groups (rounding, own masks), ESAM (selects), AE-SAM with fresh masks (documented)."""
+    """Also with dropout. Not for groups (rounding, own masks), ESAM (selects), AE-SAM with fresh masks."""
     trained = []
     for make in (lambda p, rho, **o: Plain(p, **o), FAMILY[name]):
         model = normed(dropout=0.3, dtype=torch.float32)
@@ -498,7 +499,8 @@ def test_batch_norm_statistics_move_as_in_one_clean_pass(name, restrictable):
     if name == "msam":
         FAMILY[name](model, 0.3)  # its first step is at w
     FAMILY[name](model, 0.3).backward(Losses(model, x, y) if restrictable else lambda: losses(model, x, y))
-    assert same(list(model.buffers()), list(clean.buffers()))
+    for ours, expected in zip(model.buffers(), clean.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)  # a copied group is aligned otherwise
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -608,12 +610,12 @@ def test_a_bad_option_is_named_before_work_starts(name, option, value):
 
 
 def test_per_instance_offers_no_m():
-    with pytest.raises(UserError, match="'optimizer.m'"):
+    with pytest.raises(UserError, match=r"unknown key 'optimizer[.]m'"):
         check_method("per_instance", {"m": 4})
 
 
 def test_the_table_of_methods_has_a_row_for_each_with_its_passes():
-    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = {row[0]: row[1] for row in re.findall(r"^\| `(\w+)` \|[^|]*(?:\\\|[^|]*)*\| ([\d.]+)", text, re.MULTILINE)}
     assert set(METHODS) <= set(rows)
     for name, cls in METHODS.items():

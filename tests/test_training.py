@@ -189,7 +189,12 @@ def test_micro_batches_train_as_the_whole_batch_does(tmp_path):
     """Without dropout, whose masks fall on other examples."""
     results = [
         run(short(tmp_path, "optimizer=dsam", "train.dropout=0", *more))
-        for more in ([], ["train.micro_batch_size=5"], ["train.piece_overhead=10"], ["train.micro_batch_size=7", "optimizer.recompute=true"])
+        for more in (
+            [],
+            ["train.micro_batch_size=5"],
+            ["train.piece_overhead=10"],
+            ["train.micro_batch_size=7", "optimizer.recompute=true"],
+        )
     ]
     for other in results[1:]:
         assert other["last"]["loss"] == pytest.approx(results[0]["last"]["loss"], rel=2e-3)
@@ -201,13 +206,22 @@ def test_kept_weights_give_the_recorded_scores_again(tmp_path):
     result = run(chosen)
     kept = identify(chosen).folder / "best"
     ready = prepare(
-        config("task=similarity", "model=encoder", f"model.path={kept}", "device.threads=1", f"paths.cache={tmp_path}/cache")
+        config(
+            "task=similarity",
+            "model=encoder",
+            f"model.path={kept}",
+            "device.threads=1",
+            f"paths.cache={tmp_path}/cache",
+        )
     )
     again = evaluate(get_task("similarity"), ready.data, ready.network.eval(), ready.device)
     assert again["score"] == result["best"]["score"]
 
 
 def test_the_head_follows_seeds_init_and_the_data_order_seeds_data(tmp_path):
-    head = [prepare(short(tmp_path, *g)).network.classifier.weight for g in (["seed=3"], ["seed=4", "seeds.init=3"], ["seed=4"])]
+    head = [
+        prepare(short(tmp_path, *g)).network.classifier.weight
+        for g in (["seed=3"], ["seed=4", "seeds.init=3"], ["seed=4"])
+    ]
     assert torch.equal(head[0], head[1])
     assert not torch.equal(head[0], head[2])

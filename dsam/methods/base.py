@@ -113,7 +113,9 @@ class Method:
         seen, total = [], None
         for k in range(len(closures)):
             losses = self._forward(closures, k, ascent=True)
-            total = self._add_gradient(total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures))
+            total = self._add_gradient(
+                total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures)
+            )
             seen.append(losses.detach())
         losses = torch.cat(seen)
         if len(closures) > 1:

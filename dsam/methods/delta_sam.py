@@ -40,9 +40,7 @@ class DeltaSAM(SAM):
         **weighting_options,
     ):
         super().__init__(params, rho, mask=mask, seed=seed)
-        self.weighting = (
-            make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
-        )
+        self.weighting = make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
         self.recompute = recompute
 
     def _ascent_gradient(self, closures: list[Closure]):
@@ -108,7 +106,9 @@ class DeltaSAM(SAM):
     def _curvature(self, closure) -> Tensor:
         """‖H_i ĝ_i‖ for each example of the closure, by differences of its gradient along its own gradient."""
         if not hasattr(closure, "subset"):
-            raise ValueError("weighting 'exact_curvature' takes examples one by one: pass dsam.ExampleLosses(model, batch)")
+            raise ValueError(
+                "weighting 'exact_curvature' takes examples one by one: pass dsam.ExampleLosses(model, batch)"
+            )
         found = []
         with self.random.replay(self.random.get()):
             for i in range(len(closure)):
@@ -150,7 +150,9 @@ class DeltaSAM(SAM):
 
     def _noise(self) -> list[Tensor]:
         """A random direction in the parameters, unscaled."""
-        like = [{"size": p.shape, "generator": self.generator, "device": p.device, "dtype": p.dtype} for p in self.params]
+        like = [
+            {"size": p.shape, "generator": self.generator, "device": p.device, "dtype": p.dtype} for p in self.params
+        ]
         if self.weighting.noise == "rademacher":
             return [torch.randint(0, 2, **options).mul_(2).sub_(1) for options in like]
         return [torch.randn(**options) for options in like]

@@ -53,7 +53,7 @@ class OutputMethod(Method):
     def _noise(self, closure: Closure, kind: str) -> Tensor:
         """Noise (B, T, d) in float32, 0 at padding: "normal" N(0, 1) or "uniform" U(−1, 1).
 
-        Each example draws from a seed of its own, so that (on the CPU) the noise does not depend on how the batch is cut.
+        Each example draws from its own seed, so that (on the CPU) the noise is the same however the batch is cut.
         """
         size, tokens, width = closure.embedding_shape
         device = self.generator.device

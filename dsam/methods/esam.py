@@ -10,7 +10,7 @@ from .sam import SAM
 
 
 class ESAM(SAM):
-    """ε = (ρ/β) b ⊙ g/‖b ⊙ g‖, b ~ Bernoulli(β) per tensor; descent on the share γ whose losses rose most from w to w + ε.
+    """ε = (ρ/β) b ⊙ g/‖b ⊙ g‖, b ~ Bernoulli(β) per tensor; descent on the share γ whose losses ε raised most.
 
     Du et al. 2022, Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141:
     stochastic weight perturbation and sharpness-sensitive data selection. As we understand the official code, b is
@@ -72,7 +72,7 @@ class ESAM(SAM):
         selected, states, cost = [], [], 0.0
         for k, (closure, part) in enumerate(zip(closures, chosen.split([len(p) for p in pieces]), strict=True)):
             if part.any():
-                selected.append(restricted(closure, part.nonzero().squeeze(1)))
+                selected.append(restricted(closure, part.nonzero().squeeze(1).tolist()))
                 states.append(self._states[k])
                 cost += (int(part.sum()) if hasattr(closure, "subset") else len(part)) / examples
         spent = dict(self.report)

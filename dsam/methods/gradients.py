@@ -1,4 +1,4 @@
-"""Arithmetic on gradients (lists with one tensor per parameter, None where none came), and passes that leave no trace."""
+"""Arithmetic on gradients (lists with one tensor per parameter, None where none came); passes without a trace."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,13 +51,18 @@ def gradient_apart(params: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
-    """Inside, passes may move the buffers (batch-norm statistics); afterwards they are what they were."""
-    before = [(b, b.clone()) for b in module.buffers()] if module is not None and module.training else []
+    """Inside, passes may move the buffers (batch-norm statistics); afterwards they are what they were.
+
+    The passes inside move copies, so that a graph recorded before stays valid.
+    """
+    before = [(b, b.data) for b in module.buffers()] if module is not None and module.training else []
     try:
+        for buffer, value in before:
+            buffer.data = value.clone()
         yield
     finally:
         for buffer, value in before:
-            buffer.copy_(value)
+            buffer.data = value
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from .sam import SAM
 
 
 class LookSAM(SAM):
-    """Every k-th step is SAM's and keeps g_v, the part of its gradient orthogonal to g; the others use g + α (‖g‖/‖g_v‖) g_v.
+    """Every k-th step is SAM's and keeps g_v, its gradient's part orthogonal to g; the others use g + α ‖g‖/‖g_v‖ g_v.
 
     Liu et al. 2022, Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714, algorithm 1 (without
     the layer-wise scaling of Look-LayerSAM). 1 + 1/k passes per step on average; the first step is SAM's.

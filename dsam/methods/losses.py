@@ -54,11 +54,6 @@ class ExampleLosses:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: slice | Tensor) -> "ExampleLosses":
-        """The losses of some of the examples: every input and the labels are sliced, and no padding is trimmed."""
-        inputs = {name: value[indices] for name, value in self.inputs.items()}
-        return ExampleLosses(self.model, inputs | {"labels": self.labels[indices]}, self.autocast)
-
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
         """(B, T, d) of what `model.get_input_embeddings()` puts out."""
@@ -91,7 +86,7 @@ class ExampleLosses:
         return example_losses(logits, self.labels), logits
 
 
-def restricted(closure: Callable[[], Tensor], indices: slice | Tensor) -> Callable[[], Tensor]:
+def restricted(closure: Callable[[], Tensor], indices: list[int]) -> Callable[[], Tensor]:
     """A closure for some of the examples; without `closure.subset` it runs them all and picks the losses."""
     if hasattr(closure, "subset"):
         return closure.subset(indices)

@@ -13,8 +13,8 @@ from .sam import SAM
 class PerInstance(SAM):
     """The mean of the SAM gradients of single examples: mean_i ∇ℓ_i(w + ρ g_i/‖g_i‖). Exact; what δ-SAM approximates.
 
-    m-SAM with m = 1 (see `GroupSAM`), in the words of δ-SAM's abstract (Zhou et al. 2022, arXiv 2112.08772). Two passes'
-    worth of arithmetic, in 2B small passes of one example each: much slower than SAM on a device that likes batches.
+    m-SAM with m = 1 (see `GroupSAM`), in the words of δ-SAM's abstract (Zhou et al. 2022, arXiv 2112.08772). Two
+    passes' worth of arithmetic, in 2B small passes of one example each: much slower than SAM where batches are fast.
     """
 
     m = 1
@@ -29,7 +29,7 @@ class PerInstance(SAM):
             for k, (closure, size) in enumerate(zip(closures, sizes, strict=True)):
                 first, last = max(start - offset, 0), min(start + self.m - offset, size)
                 if first < last:
-                    parts.append(restricted(closure, slice(first, last)))
+                    parts.append(restricted(closure, list(range(first, last))))
                     origin.append(k)
                     cost += ((last - first) if hasattr(closure, "subset") else size) / examples
                 offset += size

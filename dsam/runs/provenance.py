@@ -11,7 +11,19 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf", "wandb", "numpy", "pandas", "scipy", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+    "pandas",
+    "scipy",
+    "scikit-learn",
+)
 
 
 @functools.cache
@@ -20,7 +32,9 @@ def git(folder: str | None = None) -> dict:
 
     def ask(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=folder or Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", *words], cwd=folder or Path(__file__).parent, capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -45,7 +59,9 @@ def provenance(device: torch.device, identity: dict) -> dict:
     return {
         "git": git(),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "host": platform.node(),

@@ -46,7 +46,11 @@ class Record:
         path = self.folder / "result.json"
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(result, dict) and result.get("status") in ("finished", "diverged") and result.get("id") == self.folder.name:
+            if (
+                isinstance(result, dict)
+                and result.get("status") in ("finished", "diverged")
+                and result.get("id") == self.folder.name
+            ):
                 return result
             reason = "is not this run's result"
         except FileNotFoundError:
@@ -68,14 +72,20 @@ class Record:
         """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+            write_atomically(
+                self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+            )
             self.write("provenance.json", provenance)
             (self.folder / "failure.json").unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.folder}: {error.strerror or error}; set paths.runs=DIR") from None
+            raise UserError(
+                f"cannot write the run folder {self.folder}: {error.strerror or error}; set paths.runs=DIR"
+            ) from None
 
     def write(self, name: str, contents: dict) -> None:
-        write_atomically(self.folder / name, json.dumps(plain(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomically(
+            self.folder / name, json.dumps(plain(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     def log(self, line: dict) -> None:
         """Appends one line to metrics.jsonl."""

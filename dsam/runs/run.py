@@ -4,6 +4,7 @@ import hashlib
 import os
 import resource
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ from ..errors import UserError
 from ..methods import METHODS
 from ..training import model as models
 from ..training.checkpoint import Checkpoints
-from ..training.loop import State, best, fine_tune
+from ..training.loop import State, best, fine_tune, total_steps
 from .identity import RECORD_VERSION, identify
 from .provenance import provenance
 from .record import Record
@@ -48,10 +49,16 @@ def run(config: Config) -> dict:
             record.log(line)
             tracker.log(line)
 
-        def keep(name: str) -> None:
-            if config.checkpoint.keep_weights:
+        def keep(name: str, wanted: bool = config.checkpoint.keep_weights) -> None:
+            if wanted:
                 network.save_pretrained(record.folder / name)
                 ready.tokenizer.save_pretrained(record.folder / name)
+
+        total = total_steps(config, trained_examples(config, data[task.train_splits[0]]))[0]
+        phases = {
+            max(1, round(percent / 100 * total)): partial(keep, f"at-{percent}", True)
+            for percent in config.checkpoint.keep_at
+        }
 
         state = fine_tune(
             config,
@@ -63,7 +70,8 @@ def run(config: Config) -> dict:
             checkpoints,
             log=log,
             resume=lambda saved: record.cut_log(saved["step"]),
-            on_best=lambda _: keep("best"),
+            on_best=partial(keep, "best"),
+            phases=phases,
         )
         keep("last")
         result = summarise(config, identity.id, task, data, state, network, device)
@@ -100,8 +108,7 @@ def prepare(config: Config) -> Ready:
 
 def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:
     """What result.json holds."""
-    examples = data[task.train_splits[0]]
-    seen = min(len(examples), config.train.max_train_examples or len(examples))
+    seen = trained_examples(config, data[task.train_splits[0]])
     per_step = min(config.train.batch_size, seen)
     steps = max(1, state.step)
     return {
@@ -135,6 +142,10 @@ def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: S
         },
         "weights_sha256": weights_digest(network),
     }
+
+
+def trained_examples(config: Config, examples: glue.Tokenised) -> int:
+    return min(len(examples), config.train.max_train_examples or len(examples))
 
 
 def hyperparameters(config: Config) -> dict:

@@ -198,7 +198,10 @@ def _child(config: Config, folder: str) -> None:
         sys.stderr.flush()
         record.write(
             "failure.json",
-            {"reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}", "log": str(record.folder / "log.txt")},
+            {
+                "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+                "log": str(record.folder / "log.txt"),
+            },
         )
         raise SystemExit(1) from None
 

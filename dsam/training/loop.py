@@ -79,7 +79,8 @@ def fine_tune(
     checkpoints: Checkpoints,
     log: Callable[[dict], None],
     resume: Callable[[dict], None],
-    on_best: Callable[[nn.Module], None] = lambda model: None,
+    on_best: Callable[[], None] = lambda: None,
+    phases: dict[int, Callable[[], None]] | None = None,
 ) -> State:
     """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
 
@@ -88,6 +89,7 @@ def fine_tune(
         log: takes one record (event "train" or "evaluation") at a time.
         resume: called with the checkpoint's state before training goes on, e.g. to cut the log back to it.
         on_best: called after an evaluation that is the best so far.
+        phases: {step: what to call once that step is taken}.
     Raises:
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
     """
@@ -165,6 +167,8 @@ def fine_tune(
                 log(train_record(state, optimizer.param_groups[0]["lr"], per_epoch, method))
                 state.window.clear()
 
+            if phases and state.step in phases:
+                phases[state.step]()
             if state.step % evaluate_every == 0 or state.step == total:
                 evaluation = evaluate(task, data, model, device, autocast)
                 evaluation = {"step": state.step, "epoch": state.step / per_epoch} | evaluation
@@ -172,7 +176,7 @@ def fine_tune(
                 state.evaluations.append(evaluation)
                 bar.evaluated(headline_name(task), evaluation["score"])
                 if evaluation is best(state.evaluations):
-                    on_best(model)
+                    on_best()
                 save()
                 last_save = time.monotonic()
             elif time.monotonic() - last_save >= config.checkpoint.every_seconds or stop.signum:

@@ -1,0 +1,123 @@
+"""The study: the oracle over tasks, phases of fine-tuning and batches; resumable, one line of CSV a measurement."""
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import glue
+from ..config import Config
+from ..errors import UserError
+from ..methods import ExampleLosses, Weighting, make_weighting
+from ..runs.identity import identify
+from ..runs.run import prepare, run
+from .oracle import Oracle
+
+WEIGHTINGS: dict[str, tuple[str, dict]] = {
+    "uniform": ("uniform", {}),
+    "probe": ("probe", {}),
+    "curvature": ("curvature", {}),
+    "gibbs": ("gibbs", {"norms": "exact"}),
+    "gap": ("gap", {}),
+    "relative_gap": ("relative_gap", {}),
+    "gauss_newton": ("gauss_newton", {}),
+    "gauss_newton^0.5": ("gauss_newton", {"power": 0.5}),
+    "confidence^0.5": ("confidence", {"power": 0.5}),
+    "exact_curvature": ("exact_curvature", {}),
+    "exact_curvature^0.5": ("exact_curvature", {"power": 0.5}),
+    "equalised": ("equalised", {}),
+}
+"""What is measured: label → (name, options)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch of one phase of one task's fine-tuning."""
+
+    task: str
+    phase: int  # per cent of the fine-tuning
+    batch: int
+
+
+def study(
+    configs: Sequence[Config], phases: Sequence[int], rhos, batches: int, batch_size: int, headroom: int, csv_path: Path
+) -> None:
+    """Measures every cell that `csv_path` does not hold yet and appends its rows. Raises UserError for what cannot be.
+
+    Args:
+        configs: one fine-tuning per task; its `checkpoint.keep_at` must hold the phases above 0.
+        headroom: on so many of the batches also the best weights in hindsight, which cost B more passes.
+    """
+    weightings = {label: make_weighting(name, **options) for label, (name, options) in WEIGHTINGS.items()}
+    done = finished_cells(csv_path)
+    cells = [Cell(c.task.name, phase, b) for c in configs for phase in phases for b in range(batches)]
+    todo = [cell for cell in cells if cell not in done]
+    print(f"{len(cells)} batches: {len(cells) - len(todo)} measured already", flush=True)
+    began, ended = time.monotonic(), 0
+    for config in configs:
+        for phase in phases:
+            mine = [cell for cell in todo if (cell.task, cell.phase) == (config.task.name, phase)]
+            if not mine:
+                continue
+            model, examples, device = at_phase(config, phase)
+            for cell in mine:
+                rows = measure(model, examples, device, cell, rhos, batch_size, weightings, cell.batch < headroom)
+                append(csv_path, [vars(cell) | {"seed": config.seed, "batch_size": batch_size} | row for row in rows])
+                ended += 1
+                left = (time.monotonic() - began) / ended * (len(todo) - ended)
+                print(
+                    f"{cell.task} at {cell.phase} %, batch {cell.batch + 1}/{batches}; {left / 60:.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def at_phase(config: Config, phase: int) -> tuple[torch.nn.Module, glue.Tokenised, torch.device]:
+    """The model after `phase` per cent of the fine-tuning, dropout off; fine-tunes first where that is not done."""
+    if phase == 0:
+        ready = prepare(config)
+    else:
+        run(config)
+        folder = identify(config).folder / f"at-{phase}"
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not there: the run was finished without checkpoint.keep_at=[{phase}]; set paths.runs=DIR"
+            )
+        there = Config.load(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
+        ready = prepare(there)
+    return ready.network.eval(), ready.data[ready.task.train_splits[0]], ready.device
+
+
+def measure(
+    model, examples, device, cell: Cell, rhos, size: int, weightings: dict[str, Weighting], headroom: bool
+) -> list[dict]:
+    """The rows of one batch of the training set, drawn for the task and the batch's number alone."""
+    generator = torch.Generator().manual_seed(10_007 * cell.batch + sum(map(ord, cell.task)))
+    indices = torch.randperm(len(examples), generator=generator)[:size].numpy()
+    batch = {name: value.to(device) for name, value in examples.batch(indices).items()}
+    oracle = Oracle(ExampleLosses(model, batch), rhos, seed=cell.batch)
+    return oracle.measure(weightings, headroom)
+
+
+def finished_cells(path: Path) -> set[Cell]:
+    """Cells whose rows are all in the file: a batch's rows are appended in one write."""
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as stream:
+        return {Cell(row["task"], int(row["phase"]), int(row["batch"])) for row in csv.DictReader(stream)}
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    lines = [",".join(rows[0])] if new else []
+    lines += [
+        ",".join(f"{v:.6g}" if isinstance(v, float) else json.dumps(v).strip('"') for v in row.values()) for row in rows
+    ]
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n".join(lines) + "\n")

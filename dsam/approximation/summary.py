@@ -1,0 +1,130 @@
+"""From the study's measurements to its table and figure: paired differences to uniform with bootstrap intervals."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap
+
+MEASURES = (
+    "cosine",
+    "error",
+    "correction_cosine",
+    "correction_error",
+    "rise",
+    "guardedness_mean",
+    "guardedness_min",
+    "ess",
+)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval (BCa, 9,999 draws, seeded) of the mean of paired differences; NaN below 5 of them."""
+    if len(differences) < 5 or np.ptp(differences) == 0:
+        return (float("nan"), float("nan"))
+    found = bootstrap((differences,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def summarise(measured: pd.DataFrame) -> pd.DataFrame:
+    """One row per task, phase, ρ, weighting and measure: mean, and mean difference to uniform with its interval."""
+    rows = []
+    for (task, phase, rho), group in measured.groupby(["task", "phase", "rho"], sort=False):
+        for measure in MEASURES:
+            table = group.pivot(index="batch", columns="weighting", values=measure)
+            for weighting in group["weighting"].unique():
+                both = table[[weighting, "uniform"]].dropna() if weighting != "uniform" else table[["uniform"]].dropna()
+                difference = (both[weighting] - both["uniform"]).to_numpy()
+                low, high = interval(difference)
+                rows.append(
+                    {
+                        "task": task,
+                        "phase": phase,
+                        "rho": rho,
+                        "weighting": weighting,
+                        "measure": measure,
+                        "batches": len(both),
+                        "mean": both[weighting].mean(),
+                        "difference": difference.mean(),
+                        "low": low,
+                        "high": high,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def as_markdown(summary: pd.DataFrame) -> str:
+    """A table per task, phase and ρ; bold where the interval of the difference lies beyond 0 on the better side."""
+    parts = []
+    for (task, phase, rho), group in summary.groupby(["task", "phase", "rho"], sort=False):
+        rows = []
+        for weighting, mine in group.groupby("weighting", sort=False):
+            by = mine.set_index("measure")
+            row = {"weighting": weighting, "batches": int(by.loc["cosine", "batches"])}
+            for measure, better in (("cosine", 1), ("error", -1), ("correction_cosine", 1), ("correction_error", -1)):
+                row[measure.replace("_", " ")] = _cell(by.loc[measure], better, weighting == "uniform")
+            for measure in ("rise", "guardedness_mean", "guardedness_min", "ess"):
+                row[measure.replace("_", " ")] = f"{by.loc[measure, 'mean']:.3g}"
+            rows.append(row)
+        title = f"### {task} at {phase} % of the fine-tuning, ρ = {rho:g}"
+        parts.append(f"{title}\n\n{pd.DataFrame(rows).to_markdown(index=False)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: pd.Series, better: int, uniform: bool) -> str:
+    if uniform:
+        return f"{row['mean']:.3f}"
+    text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"**{text}**" if min(better * row["low"], better * row["high"]) > 0 else text
+
+
+def figure(summary: pd.DataFrame) -> Figure:
+    """Differences to uniform of the gradient's cosine, a panel per task and ρ, a mark per phase."""
+    shown = summary[(summary["measure"] == "cosine") & (summary["weighting"] != "uniform")]
+    tasks, rhos = list(shown["task"].unique()), sorted(shown["rho"].unique())
+    names = list(shown["weighting"].unique())
+    drawn = Figure(figsize=(3.1 * len(rhos) + 1.6, 0.2 * len(names) * len(tasks) + 1.2), layout="constrained")
+    axes = drawn.subplots(len(tasks), len(rhos), sharey=True, squeeze=False)
+    for i, task in enumerate(tasks):
+        for j, rho in enumerate(rhos):
+            ax = axes[i][j]
+            here = shown[(shown["task"] == task) & (shown["rho"] == rho)]
+            for k, (phase, mine) in enumerate(here.groupby("phase")):
+                place = np.array([names.index(w) for w in mine["weighting"]]) + 0.18 * (k - 0.5)
+                lengths = np.nan_to_num(np.array([mine["difference"] - mine["low"], mine["high"] - mine["difference"]]))
+                ax.errorbar(
+                    mine["difference"],
+                    place,
+                    xerr=lengths,
+                    fmt="os^D"[k % 4],
+                    ms=3,
+                    lw=1,
+                    color=COLOURS[k],
+                    label=f"{phase} %",
+                )
+            ax.axvline(0, color="0.4", lw=0.8)
+            ax.set_title(f"{task}, ρ = {rho:g}", fontsize=9)
+            ax.set_yticks(range(len(names)), names, fontsize=7)
+            ax.tick_params(axis="x", labelsize=7)
+            ax.grid(axis="x", lw=0.3)
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(title="of fine-tuning", fontsize=7, title_fontsize=7)
+    drawn.supxlabel(
+        "difference to uniform (SAM) of the cosine with the per-instance gradient, 95 % interval", fontsize=8
+    )
+    return drawn
+
+
+def write(measurements: Path, folder: Path) -> list[Path]:
+    """summary.csv, summary.md and approximation.png/.pdf beside each other; returns their paths."""
+    summary = summarise(pd.read_csv(measurements))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]
+    summary.to_csv(paths[0], index=False, float_format="%.6g")
+    paths[1].write_text(as_markdown(summary), encoding="utf-8")
+    drawn = figure(summary)
+    drawn.savefig(paths[2], dpi=160)
+    drawn.savefig(paths[3])
+    return paths

@@ -1,0 +1,57 @@
+"""Does reweighting bring one perturbation nearer to per-instance perturbation? The oracle over tasks, phases and ρ.
+
+python experiments/approximation.py --tasks cola rte mrpc sst2 --model-path DIR --data-root DIR
+
+Resumable: the same command measures only what measurements.csv does not hold. Writes summary.md and a figure beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dsam.approximation import study, summary
+from dsam.command_line import CONF, one_line_errors
+from dsam.config import Config
+from dsam.errors import UserError
+from dsam.overrides import check, compose_config
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", default=["agreement"])
+    parser.add_argument("--model-path", help="a local model folder; default: the tiny model")
+    parser.add_argument("--data-root", help="official GLUE files; default: the built-in tasks")
+    parser.add_argument("--phases", nargs="+", type=int, default=[25, 100], help="per cent of one epoch's fine-tuning")
+    parser.add_argument("--rho", nargs="+", type=float, default=[0.005, 0.02, 0.05])
+    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--headroom", type=int, default=8, help="batches on which the best weights in hindsight are found"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/approximation"))
+    parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    if min(given.batches, given.batch_size) < 1 or min(given.rho) <= 0 or not all(0 <= p <= 100 for p in given.phases):
+        raise UserError("batches and batch size must be at least 1, every rho above 0, every phase from 0 to 100")
+    common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
+    if given.model_path:
+        common += ["model=minilm", f"model.path={given.model_path}"]
+    if given.data_root:
+        common += ["data=local", f"data.root={given.data_root}"]
+    common += [f"paths.runs={given.out / 'runs'}", *given.settings]
+    configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
+    measurements = given.out / "measurements.csv"
+    study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
+    for path in summary.write(measurements, given.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
