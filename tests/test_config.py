@@ -102,7 +102,7 @@ def test_mistakes_are_one_line_that_names_them(given, words):
     [
         (["optimizer=sam", "optimizer.rho=1"], ["optimizer=sam", "optimizer.rho=1.0"]),
         (["train.lr=1e-3"], ["train.lr=0.001"]),
-        (["optimizer=sam"], ["optimizer=sam", "optimizer.rho=0.05"]),
+        (["optimizer=sam"], ["optimizer=sam", "optimizer.rho=0.01"]),
         ([], ["paths.cache=/elsewhere"]),
         ([], ["tracking=disabled"]),
         ([], ["device.threads=2"]),

@@ -1,5 +1,6 @@
 """Many runs: planned before the first one starts, each in a process of its own, none able to stop the others."""
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -210,10 +211,8 @@ def _die_with_parent() -> None:
     """A run does not outlive its sweep: the kernel sends SIGTERM when the server process goes (Linux only)."""
     import ctypes
 
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    except (OSError, AttributeError):
-        pass
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Building the classifier and its tokenizer from a hub id, a local folder or a small architecture; never running code."""
+"""Builds the classifier and its tokenizer from a hub id, a local folder or an architecture; runs no code of theirs."""
 
 import functools
 import hashlib
@@ -36,7 +36,8 @@ def fingerprint(model: Model) -> str:
         return f"sha256:{_folder_digest(str(check_folder(model.path)))}"
     if model.id:
         return f"{model.id}@{model.revision}"
-    return f"sha256:{hashlib.sha256(json.dumps(model.architecture, sort_keys=True).encode() + VOCABULARY.read_bytes()).hexdigest()}"
+    described = json.dumps(model.architecture, sort_keys=True).encode() + VOCABULARY.read_bytes()
+    return f"sha256:{hashlib.sha256(described).hexdigest()}"
 
 
 @functools.cache

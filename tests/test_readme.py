@@ -1,0 +1,52 @@
+"""What README.md tells a reader to type works."""
+
+import re
+import shlex
+
+import torch
+from conftest import ROOT
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import BertConfig, BertForSequenceClassification
+
+from dsam.overrides import check
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = {
+    language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")
+}
+LINES = [line for block in BLOCKS["sh"] for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_library_example_trains():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    model = BertForSequenceClassification(config)
+    ids = torch.randint(0, 20, (8, 5))
+    loader = [{"input_ids": ids, "labels": (ids[:, 0] > 9).long()}] * 30
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    names = {"torch": torch, "model": model, "loader": loader, "optimizer": optimizer}
+    names["scheduler"] = LambdaLR(optimizer, lambda step: 1.0)
+    (example,) = BLOCKS["python"]
+    first = names | {"loader": loader[:1]}
+    exec(example, first)
+    exec(example, names)
+    assert names["loss"] < 0.5 * first["loss"]
+
+
+def test_every_make_target_and_experiment_named_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"\bmake ([a-z]+)", README)
+    assert named
+    assert set(named) <= targets
+    for experiment in re.findall(r"EXPERIMENT=(\w+)", README):
+        assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").exists()
+
+
+def test_every_command_line_is_one_that_hydra_takes():
+    commands = [shlex.split(line, comments=True) for line in LINES if line.startswith("python experiments/")]
+    assert len(commands) >= 3
+    for _, script, *arguments in commands:
+        assert (ROOT / script).exists()
+        check([a for a in arguments if not a.startswith("-")], ROOT / "conf")
