@@ -123,6 +123,27 @@ def test_m_sam_on_a_quadratic_is_the_closed_form(restrictable, m):
         close(step(SAM([w], 0.3), w, closure)[1], expected)
 
 
+def test_m_sams_groups_draw_their_own_masks_and_both_passes_of_a_group_the_same():
+    seen = []
+
+    class Noting(Losses):
+        def __call__(self):
+            seen.append(float(torch.rand(())))
+            return super().__call__()
+
+        def subset(self, indices):
+            return Noting(self.model, self.x[indices], self.y[indices])
+
+    closure = Noting(normed(), *batch())
+    GroupSAM(closure.model, m=4).backward(closure)
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) == 3
+    seen.clear()
+    GroupSAM(closure.model, m=4).backward(closure.__call__)
+    assert len(seen) == 7
+    assert len(set(seen)) == 1  # in full: the batch's own masks throughout
+
+
 def test_m_sam_counts_a_restricted_forward_by_its_share_and_a_full_one_in_full():
     a, b, w, plain = quadratic(batch_size=7)
     method = GroupSAM([w], 0.3, m=3)
@@ -170,6 +191,15 @@ def test_looksam_with_k_one_is_sam():
     method = LookSAM([w], 0.3, k=1)
     for _ in range(3):
         close(step(method, w, closure)[1], step(SAM([w], 0.3), w, closure)[1])
+
+
+def test_looksam_does_not_blow_up_rounding_where_nothing_is_orthogonal():
+    """A linear loss has one gradient everywhere: ‖g‖/‖g_v‖ would be the ratio of a number to its rounding error."""
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = nn.Parameter(torch.zeros_like(g))
+    method = LookSAM([w], 0.3, k=2)
+    for _ in range(2):
+        close(step(method, w, lambda: (g @ w).expand(3) / 7)[1], g / 7)
 
 
 def test_fsam_on_a_quadratic_is_the_closed_form():
@@ -444,7 +474,7 @@ def test_a_zero_gradient_is_finite(name):
 def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
     x, y = batch(dtype=torch.float32)
     trained = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_factor=8.0, growth_interval=1)):
         model = normed(dtype=torch.float32)
         method, optimizer = FAMILY[name](model, 0.1), torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(3):
@@ -461,7 +491,7 @@ def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
     scaler.step(optimizer)
     scaler.update()
     assert same(trained[1], weights(model))
-    assert scaler.get_scale() == 2.0**9
+    assert scaler.get_scale() == 2.0**12  # three steps that let it grow, and one that halved it
     optimizer.zero_grad()
     method.backward(Losses(model, x, y), scaler=scaler)  # and its own state is not spoilt
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

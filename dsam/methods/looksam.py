@@ -51,16 +51,16 @@ class LookSAM(SAM):
                     for p, g in zip(self.params, combine(gradient, self.reused, scale), strict=True):
                         p.grad = g
                 elif self.k > 1:
-                    self._keep(gradient, norm, 1.0 if scaler is None else scaler.get_scale())
+                    self._keep(gradient, norm)
         self._at_w = None
         self.report["ascended"] = float(ascend)
         return loss
 
-    def _keep(self, gradient: list[Tensor | None], norm: Tensor, scale: float) -> None:
-        reused = without_component([None if g is None else g / scale for g in gradient], self._at_w)
+    def _keep(self, gradient: list[Tensor | None], norm: Tensor) -> None:
+        reused = without_component(gradient, self._at_w)  # times a scaler's scale, which the ratio takes away again
         # What is left where the two gradients are equal is rounding, which the ratio ‖g‖/‖g_v‖ would blow up.
         rounding = 100 * max(torch.finfo(p.dtype).eps for p in self.params)
-        if self.rho == 0 or total_norm(reused) <= rounding * norm / scale:
+        if self.rho == 0 or total_norm(reused) <= rounding * norm:
             reused = [None] * len(reused)
         self.reused = reused
 
