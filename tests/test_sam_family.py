@@ -194,12 +194,13 @@ def test_looksam_with_k_one_is_sam():
 
 
 def test_looksam_does_not_blow_up_rounding_where_nothing_is_orthogonal():
-    """A linear loss has one gradient everywhere: ‖g‖/‖g_v‖ would be the ratio of a number to its rounding error."""
+    """Parallel gradients leave g_v = 0 up to rounding, which ‖g‖/‖g_v‖ would scale to the size of g."""
     g = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    w = nn.Parameter(torch.zeros_like(g))
+    w, factors = nn.Parameter(torch.zeros_like(g)), iter([1.0, 0.1, 0.7])
     method = LookSAM([w], 0.3, k=2)
-    for _ in range(2):
-        close(step(method, w, lambda: (g @ w).expand(3) / 7)[1], g / 7)
+    closure = lambda: next(factors) * (g @ w).expand(3)  # noqa: E731
+    close(step(method, w, closure)[1], 0.1 * g)
+    close(step(method, w, closure)[1], 0.7 * g)
 
 
 def test_fsam_on_a_quadratic_is_the_closed_form():
