@@ -63,6 +63,7 @@ def _unresolved(cfg: DictConfig) -> dict:
 def run_one(cfg: DictConfig) -> None:
     """One run in this process; prints where its record lies and its score."""
     from .runs.identity import identify
+    from .runs.record import Record
     from .runs.run import run
     from .training.loop import Stopped
 
@@ -73,6 +74,13 @@ def run_one(cfg: DictConfig) -> None:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise SystemExit(128 + stopped.signum) from None
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a failed run: one line here, the traceback in its log
+            folder = identify(config).folder
+            reason = Record(folder).fail(error)
+            print(f"failed: {reason}; log: {folder / 'log.txt'}; the same command goes on", file=sys.stderr)
+            raise SystemExit(1) from None
         print(f"{identify(config).folder}")
         for name in ("best", "last"):
             if result[name]:

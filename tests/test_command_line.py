@@ -157,6 +157,21 @@ def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish
     assert "Traceback" in (folder / "log.txt").read_text()
 
 
+def test_a_single_run_that_fails_is_one_line_and_status_1(paths, tmp_path):
+    assert command(*SHORT, *paths).returncode == 0
+    (folder,) = (tmp_path / "runs").glob("*/*/*/*")
+    (folder / "result.json").unlink()
+    (folder / "checkpoint").write_text("in the way")
+    done = command(*SHORT, *paths)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(folder / "log.txt") in done.stderr
+    assert "Traceback" in (folder / "log.txt").read_text()
+    (folder / "checkpoint").unlink()
+    assert command(*SHORT, *paths).returncode == 0
+    assert not (folder / "failure.json").exists()
+
+
 def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
     arguments = [
         "-m",

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Record:
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
 
-    def result(self) -> dict | None:
+    def result(self, set_aside: bool = True) -> dict | None:
         """The finished run's result, or None. A file that is not one is set aside, and that is said."""
         path = self.folder / "result.json"
         try:
@@ -57,6 +59,8 @@ class Record:
             return None
         except (ValueError, UnicodeDecodeError) as error:
             reason = f"cannot be read ({error})"
+        if not set_aside:
+            return None
         print(f"{path} {reason}: set aside as result.json.damaged; the run is done again", flush=True)
         path.rename(path.with_name("result.json.damaged"))
         return None
@@ -67,6 +71,20 @@ class Record:
             return json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+
+    def fail(self, error: BaseException) -> str:
+        """Notes why the attempt failed, with the traceback in log.txt where the disk allows; returns the reason."""
+        first = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+        log = self.folder / "log.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as stream:
+                traceback.print_exception(error, file=stream)
+            self.write("failure.json", {"reason": reason, "log": str(log)})
+        except OSError as refused:
+            print(f"{log} could not be written: {refused}", file=sys.stderr)
+        return reason
 
     def open(self, config: dict, provenance: dict) -> None:
         """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""

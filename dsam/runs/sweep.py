@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def plan(configs: list[Config]) -> list[Planned]:
             continue
         planned = runs[identity.id] = Planned(config, identity)
         if (identity.folder / "result.json").exists():
-            result = planned.record.result()
+            result = planned.record.result(set_aside=False)
             planned.status = result["status"] if result else "missing"
         elif planned.record.failure():
             planned.status, planned.reason = "failed", planned.record.failure()["reason"]
@@ -195,15 +194,8 @@ def _child(config: Config, folder: str) -> None:
         print(stopped, flush=True)
         raise SystemExit(128 + stopped.signum) from None
     except BaseException as error:
-        traceback.print_exc()
         sys.stderr.flush()
-        record.write(
-            "failure.json",
-            {
-                "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-                "log": str(record.folder / "log.txt"),
-            },
-        )
+        record.fail(error)
         raise SystemExit(1) from None
 
 
