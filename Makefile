@@ -28,7 +28,7 @@ report: .venv/installed ## tables, figures and report from the runs that are the
 	$(BIN)/python experiments/report.py experiment=$(EXPERIMENT) $(ARGS)
 
 test: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

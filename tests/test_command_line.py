@@ -214,8 +214,8 @@ def model_folder(tmp_path, **files):
     ("arguments", "words"),
     [
         (["task=agrement"], ["did you mean 'agreement'"]),
-        (["optimizer=sma"], ["did you mean 'sam'"]),
-        (["-m", "optimizer=adamw,sma"], ["did you mean 'sam'"]),
+        (["optimizer=dsamm"], ["did you mean 'dsam'"]),
+        (["-m", "optimizer=adamw,dsamm"], ["did you mean 'dsam'"]),
         (["-m", "optimizer=adamw,sam", "optimizer.rho=0.1"], ["rho", "plain"]),
         (["optimizer=dsam", "optimizer.weighting=gibs"], ["did you mean 'gibbs'"]),
         (["train.lrate=1"], ["train.lrate"]),
