@@ -317,7 +317,7 @@ def shrink(folder):
     [
         (lambda f: f.unlink(), ["train.tsv"]),
         (lambda f: f.write_text(""), ["train.tsv", "empty"]),
-        (lambda f: f.write_text("index\tsentence1\tlabel\n"), ["header"]),
+        (lambda f: f.write_text("index\tsentence1\tlabel\n"), ["train.tsv:1", "columns"]),
         (lambda f: f.write_text(f.read_text() + "7\ta\n"), ["train.tsv:4"]),
         (lambda f: f.write_text(f.read_text() + "7\ta\tb\tmaybe\n"), ["train.tsv:4", "maybe"]),
         (lambda f: f.write_bytes(f.read_bytes() + b"7\ta\t\xff\tentailment\n"), ["train.tsv:4", "UTF-8"]),
