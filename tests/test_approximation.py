@@ -1,0 +1,124 @@
+"""The oracle against the per-instance method and double backward; the study as a user runs it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import command
+from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_one
+
+from dsam import SAM, ExampleLosses
+from dsam.approximation.oracle import Oracle
+from dsam.approximation.summary import interval, summarise
+from dsam.methods import METHODS, make_weighting
+
+RHOS = [1e-3, 0.05]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return Oracle(ExampleLosses(bert(), batch()), RHOS)
+
+
+def gradient(model):
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_the_target_is_what_the_per_instance_method_leaves(oracle, rho):
+    model = bert()
+    METHODS["per_instance"](model, rho).backward(ExampleLosses(model, batch()))
+    torch.testing.assert_close(oracle.target[rho], gradient(model), rtol=1e-6, atol=1e-9)
+
+
+def test_exact_quantities_are_those_of_single_examples(oracle):
+    closure = ExampleLosses(bert(), batch())
+    params = list(closure.model.parameters())
+    g = one_by_one(closure, params)
+    torch.testing.assert_close(oracle.norms, g.norm(dim=1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(oracle.gram, g @ g.T, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(oracle.curvature, curvature_one_by_one(closure, params), rtol=2e-2, atol=0)
+
+
+def test_uniform_is_measured_as_sam_and_the_best_in_hindsight_is_a_distribution(oracle):
+    rows = {
+        (r["rho"], r["weighting"]): r for r in oracle.measure({"uniform": make_weighting("uniform")}, headroom=True)
+    }
+    for rho in RHOS:
+        model = bert()
+        SAM(model, rho).backward(ExampleLosses(model, batch()))
+        sam, target = gradient(model), oracle.target[rho]
+        assert rows[rho, "uniform"]["cosine"] == pytest.approx(
+            float(torch.cosine_similarity(sam, target, dim=0)), abs=1e-9
+        )
+        assert rows[rho, "uniform"]["error"] == pytest.approx(float((sam - target).norm() / target.norm()), rel=1e-5)
+        assert rows[rho, "uniform"]["ess"] == pytest.approx(B, rel=1e-5)
+        assert 1 <= rows[rho, "hindsight"]["ess"] <= B + 1e-6
+    # To first order the fit minimises the correction's distance over all weights, uniform among them, up to length.
+    assert rows[RHOS[0], "hindsight"]["correction_cosine"] >= rows[RHOS[0], "uniform"]["correction_cosine"] - 1e-3
+
+
+def test_one_example_is_its_own_batch():
+    alone = Oracle(ExampleLosses(bert(), batch(n=1)), [0.05])
+    (row,) = alone.measure({"uniform": make_weighting("uniform")})
+    assert row["cosine"] == pytest.approx(1, abs=1e-6)
+    assert row["rise"] == pytest.approx(1, rel=1e-5)
+    assert row["guardedness_min"] == pytest.approx(1, rel=1e-5)
+
+
+def test_intervals_are_paired_and_cover():
+    rng = np.random.default_rng(0)
+    covered = [low <= 0.3 <= high for low, high in (interval(rng.normal(0.3, 1, 30)) for _ in range(200))]
+    assert 0.88 <= np.mean(covered) <= 0.99
+    measures = (
+        "cosine",
+        "error",
+        "correction_cosine",
+        "correction_error",
+        "rise",
+        "guardedness_mean",
+        "guardedness_min",
+        "ess",
+    )
+    rows = [
+        {"task": "t", "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(measures, b + shift)}
+        for b in range(8)
+        for w, shift in (("uniform", 0.0), ("gap", 0.5 + 0.01 * b))
+    ]
+    summary = summarise(pd.DataFrame(rows)).set_index(["weighting", "measure"])
+    row = summary.loc[("gap", "cosine")]
+    assert row["difference"] == pytest.approx(0.535)
+    assert 0.5 < row["low"] < 0.535 < row["high"] < 0.58
+
+
+def test_the_study_measures_once_and_goes_on(tmp_path):
+    arguments = [
+        "--tasks",
+        "agreement",
+        "--phases",
+        "50",
+        "--batch-size",
+        "4",
+        "--headroom",
+        "1",
+        "--rho",
+        "0.01",
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    settings = ["train.max_steps=4", f"paths.cache={tmp_path}/cache"]
+    first = command(*arguments, "--batches", "1", *settings, script="approximation.py")
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "out" / "measurements.csv").read_text()
+    again = command(*arguments, "--batches", "2", *settings, script="approximation.py")
+    assert again.returncode == 0, again.stderr
+    assert "2 batches: 1 measured already" in again.stdout
+    after = (tmp_path / "out" / "measurements.csv").read_text()
+    assert after.startswith(before)
+    table = pd.read_csv(tmp_path / "out" / "measurements.csv")
+    assert set(table["batch"]) == {0, 1}
+    assert (table.groupby("batch")["weighting"].nunique() >= 12).all()
+    assert "| uniform" in (tmp_path / "out" / "summary.md").read_text()
+    wrong = command(*arguments, "--batches", "0", script="approximation.py")
+    assert wrong.returncode == 2
+    assert len(wrong.stderr.strip().splitlines()) == 1
