@@ -9,7 +9,7 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses
 from dsam.approximation.oracle import Oracle
-from dsam.approximation.summary import interval, summarise
+from dsam.approximation.summary import MEASURES, interval, summarise
 from dsam.methods import METHODS, make_weighting
 
 RHOS = [1e-3, 0.05]
@@ -70,18 +70,8 @@ def test_intervals_are_paired_and_cover():
     rng = np.random.default_rng(0)
     covered = [low <= 0.3 <= high for low, high in (interval(rng.normal(0.3, 1, 30)) for _ in range(200))]
     assert 0.88 <= np.mean(covered) <= 0.99
-    measures = (
-        "cosine",
-        "error",
-        "correction_cosine",
-        "correction_error",
-        "rise",
-        "guardedness_mean",
-        "guardedness_min",
-        "ess",
-    )
     rows = [
-        {"task": "t", "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(measures, b + shift)}
+        {"task": "t", "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, b + shift)}
         for b in range(8)
         for w, shift in (("uniform", 0.0), ("gap", 0.5 + 0.01 * b))
     ]

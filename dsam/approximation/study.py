@@ -15,6 +15,7 @@ from ..config import Config
 from ..errors import UserError
 from ..methods import ExampleLosses, Weighting, make_weighting
 from ..runs.identity import identify
+from ..runs.record import write_atomically
 from ..runs.run import prepare, run
 from .oracle import Oracle
 
@@ -105,7 +106,7 @@ def measure(
 
 
 def finished_cells(path: Path) -> set[Cell]:
-    """Cells whose rows are all in the file: a batch's rows are appended in one write."""
+    """Cells that the file holds: `append` writes a batch's rows all or none."""
     if not path.exists():
         return set()
     with path.open(newline="", encoding="utf-8") as stream:
@@ -119,5 +120,6 @@ def append(path: Path, rows: list[dict]) -> None:
     lines += [
         ",".join(f"{v:.6g}" if isinstance(v, float) else json.dumps(v).strip('"') for v in row.values()) for row in rows
     ]
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
+    # The whole file anew, so that a kill leaves all rows of a batch or none.
+    before = "" if new else path.read_text(encoding="utf-8")
+    write_atomically(path, before + "\n".join(lines) + "\n")
