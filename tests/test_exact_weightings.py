@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import DeltaSAM, ExampleLosses
 from dsam.methods import WEIGHTINGS, Probe, make_weighting
+from dsam.methods.perturbation import perturbed
+from dsam.methods.weighting import LossChange
 
 EXACT = ["gap", "relative_gap", "gauss_newton", "gibbs", "equalised", "exact_curvature"]
 B, RHO = 6, 0.05
@@ -180,3 +182,58 @@ def test_what_cannot_be_looked_into_is_said():
     with pytest.raises(ValueError, match="undivided"):
         whole = ExampleLosses(bert(), batch())
         DeltaSAM(whole.model, 0.1, "equalised").backward([whole.subset([0, 1]), whole.subset([2, 3])])
+
+
+class Seen(LossChange):
+    """Keeps what the probe saw."""
+
+    def scores(self, losses, probe):
+        self.losses, self.probe = losses, probe
+        return super().scores(losses, probe)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_probes_of_the_top_layers_are_those_of_a_whole_pass(pieces, recompute, layers):
+    """The lower layers' hidden states are used again; the dropout masks above them are drawn as before."""
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    whole = ExampleLosses(model, batch())
+    parts = [whole.subset(list(range(4))), whole.subset(list(range(4, B)))] if pieces == 2 else [whole]
+    weighting = Seen(layers=layers, radius=0.7)
+    method = DeltaSAM(model, RHO, weighting, recompute=recompute, seed=3)
+    torch.manual_seed(9)
+    method.backward(parts)
+
+    start = 2 - layers
+    above = [p for n, p in model.named_parameters() if "embeddings" not in n and f"layer.{start - 1}." not in n]
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in above]
+    length = torch.sqrt(sum(v.square().sum() for v in noise))
+
+    def losses():
+        torch.manual_seed(9)
+        with torch.no_grad():
+            return torch.cat([part() for part in parts])
+
+    torch.testing.assert_close(weighting.losses, losses())
+    with perturbed(above, noise, float(0.7 / length)):
+        torch.testing.assert_close(weighting.probe.plus[0], losses(), rtol=1e-6, atol=1e-7)
+    assert (weighting.probe.plus[0] - weighting.losses).abs().min() > 1e-5
+    assert weighting.probe.dimension == sum(p.numel() for p in above)
+    share = layers / 2
+    assert method.report["forwards"] == pytest.approx(2 + share + recompute * (pieces > 1))
+
+
+def test_top_layers_refuse_what_is_not_there():
+    with pytest.raises(ValueError, match="layers=3: BertForSequenceClassification has 2"):
+        DeltaSAM(bert(), RHO, "probe", layers=3)
+    with pytest.raises(ValueError, match="no stack of layers"):
+        DeltaSAM(nn.Linear(2, 2), RHO, "probe", layers=1)
+    with pytest.raises(ValueError, match="looks inside the model"):
+        DeltaSAM(bert().parameters(), RHO, "probe", layers=1)
+    with pytest.raises(ValueError, match="layers cannot be 0"):
+        DeltaSAM(bert(), RHO, "probe", layers=0)

@@ -14,7 +14,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import dsam.methods.per_example as per_example
+import dsam.methods.outer_products as outer_products
 from dsam.methods.per_example import PerExampleGradients
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -50,10 +50,23 @@ def single_gradients(params, losses_of, batch):
     for i in range(len(batch[0])):
         loss = losses_of(*(x[i : i + 1] for x in batch))
         grads = torch.autograd.grad(loss.sum(), params, allow_unused=True)
-        rows.append(
-            flat([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
-        )
+        rows.append(flat([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]))
     return torch.stack(rows)
+
+
+def at_moved_weights(params, losses_of, batch, i, step):
+    """(loss, gradient) of example i alone at w + step."""
+    steps = step.split([p.numel() for p in params])
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, s in zip(params, steps, strict=True):
+            p += s.view_as(p)
+    loss = losses_of(*(x[i : i + 1] for x in batch)).sum()
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    with torch.no_grad():
+        for p, w in zip(params, kept, strict=True):
+            p.copy_(w)
+    return loss.detach(), flat([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
 
 
 def flat(tensors):
@@ -83,11 +96,47 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
     ]
     assert all(p.grad is None for p in model.parameters())
 
+    scales = 0.02 / got[0].sqrt().clamp_min(1e-3) * torch.linspace(0.5, 1.5, size, dtype=losses.dtype)
+    moved = PerExampleGradients(model, params)
+    with gradients.perturbed(scales):
+        with moved.record(**record):
+            moved_losses = losses_of(*batch)
+        moved.backward(moved_losses)
+        total = torch.autograd.grad(losses_of(*batch).sum(), gradients.params, allow_unused=True)
+    total = flat([torch.zeros_like(p) if g is None else g for p, g in zip(gradients.params, total, strict=True)])
+    change = moved.minus(gradients)
+    got_moved = [
+        moved_losses.detach(),
+        moved.squared_norms(),
+        total,
+        change.squared_norms(),
+        change.gram(),
+        change.dots(direction),
+        flat(change.weighted_gradient(weights)),
+    ]
+
     dtype = next(model.parameters()).dtype
     model.double()
     g = single_gradients(gradients.params, losses_of, batch)
     expected = [g.square().sum(1), g @ g.T, g @ flat(direction).double(), weights.double() @ g]
+    there = [at_moved_weights(gradients.params, losses_of, batch, i, scales[i] * g[i]) for i in range(size)]
+    g_there = torch.stack([gradient for _, gradient in there])
+    d = g_there - g
+    expected_moved = [
+        torch.stack([loss for loss, _ in there]),
+        g_there.square().sum(1),
+        g_there.sum(0),
+        d.square().sum(1),
+        d @ d.T,
+        d @ flat(direction).double(),
+        weights.double() @ d,
+    ]
     model.to(dtype)
+    for mine, theirs in zip(got_moved[:3], expected_moved[:3], strict=True):
+        assert_near(mine.double(), theirs, tolerance)
+    assert (d.norm(dim=1) > 1e-3 * g.norm(dim=1)).any()  # there is something to compare
+    for mine, theirs in zip(got_moved[3:], expected_moved[3:], strict=True):
+        assert_near(mine.double(), theirs, 100 * tolerance)  # small differences of gradients
     assert (expected[0] > 0).any()
     assert ((got[0] - expected[0]).abs() <= tolerance * expected[0]).all()
     for mine, theirs in zip(got, expected, strict=True):
@@ -115,8 +164,8 @@ def test_roberta_with_padding(dtype, tolerance):
 @pytest.mark.parametrize("length", [5, 21])
 def test_both_ways_to_a_norm_and_their_blocks(monkeypatch, ghost_block, block, length):
     """At 5 tokens ghost products are cheaper, at 21 the gradient itself is: 21 · (32 + 32) > 32 · 32."""
-    monkeypatch.setattr(per_example, "GHOST_BLOCK", ghost_block)
-    monkeypatch.setattr(per_example, "BLOCK", block)
+    monkeypatch.setattr(outer_products, "GHOST_BLOCK", ghost_block)
+    monkeypatch.setattr(outer_products, "BLOCK", block)
     model = bert().double()
     batch = token_batch((length, 3))
     assert_equals_single_passes(model, lambda *b: classifier_losses(model, *b), batch, 1e-10)

@@ -11,9 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from dsam.overrides import check
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = {
-    language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")
-}
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")}
 LINES = [line for block in BLOCKS["sh"] for line in block.replace("\\\n", " ").splitlines()]
 
 

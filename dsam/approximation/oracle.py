@@ -1,89 +1,104 @@
 """Exact per-instance SAM on one batch, and every weighting measured against it."""
 
-import time
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import ExampleLosses, Probe, Weighting
-from ..methods.perturbation import perturbed
-
-Params = Sequence[torch.nn.Parameter]
-
-
-def flat(gradient: Sequence[Tensor | None], params: Params) -> Tensor:
-    parts = zip(gradient, params, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in parts])
-
-
-def shaped(vector: Tensor, params: Params) -> list[Tensor]:
-    return [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in params]), params, strict=True)]
-
-
-def gradient_at(closure: ExampleLosses, params: Params, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(losses (B,), mean gradient (P,)) at w, or at w + step."""
-    with perturbed(params, [None] * len(params) if step is None else shaped(step, params)):
-        losses = closure()
-        gradient = torch.autograd.grad(losses.mean(), params, allow_unused=True)
-    return losses.detach(), flat(gradient, params)
+from ..methods.delta_sam import curvature_along_own_gradients
+from ..methods.gradients import inner_product
+from ..methods.layers import TopLayers
+from ..methods.per_example import PerExampleGradients
+from ..methods.perturbation import Gradients, perturbed, total_norm
 
 
 class Oracle:
     """One batch at one w, in a model whose dropout is off: all that does not depend on ρ is computed once.
 
-    Holds the B per-example gradients, B × P floats. `curvature` is ‖H_i ĝ_i‖ by a forward difference over the smallest
-    ρ, whose per-instance gradients are needed anyway.
+    The per-instance gradients come from two batched passes (`PerExampleGradients.perturbed`); no example's gradient
+    is formed. Word embeddings that the batch does not use are left out while measuring: their gradients and
+    perturbations are zero.
+
+    Args:
+        closure: the batch.
+        rhos: radii, > 0.
+        parts: its examples' indices cut so that little is padding, for the passes that are taken once per weighting.
+        radius: norm of the random probe in the whole model.
     """
 
-    def __init__(self, closure: ExampleLosses, rhos: Sequence[float], radius: float = 0.5, seed: int = 0):
-        self.closure, self.rhos = closure, sorted(rhos)
+    def __init__(
+        self,
+        closure: ExampleLosses,
+        rhos: Sequence[float],
+        parts: Sequence[Sequence[int]] | None = None,
+        radius: float = 0.5,
+        seed: int = 0,
+    ):
+        self.rhos, self.size = sorted(rhos), len(closure)
+        self.dimension = sum(p.numel() for p in closure.model.parameters() if p.requires_grad)
+        self.closure = closure = with_used_words(closure)
         self.params = [p for p in closure.model.parameters() if p.requires_grad]
-        self.size = len(closure)
-        self.examples = [trimmed(closure, i) for i in range(self.size)]
-        started = time.perf_counter()
-        self.losses, self.mean = gradient_at(closure, self.params)
-        self.pass_seconds = time.perf_counter() - started
-        self.gradients = torch.stack([gradient_at(e, self.params)[1] for e in self.examples])
-        self.norms = self.gradients.norm(dim=1)
-        self.gram = self.gradients @ self.gradients.T
-        self.target, self.own_rise = {}, {}
+        self.parts = [trimmed(closure, part) for part in parts] if parts is not None else [closure]
+        self.order = torch.tensor([i for part in parts for i in part]) if parts is not None else torch.arange(self.size)
+        self.examples = PerExampleGradients(closure.model, self.params)
+        with self.examples.record():
+            losses = closure()
+        self.examples.backward(losses)
+        self.logits, self.losses = closure.logits, losses.detach()
+        self.norms = self.examples.squared_norms().sqrt()
+        self.gram = self.examples.gram()
+        self.mean = self.examples.weighted_gradient(self.uniform)
+        self.cosines = self.gram.mean(1) / (self.norms * total_norm(self.mean))
+        self.curvature = curvature_along_own_gradients(self.examples, closure)
+        self.target, self.wanted, self.own_rise = {}, {}, {}
         for rho in self.rhos:
-            target, rises, change = torch.zeros_like(self.mean), [], []
-            for example, g, norm, loss in zip(self.examples, self.gradients, self.norms, self.losses, strict=True):
-                perturbed_loss, gradient = gradient_at(example, self.params, rho / norm * g)
-                target += gradient / self.size
-                rises.append(perturbed_loss[0] - loss)
-                if rho == self.rhos[0]:
-                    change.append((gradient - g).norm() / rho)
-            self.target[rho], self.own_rise[rho] = target, torch.stack(rises)
-            if change:
-                self.curvature = torch.stack(change)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.mean.shape, generator=generator)
-        noise *= radius / noise.norm()
-        with torch.no_grad():
+            with self.examples.perturbed(rho / self.norms):
+                worst, self.target[rho] = self._gradient([closure])
+            self.wanted[rho] = torch._foreach_sub(self.target[rho], self.mean)  # the correction
+            self.own_rise[rho] = worst - self.losses
+        self.radius, self.seed = radius, seed
+        self._probed: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def uniform(self) -> Tensor:
+        return torch.full_like(self.losses, 1 / self.size)
+
+    def _sides(self, layers: int | None) -> tuple[Tensor, Tensor]:
+        """Losses (1, B) at w + v and w − v, v in the whole model or in its top layers; the same v each time."""
+        if layers not in self._probed:
+            generator = torch.Generator().manual_seed(self.seed)
+            noise: list[Tensor | None] = [torch.randn(p.shape, generator=generator).to(p) for p in self.params]
+            dimension = self.dimension
+            if layers is not None:
+                above = {id(p) for p in TopLayers(self.closure.model, layers).params}
+                noise = [v if id(p) in above else None for p, v in zip(self.params, noise, strict=True)]
+                dimension = sum(v.numel() for v in noise if v is not None)
             sides = []
             for sign in (1, -1):
-                with perturbed(self.params, shaped(noise, self.params), float(sign)):
-                    sides.append(closure()[None])
-        self.radius, (self.plus, self.minus) = radius, sides
+                # Of norm `radius` over the whole model, words that do not occur here included.
+                with torch.no_grad(), perturbed(self.params, noise, sign * self.radius / dimension**0.5):
+                    sides.append(self._losses()[None])
+            self._probed[layers] = sides[0], sides[1]
+        return self._probed[layers]
 
-    def probe(self, rho: float) -> Probe:
+    def probe(self, rho: float, layers: int | None = None) -> Probe:
         """What a weighting may see, all of it exact but the random probe's losses."""
+        plus, minus = self._sides(layers)
         return Probe(
             rho=rho,
             radius=self.radius,
-            dimension=len(self.mean),
-            plus=self.plus,
-            minus=self.minus,
+            dimension=self.dimension,
+            plus=plus,
+            minus=minus,
             norms=self.norms,
-            cosines=self.gradients @ self.mean / (self.norms * self.mean.norm()),
+            cosines=self.cosines,
             gram=self.gram,
             curvature=self.curvature,
-            logits=self.closure.logits,
+            logits=self.logits,
             labels=self.closure.labels,
         )
 
@@ -96,39 +111,70 @@ class Oracle:
         """
         products = self._products() if headroom else None
         rows = []
-        for rho in self.rhos:
-            weights = {name: w(self.losses, self.probe(rho)) for name, w in weightings.items()}
-            if products is not None:
-                weights["hindsight"] = self._hindsight(products, rho)
-            for name, p in weights.items():
-                ascent = p.to(self.gradients) @ self.gradients
-                losses, gradient = gradient_at(self.closure, self.params, rho / ascent.norm() * ascent)
+        for name in [*weightings, *(["hindsight"] if headroom else [])]:
+            p = ascent = None
+            for rho in self.rhos:
+                if name in weightings:
+                    new = weightings[name](self.losses, self.probe(rho, weightings[name].layers))
+                else:
+                    new = self._hindsight(products, rho)
+                if p is None or not torch.equal(new, p):  # most weights do not depend on ρ
+                    p, ascent = new, self.examples.weighted_gradient(new.to(self.losses))
+                with perturbed(self.params, ascent, float(rho / total_norm(ascent))):
+                    losses, gradient = self._gradient(self.parts, self.order)
                 rows.append({"rho": rho, "weighting": name} | self._compare(rho, p, losses, gradient))
         return rows
 
-    def _compare(self, rho: float, p: Tensor, losses: Tensor, gradient: Tensor) -> dict[str, float]:
-        target, rise = self.target[rho], losses - self.losses
-        correction, wanted = gradient - self.mean, target - self.mean
+    def _gradient(self, parts: list[ExampleLosses], order: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """(losses (B,), gradient of their mean) over the parts, which hold the examples `order`."""
+        for p in self.params:
+            p.grad = None
+        seen = []
+        for part in parts:
+            losses = part()
+            (losses.sum() / self.size).backward()
+            seen.append(losses.detach())
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return self._in_order(torch.cat(seen), order), gradient
+
+    def _losses(self) -> Tensor:
+        return self._in_order(torch.cat([part() for part in self.parts]), self.order)
+
+    @staticmethod
+    def _in_order(losses: Tensor, order: Tensor | None) -> Tensor:
+        return losses if order is None else torch.empty_like(losses).index_copy(0, order.to(losses.device), losses)
+
+    def _compare(self, rho: float, p: Tensor, losses: Tensor, gradient: list[Tensor]) -> dict[str, float]:
+        """`gradient` is overwritten: with millions of numbers new memory costs more than the arithmetic."""
+        target, wanted = self.target[rho], self.wanted[rho]
+        rise = losses - self.losses
         guardedness = (rise / self.own_rise[rho]).double()
+        near = cosine(gradient, target)
+        torch._foreach_sub_(gradient, target)
+        distance = total_norm(gradient)  # of the gradients, and so of the corrections
+        torch._foreach_add_(gradient, wanted)  # now the correction: gradient − mean
         return {
-            "cosine": cosine(gradient, target),
-            "error": float((gradient - target).norm() / target.norm()),
-            "correction_cosine": cosine(correction, wanted),
-            "correction_error": float((correction - wanted).norm() / wanted.norm()),
+            "cosine": near,
+            "error": float(distance / total_norm(target)),
+            "correction_cosine": cosine(gradient, wanted),
+            "correction_error": float(distance / total_norm(wanted)),
             "rise": float(rise.mean() / self.own_rise[rho].mean()),
             "guardedness_mean": float(guardedness.mean()),
             "guardedness_median": float(guardedness.median()),
             "guardedness_min": float(guardedness.min()),
             "ess": float(1 / p.double().square().sum()),
-            "correction_share": float(wanted.norm() / target.norm()),
+            "correction_share": float(total_norm(wanted) / total_norm(target)),
         }
 
     def _products(self) -> Tensor:
         """(B, P): H ĝ_j with H the batch's Hessian, by forward differences over the smallest ρ."""
-        rho = self.rhos[0]
-        rows = []
-        for g, norm in zip(self.gradients, self.norms, strict=True):
-            rows.append((gradient_at(self.closure, self.params, rho / norm * g)[1] - self.mean) / rho)
+        rho, rows = self.rhos[0], []
+        for one in torch.eye(self.size).to(self.losses):
+            g = self.examples.weighted_gradient(one)
+            with perturbed(self.params, g, float(rho / total_norm(g))):
+                rows.append(flat(torch._foreach_sub(self._gradient(self.parts)[1], self.mean)) / rho)
         return torch.stack(rows)
 
     def _hindsight(self, products: Tensor, rho: float) -> Tensor:
@@ -136,23 +182,48 @@ class Oracle:
 
         Only the direction of Σ c_j ĝ_j counts, as in a step; its length is left free in the fit.
         """
-        wanted = (self.target[rho] - self.mean) / rho
+        wanted = flat(self.wanted[rho]) / rho
         # Normal equations as a small square-root problem: B columns however many parameters.
-        gram = (products @ products.T).double().numpy()
-        right = (products @ wanted).double().numpy()
+        gram = (products @ products.T).double().cpu().numpy()
+        right = (products @ wanted).double().cpu().numpy()
         values, vectors = np.linalg.eigh(gram)
         root = np.sqrt(np.clip(values, 1e-12 * values.max(), None))
         c, _ = nnls(root[:, None] * vectors.T, vectors.T @ right / root)
-        c = torch.from_numpy(c).float() / self.norms
-        return c / c.sum() if c.sum() > 0 else torch.full_like(c, 1 / self.size)
+        c = torch.from_numpy(c).to(self.norms) / self.norms
+        return c / c.sum() if c.sum() > 0 else self.uniform
 
 
-def trimmed(closure: ExampleLosses, i: int) -> ExampleLosses:
-    """Example i alone, without its padding."""
-    length = int(closure.inputs["attention_mask"][i].sum())
-    batch = {name: value[i : i + 1, :length] for name, value in closure.inputs.items()}
-    return ExampleLosses(closure.model, batch | {"labels": closure.labels[i : i + 1]}, closure.autocast)
+def with_used_words(closure: ExampleLosses) -> ExampleLosses:
+    """The same losses from a copy of the model that shares its weights but holds only the word embeddings in use."""
+    whole = closure.model.get_input_embeddings()
+    used = closure.inputs["input_ids"].unique()
+    # Words that stand for padding keep a zero gradient by being told apart, as in the whole table.
+    padding = (used == whole.padding_idx).nonzero().flatten().tolist() if whole.padding_idx is not None else []
+    words = nn.Embedding(
+        len(used),
+        whole.embedding_dim,
+        padding_idx=padding[0] if padding else None,
+        _weight=whole.weight.detach()[used],
+        device=used.device,
+    ).requires_grad_(whole.weight.requires_grad)
+    # The ids themselves stay, since RoBERTa counts its positions by them.
+    words.register_forward_pre_hook(lambda _, ids: (torch.searchsorted(used, ids[0].contiguous()),))
+    kept: dict[int, object] = {id(p): p for p in closure.model.parameters()}
+    model = copy.deepcopy(closure.model, kept | {id(whole): words})
+    return ExampleLosses(model, closure.inputs | {"labels": closure.labels}, closure.autocast)
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a @ b / (a.norm() * b.norm()))
+def trimmed(closure: ExampleLosses, indices: Sequence[int]) -> ExampleLosses:
+    """Some of the examples, padded to the longest of them."""
+    part = closure.subset(list(indices))
+    length = int(part.inputs["attention_mask"].sum(1).max())
+    batch = {name: value[:, :length] for name, value in part.inputs.items()} | {"labels": part.labels}
+    return ExampleLosses(part.model, batch, part.autocast)
+
+
+def flat(gradient: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradient])
+
+
+def cosine(a: Gradients, b: Gradients) -> float:
+    return float(inner_product(a, b) / (total_norm(a) * total_norm(b)))

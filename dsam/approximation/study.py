@@ -1,6 +1,7 @@
 """The study: the oracle over tasks, phases of fine-tuning and batches; resumable, one line of CSV a measurement."""
 
 import csv
+import itertools
 import json
 import sys
 import time
@@ -8,20 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import glue
-from ..config import Config
+from ..config import Config, Train
 from ..errors import UserError
-from ..methods import ExampleLosses, Weighting, make_weighting
+from ..methods import ExampleLosses, make_weighting
 from ..runs.identity import identify
 from ..runs.record import write_atomically
 from ..runs.run import prepare, run
+from ..training.batches import pieces
 from .oracle import Oracle
 
+BLOCK = 10  # batches of a task and phase in a row
 WEIGHTINGS: dict[str, tuple[str, dict]] = {
     "uniform": ("uniform", {}),
     "probe": ("probe", {}),
+    "probe (top 2 layers)": ("probe", {"layers": 2}),
     "curvature": ("curvature", {}),
     "gibbs": ("gibbs", {"norms": "exact"}),
     "gap": ("gap", {}),
@@ -60,22 +65,24 @@ def study(
     todo = [cell for cell in cells if cell not in done]
     print(f"{len(cells)} batches: {len(cells) - len(todo)} measured already", flush=True)
     began, ended = time.monotonic(), 0
-    for config in configs:
-        for phase in phases:
-            mine = [cell for cell in todo if (cell.task, cell.phase) == (config.task.name, phase)]
-            if not mine:
-                continue
-            model, examples, device = at_phase(config, phase)
-            for cell in mine:
-                rows = measure(model, examples, device, cell, rhos, batch_size, weightings, cell.batch < headroom)
-                append(csv_path, [vars(cell) | {"seed": config.seed, "batch_size": batch_size} | row for row in rows])
-                ended += 1
-                left = (time.monotonic() - began) / ended * (len(todo) - ended)
-                print(
-                    f"{cell.task} at {cell.phase} %, batch {cell.batch + 1}/{batches}; {left / 60:.0f} min left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    # In blocks over all tasks, so that a study that is stopped early is even.
+    for start, config, phase in itertools.product(range(0, batches, BLOCK), configs, phases):
+        block = range(start, start + BLOCK)
+        mine = [c for c in todo if (c.task, c.phase) == (config.task.name, phase) and c.batch in block]
+        if not mine:
+            continue
+        model, examples, device = at_phase(config, phase)
+        for cell in mine:
+            closure, parts = batch_of(cell, model, examples, device, batch_size, config.train)
+            rows = Oracle(closure, rhos, parts, seed=cell.batch).measure(weightings, cell.batch < headroom)
+            append(csv_path, [vars(cell) | {"seed": config.seed, "batch_size": batch_size} | row for row in rows])
+            ended += 1
+            left = (time.monotonic() - began) / ended * (len(todo) - ended)
+            print(
+                f"{cell.task} at {cell.phase} %, batch {cell.batch + 1}/{batches}; {left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def at_phase(config: Config, phase: int) -> tuple[torch.nn.Module, glue.Tokenised, torch.device]:
@@ -94,15 +101,13 @@ def at_phase(config: Config, phase: int) -> tuple[torch.nn.Module, glue.Tokenise
     return ready.network.eval(), ready.data[ready.task.train_splits[0]], ready.device
 
 
-def measure(
-    model, examples, device, cell: Cell, rhos, size: int, weightings: dict[str, Weighting], headroom: bool
-) -> list[dict]:
-    """The rows of one batch of the training set, drawn for the task and the batch's number alone."""
+def batch_of(cell: Cell, model, examples: glue.Tokenised, device, size: int, train: Train):
+    """(losses, parts) of one batch of the training set, drawn for the task and the batch's number alone."""
     generator = torch.Generator().manual_seed(10_007 * cell.batch + sum(map(ord, cell.task)))
     indices = torch.randperm(len(examples), generator=generator)[:size].numpy()
     batch = {name: value.to(device) for name, value in examples.batch(indices).items()}
-    oracle = Oracle(ExampleLosses(model, batch), rhos, seed=cell.batch)
-    return oracle.measure(weightings, headroom)
+    parts = pieces(np.arange(len(indices)), examples.lengths[indices], train)
+    return ExampleLosses(model, batch), [part.tolist() for part in parts]
 
 
 def finished_cells(path: Path) -> set[Cell]:

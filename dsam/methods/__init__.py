@@ -12,8 +12,9 @@ from .fsam import FSAM
 from .gsam import GSAM
 from .looksam import LookSAM
 from .losses import ExampleLosses, example_losses
-from .m_sam import GroupSAM, PerInstance
+from .m_sam import GroupSAM
 from .msam import MomentumSAM
+from .per_instance import PerInstance
 from .r3f import R3F
 from .rdrop import RDrop
 from .sam import ASAM, SAM

@@ -1,7 +1,7 @@
 """What every method shares: a step's pieces, its passes, its random state, and the checks that stop it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,15 @@ class Method:
 
     # The two kinds of pass. Losses of several pieces come back as one tensor (B,), detached.
 
-    def _forward(self, closures: list[Closure], k: int, *, ascent: bool = False, precise: bool = False) -> Tensor:
-        """Losses of piece k, shape (B_k,); `precise`: in float32 where the closure can.
+    def _forward(
+        self, closures: list[Closure], k: int, *, ascent: bool = False, precise: bool = False, share: float = 1.0
+    ) -> Tensor:
+        """Losses of piece k, shape (B_k,); `precise`: in float32 where the closure can; `share` of a pass is run.
 
         The first forward of a step fixes the piece's masks, and later ones replay them. With mask="fresh" the ascent
         (and its probes) draw from a stream aside, and the descent from the main one.
         """
-        self.report["forwards"] += 1 / len(closures)
+        self.report["forwards"] += share / len(closures)
         closure = getattr(closures[k], "in_float32", closures[k]) if precise else closures[k]
         if self._states[k] is not None and (ascent or self.mask == "same"):
             with self.random.replay(self._states[k]):
@@ -133,22 +135,26 @@ class Method:
             torch._foreach_add_([t for t, _ in both], [g for _, g in both])
         return [g if t is None else t for t, g in zip(total, gradient, strict=True)]
 
-    def _descend(self, closures: list[Closure], scaler, weights: Tensor | None = None) -> Tensor:
-        """Adds the gradient of the mean (or `weights`-weighted sum) loss to `.grad`; returns the mean loss."""
+    def _descend(self, closures: list[Closure], scaler, weights: Tensor | None = None, around=None) -> Tensor:
+        """Adds the gradient of the mean (or `weights`-weighted sum) loss to `.grad`; returns the mean loss.
+
+        `around(closures, k)`, if given, is a context in which piece k runs.
+        """
         seen, start = [], 0
         earlier = [p.grad for p in self.params] if len(closures) > 1 and weights is None else None
         if earlier is not None:  # the batch's size is known only after its last piece: sum, then divide once
             for p in self.params:
                 p.grad = None
         for k in range(len(closures)):
-            losses = self._forward(closures, k)
-            seen.append(losses.detach())
-            if weights is not None:
-                loss = (losses * weights[start : start + len(losses)]).sum()
-            else:
-                loss = losses.mean() if earlier is None else losses.sum()
-            start += len(losses)
-            (scaler.scale(loss) if scaler is not None else loss).backward()
+            with around(closures, k) if around is not None else nullcontext():
+                losses = self._forward(closures, k)
+                seen.append(losses.detach())
+                if weights is not None:
+                    loss = (losses * weights[start : start + len(losses)]).sum()
+                else:
+                    loss = losses.mean() if earlier is None else losses.sum()
+                start += len(losses)
+                (scaler.scale(loss) if scaler is not None else loss).backward()
             self.report["backwards"] += 1 / len(closures)
         losses = torch.cat(seen)
         if earlier is not None:

@@ -1,11 +1,15 @@
 """δ-SAM: one perturbation for the batch, in which the examples count as a weighting says."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Closure
+from .layers import TopLayers
 from .per_example import PerExampleGradients
-from .perturbation import RandomState, perturbed, total_norm
+from .perturbation import perturbed, total_norm
 from .sam import SAM
 from .weighting import Probe, Weighting, make_weighting
 
@@ -42,6 +46,11 @@ class DeltaSAM(SAM):
         super().__init__(params, rho, mask=mask, seed=seed)
         self.weighting = make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
         self.recompute = recompute
+        self._top: TopLayers | None = None  # the layers that probes reach, where that is not the whole model
+        if self.weighting.sides and self.weighting.layers is not None:
+            if self.module is None:
+                raise ValueError("layers looks inside the model: DeltaSAM(model, …)")
+            self._top = TopLayers(self.module, self.weighting.layers)
 
     def _ascent_gradient(self, closures: list[Closure]):
         if self.weighting.exact:
@@ -49,7 +58,7 @@ class DeltaSAM(SAM):
         hold = len(closures) == 1 or not self.recompute
         held = []
         for k in range(len(closures)):
-            with torch.set_grad_enabled(hold):
+            with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
                 held.append(self._forward(closures, k, ascent=True))
         self._clean_pass_done()
         losses = torch.cat([piece.detach() for piece in held])
@@ -101,19 +110,14 @@ class DeltaSAM(SAM):
                 raise ValueError("the Gram matrix needs the undivided batch: one closure, not a sequence")
             probe.gram = recorded[0].gram()
         if "curvature" in exact:
-            probe.curvature = torch.cat([self._curvature(closure) for closure in closures])
+            probe.curvature = torch.cat([self._curvature(closures, k, g) for k, g in enumerate(recorded)])
 
-    def _curvature(self, closure) -> Tensor:
-        """‖H_i ĝ_i‖ for each example of the closure, by differences of its gradient along its own gradient."""
-        if not hasattr(closure, "subset"):
-            raise ValueError(
-                "weighting 'exact_curvature' takes examples one by one: pass dsam.ExampleLosses(model, batch)"
-            )
-        found = []
-        with self.random.replay(self.random.get()):
-            for i in range(len(closure)):
-                found.append(hessian_product(closure.subset([i]), self.params, self.random)[2])
-        return torch.stack(found)
+    def _curvature(self, closures: list[Closure], k: int, gradients: PerExampleGradients) -> Tensor:
+        def losses() -> Tensor:
+            self.report["backwards"] += 1 / len(closures)
+            return self._forward(closures, k, ascent=True)
+
+        return curvature_along_own_gradients(gradients, losses)
 
     def _report_weights(self, weights: Tensor) -> None:
         self.report["effective_sample_size"] = 1 / weights.square().sum()
@@ -121,7 +125,11 @@ class DeltaSAM(SAM):
 
     def _probe(self, closures: list[Closure], losses: Tensor) -> tuple[Tensor, Probe]:
         """(losses at w to compare with, what the probes saw): losses at w ± v for random directions v, same masks."""
-        probe = Probe(rho=self.rho, radius=self.weighting.radius, dimension=sum(p.numel() for p in self.params))
+        params = self.params
+        if self._top is not None:
+            above = {id(p) for p in self._top.params}
+            params = [p for p in params if id(p) in above]
+        probe = Probe(rho=self.rho, radius=self.weighting.radius, dimension=sum(p.numel() for p in params))
         if self.weighting.needs_logits:
             if any(getattr(closure, "logits", None) is None for closure in closures):
                 raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
@@ -133,26 +141,30 @@ class DeltaSAM(SAM):
             losses = self._losses(closures)  # float32 on both sides of the difference
         plus, minus = [], []
         for _ in range(self.weighting.probes):
-            noise = self._noise()
+            noise = self._noise(params)
             scale = self.weighting.radius / float(total_norm(noise))
-            with perturbed(self.params, noise, scale):
+            with perturbed(params, noise, scale):
                 plus.append(self._losses(closures))
             if self.weighting.sides == 2:
-                with perturbed(self.params, noise, -scale):
+                with perturbed(params, noise, -scale):
                     minus.append(self._losses(closures))
         probe.plus = torch.stack(plus)
         probe.minus = torch.stack(minus) if minus else None
+        if self._top is not None:
+            self._top.clear()
         return losses, probe
 
     @torch.no_grad()
     def _losses(self, closures: list[Closure]) -> Tensor:
-        return torch.cat([self._forward(closures, k, ascent=True, precise=True).float() for k in range(len(closures))])
+        found, share = [], self._top.share if self._top is not None else 1.0
+        for k in range(len(closures)):
+            with self._top.resume(k) if self._top is not None else nullcontext():
+                found.append(self._forward(closures, k, ascent=True, precise=True, share=share).float())
+        return torch.cat(found)
 
-    def _noise(self) -> list[Tensor]:
+    def _noise(self, params: list[nn.Parameter]) -> list[Tensor]:
         """A random direction in the parameters, unscaled."""
-        like = [
-            {"size": p.shape, "generator": self.generator, "device": p.device, "dtype": p.dtype} for p in self.params
-        ]
+        like = [{"size": p.shape, "generator": self.generator, "device": p.device, "dtype": p.dtype} for p in params]
         if self.weighting.noise == "rademacher":
             return [torch.randint(0, 2, **options).mul_(2).sub_(1) for options in like]
         return [torch.randn(**options) for options in like]
@@ -166,27 +178,23 @@ def _weighted(recorded: list[PerExampleGradients], weights) -> list[Tensor]:
     return total
 
 
-def hessian_product(closure: Closure, params: list[Tensor], random: RandomState, step: float = 1e-2):
-    """(gradient g, H ĝ by a central difference of gradients, ‖H ĝ‖) of the closure's mean loss along its own gradient.
+def curvature_along_own_gradients(
+    gradients: PerExampleGradients, losses: Callable[[], Tensor], step: float = 1e-2
+) -> Tensor:
+    """‖H_i ĝ_i‖, shape (B,), of the examples recorded in `gradients`; `losses()` runs their batch again.
 
-    `step` is the length of the difference, long enough for float32: TRAPS of finite differences concern losses, of
-    which this takes none.
+    Central differences of gradients, in two passes over the batch. `step` is their length, long enough for float32:
+    TRAPS of finite differences concern losses, of which this takes none.
     """
-    state = random.get()
-
-    def gradient() -> list[Tensor]:
-        with random.replay(state):
-            found = torch.autograd.grad(closure().mean(), params, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
-
-    own = gradient()
-    norm = total_norm(own)
-    if not norm > 0:
-        return own, [torch.zeros_like(g) for g in own], torch.zeros_like(norm)
-    with perturbed(params, own, float(step / norm)):
-        ahead = gradient()
-    with perturbed(params, own, float(-step / norm)):
-        behind = gradient()
-    product = torch._foreach_sub(ahead, behind)
-    torch._foreach_div_(product, 2 * step)
-    return own, product, total_norm(product)
+    norms = gradients.squared_norms().sqrt()
+    scales = torch.where(norms == 0, 0, step / norms)
+    sides = []
+    for sign in (1, -1):
+        there = gradients.like()
+        with gradients.perturbed(sign * scales):
+            with there.record():
+                found = losses()
+            there.backward(found)
+        sides.append(there)
+    ahead, behind = sides
+    return ahead.minus(behind).squared_norms().sqrt() / (2 * step)

@@ -14,7 +14,7 @@ def inner_product(a: Gradients, b: Gradients) -> Tensor:
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if not pairs:
         return torch.zeros(())
-    return torch.stack([_wide(x).flatten().dot(_wide(y).flatten()) for x, y in pairs]).sum()
+    return torch.stack([wide(x).flatten().dot(wide(y).flatten()) for x, y in pairs]).sum()
 
 
 def combine(a: Gradients, b: Gradients, scale: Tensor | float, times: Tensor | float = 1.0) -> list[Tensor | None]:
@@ -65,5 +65,6 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
             buffer.data = value
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def wide(x: Tensor) -> Tensor:
+    """In at least float32, in which inner products are accumulated."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

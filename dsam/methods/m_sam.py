@@ -1,4 +1,4 @@
-"""m-SAM and its limit, per-instance SAM: each group of examples has its own perturbation."""
+"""m-SAM: each group of examples has its own perturbation."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,27 @@ from .perturbation import perturbed, total_norm
 from .sam import SAM
 
 
-class PerInstance(SAM):
-    """The mean of the SAM gradients of single examples: mean_i ∇ℓ_i(w + ρ g_i/‖g_i‖). Exact; what δ-SAM approximates.
+class GroupSAM(SAM):
+    """The mean of the SAM gradients of groups of m consecutive examples: mean over groups G of ∇ℓ_G(w + ρ g_G/‖g_G‖).
 
-    m-SAM with m = 1 (see `GroupSAM`), in the words of δ-SAM's abstract (Zhou et al. 2022, arXiv 2112.08772). Two
-    passes' worth of arithmetic, in 2B small passes of one example each: much slower than SAM where batches are fast.
+    Foret et al. 2021, arXiv 2010.01412, §4.1 (m-sharpness); Andriushchenko & Flammarion 2022, Towards Understanding
+    Sharpness-Aware Minimization, arXiv 2206.06232. m = B is SAM. Groups are weighted by their size (the last may be
+    smaller) and run on across micro-batches. Where the training loop sorts a batch by length, so are the groups.
+
+    Two passes, in 2⌈B/m⌉ pieces, where the closure has `subset(indices)` as `ExampleLosses` has. Any other closure is
+    run in full for each group and once more to count its examples: the same gradient, ⌈B/m⌉ times dearer. Dropout:
+    mask="same" gives both passes of a group the same masks; they are the group's own with `subset`.
+
+    Args:
+        rho: radius of each group's ball, ≥ 0. At 0 the plain gradient up to rounding.
+        m: examples in a group, ≥ 1.
     """
 
-    m = 1
+    def __init__(self, params, rho: float = 0.05, m: int = 8, **options):
+        super().__init__(params, rho, **options)
+        if not m >= 1:
+            raise ValueError(f"m must be at least 1, got {m}")
+        self.m = m
 
     def _backward(self, closures: list[Closure], scaler) -> Tensor:
         sizes = [self._size(closures, k) for k in range(len(closures))]
@@ -56,26 +69,3 @@ class PerInstance(SAM):
         if k == len(closures) - 1:
             self._clean_pass_done()
         return size
-
-
-class GroupSAM(PerInstance):
-    """The mean of the SAM gradients of groups of m consecutive examples: mean over groups G of ∇ℓ_G(w + ρ g_G/‖g_G‖).
-
-    Foret et al. 2021, arXiv 2010.01412, §4.1 (m-sharpness); Andriushchenko & Flammarion 2022, Towards Understanding
-    Sharpness-Aware Minimization, arXiv 2206.06232. m = B is SAM. Groups are weighted by their size (the last may be
-    smaller) and run on across micro-batches. Where the training loop sorts a batch by length, so are the groups.
-
-    Two passes, in 2⌈B/m⌉ pieces, where the closure has `subset(indices)` as `ExampleLosses` has. Any other closure is
-    run in full for each group and once more to count its examples: the same gradient, ⌈B/m⌉ times dearer. Dropout:
-    mask="same" gives both passes of a group the same masks; they are the group's own with `subset`.
-
-    Args:
-        rho: radius of each group's ball, ≥ 0. At 0 the plain gradient up to rounding.
-        m: examples in a group, ≥ 1.
-    """
-
-    def __init__(self, params, rho: float = 0.05, m: int = 8, **options):
-        super().__init__(params, rho, **options)
-        if not m >= 1:
-            raise ValueError(f"m must be at least 1, got {m}")
-        self.m = m

@@ -5,23 +5,26 @@ tokens t, g_i = Σ_t δ_it a_itᵀ, of its input a (B, T, n) and its output grad
 ‖g_i‖² = Σ_ts (a_it·a_is)(δ_it·δ_is) needs only two T × T products (Goodfellow 2015, arXiv 1510.01799, for
 T = 1; Li et al. 2021, arXiv 2110.05679, "ghost clipping"), and Σ_i p_i g_i, with weights p chosen once the
 norms are known, is one product of stored tensors (Bu et al. 2022, arXiv 2210.00038, "book-keeping").
+
+The same factors give each example its own weights w + c_i g_i in one batched pass: the layer's outputs gain
+c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of the weights [derived here].
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from .gradients import wide
+from .outer_products import OuterProducts, Rows
+
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
-GHOST_BLOCK = 64  # tokens in a block of a ghost norm
-BLOCK = 2**22  # numbers held at a time where forming the gradient itself is cheaper than the ghost norm
 
 
 class PerExampleGradients:
@@ -33,6 +36,8 @@ class PerExampleGradients:
         gradients.backward(losses)                                 # output gradients only; no `.grad`
         norms = gradients.squared_norms().sqrt()                   # (B,)
         ascent = gradients.weighted_gradient(norms / norms.sum())  # Σ_i p_i g_i, one tensor per parameter
+        with gradients.perturbed(rho / norms):                     # example i at w + ρ g_i/‖g_i‖
+            worst = per_example_losses(model, batch)               # (B,), differentiable as ever
 
     `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
@@ -89,8 +94,8 @@ class PerExampleGradients:
         self._lookups: dict[int, list[tuple[Tensor, Tensor, int | None]]] = defaultdict(list)
         # After the backward pass; vectors (B, numel) are the per-example gradients of biases and LayerNorms.
         self._vectors: dict[int, Tensor] = {}
-        self._products: list[_Products] = []
-        self._rows: dict[int, _Rows] = {}
+        self._products: list[OuterProducts] = []
+        self._rows: dict[int, Rows] = {}
 
     @contextmanager
     def record(self, batch_size: int | None = None):
@@ -166,7 +171,7 @@ class PerExampleGradients:
                 if direction[k] is not None:
                     total += vector @ direction[k].flatten().to(vector.dtype)
             for products in self._products:
-                right = _wide(products.right)
+                right = wide(products.right)
                 for k in products.lefts:
                     if direction[k] is not None:
                         outputs = F.linear(right, direction[k].to(right.dtype))
@@ -215,6 +220,81 @@ class PerExampleGradients:
             for p, value in zip(self.params, sums, strict=True)
         ]
 
+    def like(self) -> "PerExampleGradients":
+        """One for another pass of the same model and parameters, with nothing recorded."""
+        return PerExampleGradients(self._model, self.params)
+
+    def minus(self, other: "PerExampleGradients") -> "PerExampleGradients":
+        """The differences g_i − h_i to the gradients of another pass over the same batch, to be used like gradients."""
+        difference = self.like()
+        difference.batch_size = self.batch_size
+        difference._vectors = {k: vector - other._vectors[k] for k, vector in self._vectors.items()}
+        difference._products = [a.minus(b) for a, b in zip(self._products, other._products, strict=True)]
+        difference._rows = {k: rows.minus(other._rows[k]) for k, rows in self._rows.items()}
+        return difference
+
+    @contextmanager
+    def perturbed(self, scales: Tensor):
+        """Inside, example i of the batch meets the weights w + scales[i] g_i; `scales` (B,).
+
+        The model's outputs are those of B models with these weights, and so are gradients with respect to a
+        parameter, summed over them: of mean losses, mean_i ∇ℓ_i(w + scales[i] g_i). The perturbations are constants.
+        The weights themselves are not touched. Forwards must be of as many examples in the same order; with the same
+        number of tokens T one costs about 1 + T (m + n)/(m n) of a plain one, for layers of m × n.
+        `record()` may be entered inside. A checkpointed model's backward pass, too, must happen inside.
+        """
+        if self.batch_size is None:
+            raise RuntimeError("per-example gradients: call record() and backward() first")
+        scales = scales.detach().view(-1, 1, 1)
+        products = {k: group for group in self._products for k in group.lefts}
+        handles = []
+        try:
+            for name, module in self._modules:
+                if isinstance(module, nn.Embedding):
+                    handles.append(module.register_forward_pre_hook(self._expand_indices, with_kwargs=True))
+                hook = partial(self._perturb, name, scales, products)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _perturb(self, name: str, scales: Tensor, products: dict[int, OuterProducts], module, args, kwargs, output):
+        weight, bias = self._counted(module)
+        if weight is None and bias is None:
+            return None
+        x = args[0] if args else kwargs["input"]
+        if len(x) != self.batch_size:
+            raise RuntimeError(
+                f"per-example gradients: '{name}' was given {len(x)} examples, not the {self.batch_size} recorded"
+            )
+        terms = []
+        if isinstance(module, nn.Embedding):
+            ids = x.reshape(self.batch_size, -1)
+            shape = (*ids.shape, module.embedding_dim)
+            if weight in self._rows:
+                terms.append(self._rows[weight].lookups(ids, scales))
+            if weight in products:
+                terms.append(products[weight].lookups(weight, ids, scales))
+        elif isinstance(module, nn.Linear):
+            tokens = x.reshape(self.batch_size, -1, module.in_features)
+            shape = (*tokens.shape[:2], module.out_features)
+            if weight in products:
+                terms.append(products[weight].outputs(weight, tokens, scales))
+            if weight in self._rows:
+                terms.append(self._rows[weight].outputs(tokens, module.out_features, scales))
+        else:
+            shape = (self.batch_size, -1, prod(module.normalized_shape))
+            if weight in self._vectors:
+                normalized = F.layer_norm(x, module.normalized_shape, eps=module.eps).reshape(shape)
+                terms.append(normalized * (self._vectors[weight][:, None] * scales))
+        if bias in self._vectors:
+            terms.append(self._vectors[bias][:, None] * scales)
+        moved = output.reshape(shape)
+        for term in terms:
+            moved = moved + term.to(moved.dtype)
+        return moved.view_as(output)
+
     def _zeros(self, *shape: int) -> Tensor:
         if not all(shape):
             raise RuntimeError("per-example gradients: call record() and backward() first")
@@ -233,13 +313,17 @@ class PerExampleGradients:
             return (ids.expand(self.batch_size, *ids.shape[1:]),), {}
         return None
 
-    def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    def _counted(self, module: nn.Module) -> list[int | None]:
+        """Positions of the module's weight and bias, None for what does not count."""
         own = [getattr(module, which, None) for which in ("weight", "bias")]
-        counted = [self._positions.get(id(p)) if p is not None and p.requires_grad else None for p in own]
+        return [self._positions.get(id(p)) if p is not None and p.requires_grad else None for p in own]
+
+    def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        counted = self._counted(module)
         if counted == [None, None] or not torch.is_grad_enabled():
             return None
         self._uses.append((name, output.shape[0] if output.dim() else 0))
-        self._use_counts.update(id(p) for p in own)
+        self._use_counts.update(id(self.params[k]) for k in counted if k is not None)
         x = args[0] if args else kwargs["input"]
         return _Tap.apply(output, self._anchor, partial(self._receive, module, counted, x))
 
@@ -253,31 +337,31 @@ class PerExampleGradients:
             if weight is not None:
                 self._factors[weight].append((grad, x))
         else:
-            grad = _wide(grad).reshape(self.batch_size, -1, prod(module.normalized_shape))
+            grad = wide(grad).reshape(self.batch_size, -1, prod(module.normalized_shape))
             if weight is not None:
-                normalized = F.layer_norm(_wide(x), module.normalized_shape, eps=module.eps)
+                normalized = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
                 self._add_vector(weight, normalized.reshape(grad.shape).mul_(grad).sum(1))
         if bias is not None:
-            self._add_vector(bias, _wide(grad).sum(1))
+            self._add_vector(bias, wide(grad).sum(1))
 
     def _add_vector(self, k: int, vector: Tensor) -> None:
         self._vectors[k] = vector if k not in self._vectors else self._vectors[k] + vector
 
     def _gather(self) -> None:
         """Join a parameter's uses along the tokens, and weights that share an input (query, key, value)."""
-        by_input: dict[tuple[int, torch.dtype], _Products] = {}
+        by_input: dict[tuple[int, torch.dtype], OuterProducts] = {}
         for k, uses in self._factors.items():
             # Detached, since an activation would otherwise keep the graph alive.
             rights = [x.detach().reshape(self.batch_size, -1, x.shape[-1]) for _, x in uses]
             if len(uses) == 1:
                 left, x = uses[0]
-                by_input.setdefault((id(x), left.dtype), _Products(rights[0], {})).lefts[k] = left
+                by_input.setdefault((id(x), left.dtype), OuterProducts(rights[0], {})).lefts[k] = left
             else:
                 left = torch.cat([left for left, _ in uses], 1)
-                by_input[id(left), left.dtype] = _Products(torch.cat(rights, 1), {k: left})
+                by_input[id(left), left.dtype] = OuterProducts(torch.cat(rights, 1), {k: left})
         self._products = list(by_input.values())
         for k, uses in self._lookups.items():
-            self._rows[k] = _Rows.of(uses, self.batch_size)
+            self._rows[k] = Rows.of(uses, self.batch_size)
         self._factors.clear()
         self._lookups.clear()
 
@@ -317,112 +401,6 @@ class _Tap(torch.autograd.Function):
         receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx: let it not keep the layer's input too
         receive(grad)
         return grad, None, None
-
-
-class _Products(NamedTuple):
-    """Linear weights that share an input: g_i = Σ_t left_itᵀ right_it, for each left."""
-
-    right: Tensor  # (B, T, n), the input
-    lefts: dict[int, Tensor]  # parameter's position -> (B, T, m), the output gradient
-
-    def left(self, k: int) -> Tensor:
-        return _wide(self.lefts[k])
-
-    def blocks(self, k: int) -> Iterator[Tensor]:
-        """The per-example gradients of weight k, some rows at a time: (B, rows, n)."""
-        left, right = self.left(k), _wide(self.right)
-        for part in left.split(max(1, BLOCK // (len(right) * right.shape[2])), 2):
-            yield torch.bmm(part.mT, right)
-
-    def squared_norms(self) -> Tensor:
-        _, tokens, n = self.right.shape
-        m = sum(left.shape[2] for left in self.lefts.values())
-        if tokens * (m + n) >= m * n:
-            return sum(block.square().sum((1, 2)) for k in self.lefts for block in self.blocks(k))
-        right, lefts = _wide(self.right), [self.left(k) for k in self.lefts]
-        total = right.new_zeros(len(right))
-        for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
-            stop = start + GHOST_BLOCK
-            of_lefts = torch.bmm(lefts[0][:, start:stop], lefts[0][:, start:].mT)
-            for left in lefts[1:]:
-                of_lefts.baddbmm_(left[:, start:stop], left[:, start:].mT)
-            both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
-            total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
-        return total
-
-    def gram(self, k: int) -> Tensor:
-        left, right = self.left(k), _wide(self.right)
-        batch, tokens, m, n = *left.shape, right.shape[2]
-        if batch * tokens**2 * (m + n) >= (batch + tokens) * m * n:
-            return sum(block.flatten(1) @ block.flatten(1).mT for block in self.blocks(k))
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
-        return (left @ left.mT).mul_(right @ right.mT).view(batch, tokens, batch, tokens).sum((1, 3))
-
-    def weighted_sums(self, weights: Tensor) -> Iterator[tuple[int, Tensor]]:
-        dtype = next(iter(self.lefts.values())).dtype
-        weights = weights.view(-1, 1, 1)
-        right = self.right.flatten(0, 1).to(dtype)
-        # Scale whichever side is the smaller to copy.
-        scale_right = sum(left.shape[2] for left in self.lefts.values()) >= right.shape[1]
-        if scale_right:
-            right = (self.right * weights).flatten(0, 1).to(dtype)
-        for k, left in self.lefts.items():
-            left = left if scale_right else (left * weights).to(dtype)
-            yield k, left.flatten(0, 1).mT @ right
-
-
-class _Rows(NamedTuple):
-    """An embedding's per-example gradients by their non-zero rows, R of them, sorted by example and index."""
-
-    examples: Tensor  # (R,)
-    ids: Tensor  # (R,)
-    values: Tensor  # (R, n)
-    batch_size: int
-
-    @classmethod
-    def of(cls, uses: list[tuple[Tensor, Tensor, int | None]], batch_size: int) -> "_Rows":
-        ids = torch.cat([ids.reshape(batch_size, -1) for ids, _, _ in uses], 1)
-        grads = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
-        grads = _wide(grads[0] if len(grads) == 1 else torch.cat(grads, 1)).flatten(0, 1)
-        # One key per pair of example and index; the tokens of one pair are summed.
-        size = int(ids.max()) + 1
-        keys = ids + size * torch.arange(batch_size, device=ids.device)[:, None]
-        keys, inverse = keys.flatten().unique(return_inverse=True)
-        values = torch.ops.aten.embedding_dense_backward(grads, inverse, len(keys), -1, False)
-        rows = cls(keys // size, keys % size, values, batch_size)
-        for index in {
-            padding for _, _, padding in uses if padding is not None
-        }:  # autograd gives them nothing
-            values.masked_fill_((rows.ids == index)[:, None], 0)
-        return rows
-
-    def per_example(self, of_rows: Tensor) -> Tensor:
-        """Sum over each example's rows: (R,) -> (B,)."""
-        return of_rows.new_zeros(self.batch_size).index_add_(0, self.examples, of_rows)
-
-    def squared_norms(self) -> Tensor:
-        return self.per_example(self.values.square().sum(1))
-
-    def gram(self) -> Tensor:
-        sizes = self.examples.bincount(minlength=self.batch_size).tolist()
-        parts = zip(self.ids.split(sizes), self.values.split(sizes), strict=True)
-        products = (((values @ self.values.mT) * (ids[:, None] == self.ids)).sum(0) for ids, values in parts)
-        return torch.stack([self.per_example(product) for product in products])
-
-    def gram_with(self, left: Tensor, right: Tensor) -> Tensor:
-        """Products with a Linear's g_i of the same weight: left (B, T, V), right (B, T, n) -> (B, B)."""
-        pairs = zip(left, _wide(right), strict=True)
-        products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in pairs)
-        return torch.stack([self.per_example(product) for product in products])
-
-    def weighted_sum(self, weights: Tensor, size: int) -> Tensor:
-        values = self.values * weights.to(self.values.dtype)[self.examples, None]
-        return torch.ops.aten.embedding_dense_backward(values, self.ids, size, -1, False)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In at least float32, in which inner products are accumulated."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Weighting:
         mix: share of the uniform weights that is mixed in, 0 to 1.
         probes: random directions per step (their losses' differences are averaged); only where `sides` > 0.
         radius: norm of a probe. 0.3 to 1 is where float32 differences are accurate (bf16's are not).
+        layers: probe only the weights of so many top layers (and all that follows them), from the hidden states of the
+            clean pass: `layers` of L layers' share of a forward. None: the whole model.
     """
 
     sides = 0
@@ -49,20 +51,24 @@ class Weighting:
     """Which exact fields of `Probe` it reads: norms, cosines, gram, curvature."""
     needs_logits = False
 
-    def __init__(self, power: float = 1.0, mix: float = 0.0, probes: int = 1, radius: float = 0.5):
+    def __init__(
+        self,
+        power: float = 1.0,
+        mix: float = 0.0,
+        probes: int = 1,
+        radius: float = 0.5,
+        layers: int | None = None,
+    ):
         for name, value, good in (
             ("power", power, power >= 0),
             ("mix", mix, 0 <= mix <= 1),
             ("probes", probes, probes >= 1),
             ("radius", radius, 0 < radius < math.inf),
+            ("layers", layers, layers is None or layers >= 1),
         ):
             if not good:
                 raise ValueError(f"{name} cannot be {value}")
-        self.power, self.mix, self.probes, self.radius = power, mix, probes, radius
-
-    @property
-    def extra_forwards(self) -> int:
-        return self.sides * self.probes
+        self.power, self.mix, self.probes, self.radius, self.layers = power, mix, probes, radius, layers
 
     def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
         """Weights (B,) in float32 for `losses` (B,) at w."""
@@ -203,7 +209,7 @@ class Confidence(Weighting):
 
 
 class ExactCurvature(Weighting):
-    """p_i ∝ ‖H_i ĝ_i‖/‖g_i‖, exactly. [derived]; for study only: a forward-backward pair per example, twice."""
+    """p_i ∝ ‖H_i ĝ_i‖/‖g_i‖, exactly. [derived]; for study: two more passes, where `PerInstance` needs none."""
 
     exact = ("norms", "curvature")
 

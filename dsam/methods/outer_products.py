@@ -1,0 +1,152 @@
+"""Per-example gradients of weight matrices in factored form, never multiplied out: what `per_example` computes with."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gradients import wide
+
+GHOST_BLOCK = 64  # tokens in a block of a ghost norm
+BLOCK = 2**22  # numbers held at a time where forming the gradient itself is cheaper than the ghost norm
+
+
+class OuterProducts(NamedTuple):
+    """Linear weights that share an input: g_i = Σ_t left_itᵀ right_it, for each left."""
+
+    right: Tensor  # (B, T, n), the input
+    lefts: dict[int, Tensor]  # parameter's position -> (B, T, m), the output gradient
+
+    def left(self, k: int) -> Tensor:
+        return wide(self.lefts[k])
+
+    def blocks(self, k: int) -> Iterator[Tensor]:
+        """The per-example gradients of weight k, some rows at a time: (B, rows, n)."""
+        left, right = self.left(k), wide(self.right)
+        for part in left.split(max(1, BLOCK // (len(right) * right.shape[2])), 2):
+            yield torch.bmm(part.mT, right)
+
+    def squared_norms(self) -> Tensor:
+        _, tokens, n = self.right.shape
+        m = sum(left.shape[2] for left in self.lefts.values())
+        if tokens * (m + n) >= m * n:
+            return sum(block.square().sum((1, 2)) for k in self.lefts for block in self.blocks(k))
+        right, lefts = wide(self.right), [self.left(k) for k in self.lefts]
+        total = right.new_zeros(len(right))
+        for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
+            stop = start + GHOST_BLOCK
+            of_lefts = torch.bmm(lefts[0][:, start:stop], lefts[0][:, start:].mT)
+            for left in lefts[1:]:
+                of_lefts.baddbmm_(left[:, start:stop], left[:, start:].mT)
+            both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
+            total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
+        return total
+
+    def gram(self, k: int) -> Tensor:
+        left, right = self.left(k), wide(self.right)
+        batch, tokens, m, n = *left.shape, right.shape[2]
+        if batch * tokens**2 * (m + n) >= (batch + tokens) * m * n:
+            return sum(block.flatten(1) @ block.flatten(1).mT for block in self.blocks(k))
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        return (left @ left.mT).mul_(right @ right.mT).view(batch, tokens, batch, tokens).sum((1, 3))
+
+    def outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
+        """scales_i g_i x_it for weight k: what a Linear's outputs gain when example i's weight moves by scales_i g_i.
+
+        x (B, S, n), scales (B, 1, 1) -> (B, S, m). Costs S·T·(m + n) an example where the layer costs S·m·n.
+        """
+        inner = torch.bmm(x, self.right.mT.to(x.dtype)) * scales.to(x.dtype)
+        return torch.bmm(inner, self.lefts[k].to(inner.dtype))
+
+    def lookups(self, k: int, ids: Tensor, scales: Tensor) -> Tensor:
+        """Rows `ids` (B, S) of scales_i g_i for weight k, tied to an embedding: (B, S, n)."""
+        left = self.lefts[k]
+        columns = left.gather(2, ids[:, None].expand(-1, left.shape[1], -1))
+        return torch.bmm(columns.mT, self.right.to(left.dtype)) * scales.to(left.dtype)
+
+    def minus(self, other: "OuterProducts") -> "OuterProducts":
+        lefts = {k: torch.cat([left, -other.lefts[k]], 1) for k, left in self.lefts.items()}
+        return OuterProducts(torch.cat([self.right, other.right], 1), lefts)
+
+    def weighted_sums(self, weights: Tensor) -> Iterator[tuple[int, Tensor]]:
+        dtype = next(iter(self.lefts.values())).dtype
+        weights = weights.view(-1, 1, 1)
+        right = self.right.flatten(0, 1).to(dtype)
+        # Scale whichever side is the smaller to copy.
+        scale_right = sum(left.shape[2] for left in self.lefts.values()) >= right.shape[1]
+        if scale_right:
+            right = (self.right * weights).flatten(0, 1).to(dtype)
+        for k, left in self.lefts.items():
+            left = left if scale_right else (left * weights).to(dtype)
+            yield k, left.flatten(0, 1).mT @ right
+
+
+class Rows(NamedTuple):
+    """An embedding's per-example gradients by their non-zero rows, R of them, sorted by example and index."""
+
+    examples: Tensor  # (R,)
+    ids: Tensor  # (R,)
+    values: Tensor  # (R, n)
+    batch_size: int
+
+    @classmethod
+    def of(cls, uses: list[tuple[Tensor, Tensor, int | None]], batch_size: int) -> "Rows":
+        ids = torch.cat([ids.reshape(batch_size, -1) for ids, _, _ in uses], 1)
+        grads = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
+        grads = wide(grads[0] if len(grads) == 1 else torch.cat(grads, 1)).flatten(0, 1)
+        examples = torch.arange(batch_size, device=ids.device)[:, None].expand_as(ids)
+        rows = cls.summed(examples.flatten(), ids.flatten(), grads, batch_size)
+        for index in {padding for _, _, padding in uses if padding is not None}:  # autograd gives them nothing
+            rows.values.masked_fill_((rows.ids == index)[:, None], 0)
+        return rows
+
+    @classmethod
+    def summed(cls, examples: Tensor, ids: Tensor, values: Tensor, batch_size: int) -> "Rows":
+        """One row for each pair of example and index: the sum of the pair's values."""
+        size = int(ids.max()) + 1
+        keys, inverse = (ids + size * examples).unique(return_inverse=True)
+        values = torch.ops.aten.embedding_dense_backward(values, inverse, len(keys), -1, False)
+        return cls(keys // size, keys % size, values, batch_size)
+
+    def minus(self, other: "Rows") -> "Rows":
+        pairs = ((self.examples, other.examples), (self.ids, other.ids), (self.values, -other.values))
+        return Rows.summed(*(torch.cat(pair) for pair in pairs), self.batch_size)
+
+    def lookups(self, ids: Tensor, scales: Tensor) -> Tensor:
+        """Rows `ids` (B, S) of scales_i g_i: (B, S, n), zeros where the example never looked that row up."""
+        size = max(int(ids.max()), int(self.ids.max())) + 1
+        keys = self.ids + size * self.examples
+        wanted = ids + size * torch.arange(self.batch_size, device=ids.device)[:, None]
+        places = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        return self.values[places] * (keys[places] == wanted)[..., None] * scales
+
+    def outputs(self, x: Tensor, size: int, scales: Tensor) -> Tensor:
+        """scales_i g_i x_it of a Linear with `size` outputs tied to the embedding: (B, S, n) -> (B, S, size)."""
+        counts = self.examples.bincount(minlength=self.batch_size).tolist()
+        parts = zip(x, self.ids.split(counts), self.values.split(counts), scales.flatten(), strict=True)
+        empty = x.new_zeros(x.shape[1], size)
+        return torch.stack([empty.index_add(1, ids, (c * a @ v.mT.to(a.dtype))) for a, ids, v, c in parts])
+
+    def per_example(self, of_rows: Tensor) -> Tensor:
+        """Sum over each example's rows: (R,) -> (B,)."""
+        return of_rows.new_zeros(self.batch_size).index_add_(0, self.examples, of_rows)
+
+    def squared_norms(self) -> Tensor:
+        return self.per_example(self.values.square().sum(1))
+
+    def gram(self) -> Tensor:
+        sizes = self.examples.bincount(minlength=self.batch_size).tolist()
+        parts = zip(self.ids.split(sizes), self.values.split(sizes), strict=True)
+        products = (((values @ self.values.mT) * (ids[:, None] == self.ids)).sum(0) for ids, values in parts)
+        return torch.stack([self.per_example(product) for product in products])
+
+    def gram_with(self, left: Tensor, right: Tensor) -> Tensor:
+        """Products with a Linear's g_i of the same weight: left (B, T, V), right (B, T, n) -> (B, B)."""
+        pairs = zip(left, wide(right), strict=True)
+        products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in pairs)
+        return torch.stack([self.per_example(product) for product in products])
+
+    def weighted_sum(self, weights: Tensor, size: int) -> Tensor:
+        values = self.values * weights.to(self.values.dtype)[self.examples, None]
+        return torch.ops.aten.embedding_dense_backward(values, self.ids, size, -1, False)

@@ -1,0 +1,58 @@
+"""Per-instance SAM, exactly, in two batched passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .base import Closure
+from .per_example import PerExampleGradients
+from .sam import SAM
+
+
+class PerInstance(SAM):
+    """The mean of the SAM gradients of single examples: mean_i ∇ℓ_i(w + ρ g_i/‖g_i‖). Exact; what δ-SAM approximates.
+
+    In the words of δ-SAM's abstract (Zhou et al. 2022, arXiv 2112.08772); m-SAM with m = 1, and with `GroupSAM(m=1)`
+    that is 2B small passes. Here it is two batched ones: the first keeps each layer's inputs and output gradients, of
+    which g_i consists, and in the second they move the layer's outputs as ε_i would (`PerExampleGradients.perturbed`).
+
+    The model must consist of Linear, LayerNorm and Embedding modules as far as it is trained; TypeError names one that
+    is not. For others there is `GroupSAM(m=1)`.
+    """
+
+    def __init__(self, params: nn.Module, rho: float = 0.05, **options):
+        super().__init__(params, rho, **options)
+        if self.module is None:
+            raise ValueError("PerInstance looks inside the model: PerInstance(model, …), or GroupSAM(params, m=1)")
+        self._gradients = PerExampleGradients(self.module, self.params)
+
+    def _backward(self, closures: list[Closure], scaler) -> Tensor:
+        self._losses, self._norms = [], []
+        self._descend(closures, scaler, around=self._worst_cases)
+        norms, loss = torch.cat(self._norms), torch.cat(self._losses).mean()
+        if scaler is None:
+            self._require_finite(norms.sum(), loss)
+        self.report["example_gradient_norm"] = norms.mean()
+        return loss
+
+    @contextmanager
+    def _worst_cases(self, closures: list[Closure], k: int) -> Iterator[None]:
+        """Inside, each example of piece k is at its own w + ρ g_i/‖g_i‖."""
+        gradients = self._gradients
+        with gradients.record():
+            losses = self._forward(closures, k, ascent=True)
+        gradients.backward(losses)
+        if k == len(closures) - 1:
+            self._clean_pass_done()
+        self.report["backwards"] += 1 / len(closures)
+        norms = gradients.squared_norms().sqrt()
+        self._losses.append(losses.detach())
+        self._norms.append(norms)
+        try:
+            # 0 where the gradient is 0; a norm that is not finite goes on into the gradient and is found there.
+            with gradients.perturbed(torch.where(norms == 0, 0, self.rho / norms)):
+                yield
+        finally:
+            gradients.clear()
