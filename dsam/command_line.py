@@ -96,6 +96,7 @@ def run_one(cfg: DictConfig) -> None:
 
 def sweep(cfgs: Sequence[DictConfig]) -> None:
     """All runs of a multirun. Leaves with status 1 and a list where some failed."""
+    from .runs import estimate
     from .runs import sweep as sweeps
 
     with one_line_errors():
@@ -103,13 +104,15 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
         runs = sweeps.plan(configs)
         first = configs[0]
         if first.launcher.plan:
-            sweeps.show_plan(runs)
+            if first.launcher.measure:
+                estimate.measure(runs)
+            sweeps.show_plan(runs, len(first.launcher.slots))
             return
-        todo = [r for r in runs if r.status in ("missing", "failed")]
+        sweeps.require_clean(configs)
         print(f"{len(runs)} runs: {sweeps.counts(runs)}")
-        sweeps.preflight(todo)
+        sweeps.preflight(sweeps.unfinished(runs))
         sweeps.write_manifest(runs, first.experiment or "sweep", " ".join(sys.argv))
-        failed = sweeps.run_all(runs, first.launcher.workers)
+        failed = sweeps.run_all(runs, first.launcher)
         print(f"{len(runs)} runs: {sweeps.counts(runs)}")
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)

@@ -107,7 +107,21 @@ class Paths:
 class Launcher:
     name: str = "local"
     workers: int = 1
+    devices: list[str] | None = None
+    per_device: int = 1
+    minutes: float | None = None
+    memory_gb: float | None = None
+    retries: int = 1
     plan: bool = False
+    measure: bool = False
+    require_clean: bool = False
+
+    @property
+    def slots(self) -> list[str | None]:
+        """One entry for each run that may go on at once: the device that it gets, None for whatever is there."""
+        if self.devices:
+            return [device for _ in range(self.per_device) for device in self.devices]
+        return [None] * self.workers
 
 
 @dataclass
@@ -251,6 +265,10 @@ def _check(config: Config) -> None:
     at_least("optimizer.steps_factor", config.optimizer.steps_factor, 1)
     at_least("device.threads", config.device.threads, 1)
     at_least("launcher.workers", config.launcher.workers, 1)
+    at_least("launcher.per_device", config.launcher.per_device, 1)
+    at_least("launcher.retries", config.launcher.retries, 0)
+    at_least("launcher.minutes", config.launcher.minutes, 0, strictly=True)
+    at_least("launcher.memory_gb", config.launcher.memory_gb, 0, strictly=True)
     at_least("checkpoint.every_seconds", config.checkpoint.every_seconds, 0)
     for percent in config.checkpoint.keep_at:
         if not 0 < percent <= 100:

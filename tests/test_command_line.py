@@ -119,6 +119,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path, signum, 
 def test_a_sweep_survives_a_killed_run_and_the_same_command_runs_only_what_is_missing(tmp_path):
     arguments = [
         *["-m", "optimizer=adamw,sam", "seed=range(0,2)", "launcher.workers=2", "tracking=disabled"],
+        "launcher.retries=0",
         *["train.max_steps=60", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"],
     ]
     process = start(*arguments)

@@ -5,12 +5,14 @@ import math
 import os
 import sys
 import traceback
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import UserError
+from .lease import Lease
 
 
 def plain(value: Any) -> Any:
@@ -86,6 +88,16 @@ class Record:
             print(f"{log} could not be written: {refused}", file=sys.stderr)
         return reason
 
+    @contextmanager
+    def worked_on(self):
+        """Inside, no other process works on the run: Busy, a UserError, says who does."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(Lease(self.folder))
+            except OSError as error:
+                raise self._unwritable(error) from None
+            yield
+
     def open(self, config: dict, provenance: dict) -> None:
         """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""
         try:
@@ -96,9 +108,10 @@ class Record:
             self.write("provenance.json", provenance)
             (self.folder / "failure.json").unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {self.folder}: {error.strerror or error}; set paths.runs=DIR"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write the run folder {self.folder}: {error.strerror or error}; set paths.runs=DIR")
 
     def write(self, name: str, contents: dict) -> None:
         write_atomically(

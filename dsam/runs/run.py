@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..training import model as models
 from ..training.checkpoint import Checkpoints
 from ..training.loop import State, best, fine_tune, total_steps
-from .identity import RECORD_VERSION, identify
+from .identity import RECORD_VERSION, Identity, identify
 from .provenance import provenance
 from .record import Record
 from .tracking import Tracker
@@ -26,7 +26,7 @@ def run(config: Config) -> dict:
     """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on.
 
     Raises:
-        UserError: the data, the model or the run folder cannot be used.
+        UserError: the data, the model or the run folder cannot be used; Busy, if another process is at the run.
         Stopped: asked to stop; the same call goes on from the checkpoint.
     """
     identity = identify(config)
@@ -34,8 +34,12 @@ def run(config: Config) -> dict:
     result = record.result()
     if result is not None:
         return result
-
     ready = prepare(config)
+    with record.worked_on():
+        return record.result() or _train(config, identity, record, ready)
+
+
+def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:
     for note in ready.notes:
         print(note)
     task, network, data, device = ready.task, ready.network, ready.data, ready.device
@@ -171,7 +175,7 @@ def choose_device(config: Config) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device.name={name}: this machine shows {torch.cuda.device_count()} CUDA devices")
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.device.threads or max(1, cores // config.launcher.workers))
+    torch.set_num_threads(config.device.threads or max(1, cores // len(config.launcher.slots)))
     return device
 
 

@@ -1,6 +1,7 @@
 """Many runs: planned before the first one starts, each in a process of its own, none able to stop the others."""
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -12,13 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
-from ..config import Config
+from ..config import Config, Launcher
 from ..errors import UserError
+from . import estimate, lease
+from .display import STATUSES, Display, counts
+from .estimate import Expected
 from .identity import Identity, identify
+from .lease import Busy
 from .record import Record, write_atomically
+
+BUSY = 75  # exit status of a run that another process is working on (EX_TEMPFAIL)
+GRACE = 60.0  # seconds between asking a run to stop and killing it
 
 
 @dataclass
@@ -27,10 +34,13 @@ class Planned:
 
     config: Config
     identity: Identity
-    status: str = "missing"  # or finished, diverged, failed, running
+    status: str = "missing"  # or finished, diverged, failed, running, elsewhere
     reason: str = ""
     started: float = 0.0
     seconds: float = 0.0
+    attempts: int = 0
+    cost: float = 0.0  # the training's arithmetic, in no unit: passes × tokens × weights
+    expected: Expected = field(default_factory=Expected)
 
     @property
     def title(self) -> str:
@@ -55,36 +65,62 @@ def plan(configs: list[Config]) -> list[Planned]:
             planned.status = result["status"] if result else "missing"
         elif planned.record.failure():
             planned.status, planned.reason = "failed", planned.record.failure()["reason"]
+        if planned.status in ("missing", "failed") and lease.alive(identity.folder / "lease.json"):
+            planned.status = "elsewhere"
+    estimate.from_finished(list(runs.values()))
     return list(runs.values())
 
 
-def counts(runs: list[Planned]) -> str:
-    number = {s: sum(r.status == s for r in runs) for s in ("finished", "diverged", "failed", "missing", "running")}
-    return ", ".join(f"{n} {status}" for status, n in number.items() if n)
+def unfinished(runs: list[Planned]) -> list[Planned]:
+    return [r for r in runs if r.status not in ("finished", "diverged")]
 
 
-def show_plan(runs: list[Planned]) -> None:
-    table = Table("task", "model", "optimizer", "seed", "status", "folder", box=None, header_style="bold")
+def show_plan(runs: list[Planned], workers: int) -> None:
+    columns = ("task", "model", "optimizer", "seed", "status", "expected", "memory", "from", "folder")
+    table = Table(*columns, box=None, header_style="bold")
     for r in runs:
-        c = r.config
-        table.add_row(c.task.name, c.model.name, c.optimizer.name, str(c.seed), r.status, str(r.identity.folder))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        c, e = r.config, r.expected
+        time_ = "" if e.seconds is None else estimate.duration(e.seconds)
+        memory = "" if e.memory_bytes is None else f"{e.memory_bytes / 1e9:.1f} GB"
+        cells = (c.task.name, c.model.name, c.optimizer.name, str(c.seed), STATUSES[r.status], time_, memory, e.source)
+        table.add_row(*cells, str(r.identity.folder))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     print(f"{len(runs)} runs: {counts(runs)}. {sum(r.status in ('missing', 'failed') for r in runs)} would start.")
+    if line := estimate.total(runs, workers):
+        print(line)
 
 
 def preflight(runs: list[Planned]) -> None:
     """Loads every distinct data set and model of the runs once, so that mistakes are found before the first starts
-    and the tokenised data are in the cache."""
-    from .run import prepare
+    and the tokenised data are in the cache; learns how large each run is."""
+    from ..training.loop import total_steps
+    from .run import prepare, trained_examples
 
-    seen = set()
+    seen = {}
     for r in runs:
         c = r.config
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache)
         if key not in seen:
-            seen.add(key)
-            for note in prepare(c).notes:
+            ready = prepare(c)
+            for note in ready.notes:
                 print(note)
+            examples = ready.data[ready.task.train_splits[0]]
+            weights = sum(p.numel() for p in ready.network.parameters())
+            seen[key] = examples, float(examples.lengths.mean()) * weights
+        examples, work = seen[key]
+        steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
+        r.cost = steps * c.train.batch_size * work * estimate.passes(c)
+
+
+def require_clean(configs: list[Config]) -> None:
+    """Raises UserError where a run asks for committed code and tracked files differ from the last commit."""
+    from .provenance import git
+
+    if any(c.launcher.require_clean for c in configs) and git()["dirty"]:
+        raise UserError(
+            "tracked files differ from the last commit, and the results could not be traced to code: commit first, or "
+            "set launcher.require_clean=false"
+        )
 
 
 def write_manifest(runs: list[Planned], name: str, command: str) -> Path:
@@ -117,37 +153,64 @@ def write_manifest(runs: list[Planned], name: str, command: str) -> Path:
     return path
 
 
-def run_all(runs: list[Planned], workers: int) -> list[Planned]:
-    """Starts what is not finished, `workers` at once, and returns the runs that failed.
+def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
+    """Starts what is not finished, longest first, one run in each of the launcher's slots, and returns what failed.
 
     Each run is forked from a server process that has imported torch and transformers and done nothing else: it starts
-    at once and inherits no state. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or 143.
+    at once and inherits no state. A run whose process is killed is continued up to `launcher.retries` times. One that
+    another sweep is working on is waited for. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or
+    143.
     """
-    todo = [r for r in runs if r.status in ("missing", "failed")]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dsam.runs.run", "wandb"])
-    display = Display(runs, len(todo))
-    waiting, running = list(todo), {}
+    waiting = estimate.order(r for r in runs if r.status in ("missing", "failed"))
+    elsewhere = [r for r in runs if r.status == "elsewhere"]
+    display = Display(runs)
+    free = list(launcher.slots)
+    running: dict[int, _Running] = {}
     stop = _Stop()
     with stop, display:
-        while waiting or running:
-            while waiting and len(running) < workers and not stop.signum:
-                r = waiting.pop(0)
-                process = context.Process(target=_child, args=(r.config, str(r.identity.folder)), name=r.identity.id)
+        while waiting or running or elsewhere:
+            while waiting and free and not stop.signum:
+                r, slot = waiting.pop(0), free.pop(0)
+                with contextlib.suppress(OSError):  # an earlier attempt's; where that fails, so does the run
+                    (r.identity.folder / "failure.json").unlink(missing_ok=True)
+                process = context.Process(target=_child, args=(r.config, str(r.identity.folder), slot))
                 process.start()
-                r.status, r.started = "running", time.monotonic()
-                running[process.sentinel] = process, r
+                r.status, r.started, r.attempts = "running", time.monotonic(), r.attempts + 1
+                running[process.sentinel] = _Running(process, r, slot)
                 display.show()
             if stop.signum:
                 waiting.clear()
-                for process, _ in running.values():
-                    process.terminate()
+                elsewhere.clear()
+                for one in running.values():
+                    one.stop("")
+            for one in running.values():
+                one.keep_to(launcher)
             for sentinel in multiprocessing.connection.wait(list(running), timeout=0.5):
-                process, r = running.pop(sentinel)
-                process.join()
-                _conclude(r, process.exitcode)
-                display.ended(r)
+                one = running.pop(sentinel)
+                free.append(one.slot)
+                r = one.run
+                one.process.join()
+                _conclude(one)
+                if r.status == "elsewhere":
+                    elsewhere.append(r)
+                elif r.status == "killed" and r.attempts <= launcher.retries and not stop.signum:
+                    r.status = "missing"
+                    display.note(f"{r.reason}: {r.title}; it goes on from its checkpoint")
+                    waiting.insert(0, r)
+                elif r.status != "missing":
+                    r.status = "failed" if r.status == "killed" else r.status
+                    display.ended(r)
+            for r in [r for r in elsewhere if not lease.alive(r.identity.folder / "lease.json")]:
+                elsewhere.remove(r)
+                result = r.record.result()
+                r.status = result["status"] if result is not None else "missing"
+                if result is None:
+                    waiting.append(r)
+                else:
+                    display.ended(r)
             display.show()
     if stop.signum:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -155,18 +218,59 @@ def run_all(runs: list[Planned], workers: int) -> list[Planned]:
     return [r for r in runs if r.status == "failed"]
 
 
-def _conclude(r: Planned, exit_code: int | None) -> None:
+@dataclass
+class _Running:
+    """A run's process, and why it was asked to stop, if it was."""
+
+    process: multiprocessing.Process
+    run: Planned
+    slot: str | None
+    why: str = ""
+    asked: float | None = None
+
+    def stop(self, why: str) -> None:
+        """Asks once, kindly: the run leaves a checkpoint. Kills what has not gone after a while."""
+        if self.asked is None:
+            self.why, self.asked = why, time.monotonic()
+            self.process.terminate()
+        elif time.monotonic() - self.asked > GRACE:
+            self.process.kill()
+
+    def keep_to(self, launcher: Launcher) -> None:
+        minutes, gigabytes = launcher.minutes, launcher.memory_gb
+        if minutes is not None and time.monotonic() - self.run.started > 60 * minutes:
+            self.stop(f"no result after launcher.minutes={minutes:g}")
+        if gigabytes is not None and not self.why and resident_bytes(self.process.pid) > gigabytes * 1e9:
+            self.why = f"memory grew beyond launcher.memory_gb={gigabytes:g}"
+            self.process.kill()
+
+
+def resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _conclude(one: _Running) -> None:
     """What became of a run, from its record and its process's exit."""
+    r, code = one.run, one.process.exitcode
     r.seconds = time.monotonic() - r.started
-    result = r.record.result()
+    result, failure = r.record.result(), r.record.failure()
     if result is not None:
         r.status = result["status"]
-        return
-    failure = r.record.failure()
-    if failure is None:
-        failure = {"reason": describe_exit(exit_code), "log": str(r.identity.folder / "log.txt")}
-        r.record.write("failure.json", failure)
-    r.status, r.reason = "failed", failure["reason"]
+    elif failure is not None:
+        r.status, r.reason = "failed", failure["reason"]
+    elif code == BUSY:
+        r.status = "elsewhere"
+    elif one.asked is not None and not one.why:  # with the whole sweep; its checkpoint is there
+        r.status = "missing"
+    else:
+        killed = not one.why and code is not None and (code < 0 or code == 128 + signal.SIGTERM)
+        r.status, r.reason = "killed" if killed else "failed", one.why or describe_exit(code)
+        with contextlib.suppress(OSError):
+            r.record.write("failure.json", {"reason": r.reason, "log": str(r.identity.folder / "log.txt")})
 
 
 def describe_exit(code: int | None) -> str:
@@ -176,20 +280,27 @@ def describe_exit(code: int | None) -> str:
     return f"left with status {code} and no result"
 
 
-def _child(config: Config, folder: str) -> None:
+def _child(config: Config, folder: str, device: str | None) -> None:
     """The body of a run's own process: everything it prints goes to its log."""
     from ..training.loop import Stopped
     from .run import run
 
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the sweep passes on one SIGTERM
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     record = Record(Path(folder))
-    record.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(record.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is the run's to report
+        record.folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(record.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        faulthandler.enable()
     try:
         run(config)
+    except Busy as busy:
+        print(busy, flush=True)
+        raise SystemExit(BUSY) from None
     except Stopped as stopped:
         print(stopped, flush=True)
         raise SystemExit(128 + stopped.signum) from None
@@ -220,47 +331,3 @@ class _Stop:
     def __exit__(self, *exc):
         for signum, handler in self.earlier.items():
             signal.signal(signum, handler)
-
-
-class Display:
-    """A live table on a terminal, a line per ended run elsewhere."""
-
-    def __init__(self, runs: list[Planned], todo: int):
-        self.runs, self.todo, self.done = runs, todo, 0
-        self.console = Console(stderr=True)
-        self.begin = time.monotonic()
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-
-    def __enter__(self):
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exc):
-        if self.live:
-            self.live.stop()
-
-    def left(self) -> str:
-        if not self.done:
-            return "time left: unknown until a run has ended"
-        return f"about {(time.monotonic() - self.begin) / self.done * (self.todo - self.done):.0f} s left"
-
-    def show(self) -> None:
-        if self.live:
-            table = Table("running", "for", box=None, title=f"{counts(self.runs)}; {self.left()}", title_justify="left")
-            for r in self.runs:
-                if r.status == "running":
-                    table.add_row(r.title, f"{time.monotonic() - r.started:.0f} s")
-            self.live.update(table, refresh=True)
-
-    def ended(self, r: Planned) -> None:
-        self.done += 1
-        line = f"[{self.done}/{self.todo}] {r.status}: {r.title} in {r.seconds:.1f} s"
-        if r.status == "failed":
-            line += f": {r.reason}"
-        elif (result := r.record.result()) and result["best"]:
-            line += f": {result['metric']} {result['best']['score']:.4f}"
-        if self.live:
-            self.console.print(line, markup=False, highlight=False)
-        else:
-            print(f"{line}; {self.left()}", file=sys.stderr, flush=True)

@@ -1,0 +1,79 @@
+"""What a sweep looks like while it runs."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .estimate import duration
+
+if TYPE_CHECKING:
+    from .sweep import Planned
+
+STATUSES = {s: s for s in ("finished", "diverged", "failed", "missing", "running")} | {"elsewhere": "running elsewhere"}
+
+
+def counts(runs: Sequence["Planned"]) -> str:
+    number = {s: sum(r.status == s for r in runs) for s in STATUSES}
+    return ", ".join(f"{n} {STATUSES[status]}" for status, n in number.items() if n)
+
+
+class Display:
+    """A live table on a terminal, a line per ended run elsewhere."""
+
+    def __init__(self, runs: Sequence["Planned"]):
+        self.runs, self.done = runs, 0
+        self.todo = sum(r.status not in ("finished", "diverged") for r in runs)
+        self.work = 0.0  # of the ended runs, in the unit of `weight`
+        self.console = Console(stderr=True)
+        self.begin = time.monotonic()
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self):
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc):
+        if self.live:
+            self.live.stop()
+
+    def left(self) -> str:
+        if not self.done:
+            return "time left: unknown until a run has ended"
+        left = sum(weight(r) for r in self.runs if r.status in ("missing", "running", "elsewhere"))
+        return f"about {duration((time.monotonic() - self.begin) / self.work * left)} left"
+
+    def show(self) -> None:
+        if self.live:
+            table = Table("running", "for", box=None, title=f"{counts(self.runs)}; {self.left()}", title_justify="left")
+            for r in self.runs:
+                if r.status == "running":
+                    table.add_row(r.title, duration(time.monotonic() - r.started))
+            self.live.update(table, refresh=True)
+
+    def ended(self, r: "Planned") -> None:
+        self.done += 1
+        self.work += weight(r)
+        line = f"[{self.done}/{self.todo}] {r.status}: {r.title} in {r.seconds:.1f} s"
+        if r.status == "failed":
+            line += f": {r.reason}"
+        elif (result := r.record.result()) and result["best"]:
+            line += f": {result['metric']} {result['best']['score']:.4f}"
+        self.note(line if self.live else f"{line}; {self.left()}")
+
+    def note(self, line: str) -> None:
+        """One line that stays."""
+        if self.live:
+            self.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def weight(r: "Planned") -> float:
+    """How much of the sweep's work a run is."""
+    return r.cost or 1.0

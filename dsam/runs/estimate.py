@@ -1,0 +1,161 @@
+"""How long and how large a run will be: from finished runs of the plan, from its arithmetic, or from a few steps."""
+
+import contextlib
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import Config
+
+if TYPE_CHECKING:
+    from .sweep import Planned
+
+WARM_UP, MEASURED = 2, 4  # steps of a short measurement
+# What does not change a step's cost.
+FREE = ("lr", "weight_decay", "warmup_ratio", "betas", "eps", "dropout", "max_grad_norm")
+
+
+@dataclass
+class Expected:
+    """What a run will take; None where nothing is known."""
+
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    source: str = ""
+
+
+def setting(config: Config) -> tuple:
+    """Runs with equal settings train on equally many batches of the same sizes in the same model."""
+    train = {k: v for k, v in asdict(config.train).items() if k not in FREE}
+    return config.task.name, str(config.data), str(config.model), config.device.name, json.dumps(train)
+
+
+def kind(config: Config) -> tuple:
+    """Runs of one kind differ in seed and in what does not change the cost."""
+    options = {k: v for k, v in config.optimizer.options.items() if k not in ("rho", "mask")}
+    return *setting(config), config.optimizer.method, config.optimizer.steps_factor, json.dumps(options)
+
+
+def passes(config: Config) -> float:
+    """Forward-backward passes per step of the recipe: a method's own, times how many steps it takes for one."""
+    from ..methods import METHODS
+
+    return METHODS[config.optimizer.method].passes * config.optimizer.steps_factor
+
+
+def from_finished(runs: Sequence["Planned"]) -> None:
+    """Fills in `expected` of the unfinished runs: the median of finished ones of their kind, or, scaled by the passes,
+    of other methods' in the same setting."""
+    same: dict[tuple, list[dict]] = {}
+    others: dict[tuple, list[tuple[float, int]]] = {}
+    for r in runs:
+        result = r.record.result(set_aside=False) if r.status in ("finished", "diverged") else None
+        if result is not None and result["status"] == "finished":
+            r.expected = Expected(result["train"]["seconds"], result["train"]["peak_memory_bytes"], "this run")
+            same.setdefault(kind(r.config), []).append(result["train"])
+            others.setdefault(setting(r.config), []).append(
+                (result["train"]["seconds"] / passes(r.config), result["train"]["peak_memory_bytes"])
+            )
+    for r in runs:
+        if r.expected.seconds is not None:
+            continue
+        if trained := same.get(kind(r.config)):
+            seconds = statistics.median(t["seconds"] for t in trained)
+            r.expected = Expected(seconds, max(t["peak_memory_bytes"] for t in trained), "runs like it")
+        elif trained := others.get(setting(r.config)):
+            seconds = statistics.median(s for s, _ in trained) * passes(r.config)
+            r.expected = Expected(seconds, max(m for _, m in trained), "other methods' runs")
+
+
+def order(runs: Iterable["Planned"]) -> list["Planned"]:
+    """Longest first, by the expected seconds; the arithmetic (`cost`) stands in, on the same scale, where they are
+    unknown."""
+    runs = list(runs)
+    known = [r.expected.seconds / r.cost for r in runs if r.expected.seconds is not None and r.cost]
+    rate = statistics.median(known) if known else 1.0
+    return sorted(runs, key=lambda r: -(r.expected.seconds if r.expected.seconds is not None else rate * r.cost))
+
+
+def measure(runs: Sequence["Planned"]) -> None:
+    """A few steps of each kind of run of which nothing is known, each in a process of its own."""
+    unknown: dict[tuple, list[Planned]] = {}
+    for r in runs:
+        if r.expected.seconds is None and r.status not in ("finished", "diverged"):
+            unknown.setdefault(kind(r.config), []).append(r)
+    context = multiprocessing.get_context("forkserver")
+    for number, group in enumerate(unknown.values(), 1):
+        print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
+        with context.Pool(1) as pool:
+            found = pool.apply(_few_steps, (group[0].config,))
+        for r in group:
+            r.expected = Expected(*found, "measured")
+
+
+class _Enough(Exception):
+    """The measurement is over."""
+
+
+def _few_steps(config: Config) -> tuple[float, int]:
+    """(seconds of training, peak memory in bytes) of the whole run, from its first steps."""
+    from ..methods import METHODS
+    from ..training.checkpoint import Checkpoints
+    from ..training.loop import fine_tune, total_steps
+    from .run import peak_memory, prepare, trained_examples
+
+    ready = prepare(config)
+    method = METHODS[config.optimizer.method](ready.network, seed=config.seeds.data, **config.optimizer.options)
+    total = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
+    times: list[float] = []
+
+    def note() -> None:
+        times.append(time.perf_counter())
+        if len(times) == 2:
+            raise _Enough
+
+    first = min(WARM_UP, total - 1) if total > 1 else 0
+    last = min(WARM_UP + MEASURED, total)
+    if first == 0:
+        times.append(time.perf_counter())
+    with tempfile.TemporaryDirectory(prefix="dsam-") as folder, contextlib.suppress(_Enough):
+        fine_tune(
+            config,
+            ready.task,
+            ready.data,
+            ready.network,
+            method,
+            ready.device,
+            Checkpoints(Path(folder)),
+            log=lambda line: None,
+            resume=lambda state: None,
+            phases={step: note for step in (first, last) if step},
+        )
+    return (times[1] - times[0]) / (last - first) * total, peak_memory(ready.device)
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def total(runs: Sequence["Planned"], workers: int) -> str:
+    """One sentence on what the unfinished runs will take."""
+    todo = [r for r in runs if r.status not in ("finished", "diverged")]
+    known = [r for r in todo if r.expected.seconds is not None]
+    if not todo:
+        return ""
+    if not known:
+        return "No run like these is finished: launcher.measure=true times a few steps of each kind."
+    seconds = sum(r.expected.seconds for r in known)
+    # No schedule is shorter than its longest run.
+    wall = max(seconds / workers, *(r.expected.seconds for r in known), 0.0)
+    text = f"About {seconds / 3600:.2f} h of training, {duration(wall)} on {workers} worker{'s' * (workers > 1)}"
+    missing = len(todo) - len(known)
+    return text + (f"; {missing} runs of unknown length not counted (launcher.measure=true)." if missing else ".")

@@ -1,0 +1,125 @@
+"""Who is working on a run: a file in its folder that expires, so that no two processes do the same run at once."""
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import uuid
+from pathlib import Path
+
+from ..errors import UserError
+
+EXPIRES = 120.0  # seconds without renewal; a process of this machine that is gone is noticed at once
+RENEWED = 15.0  # seconds
+
+
+class Busy(UserError):
+    """Another process is working on the run."""
+
+
+class Lease:
+    """A context manager that holds `<folder>/lease.json`.
+
+    Ages are differences of the file system's own times, so that machines whose clocks disagree, or a clock that jumps,
+    do not matter: a lease is as old as a file written now is younger than it.
+
+    Raises Busy on entry where another process holds it.
+    """
+
+    def __init__(self, folder: Path, expires: float = EXPIRES, renewed: float = RENEWED):
+        self.path, self.expires, self.renewed = Path(folder) / "lease.json", expires, renewed
+        self.token = uuid.uuid4().hex
+
+    def __enter__(self) -> "Lease":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        mine = self.path.with_name(f".lease.{self.token}")
+        mine.write_text(json.dumps({"token": self.token, "host": platform.node(), **process(os.getpid())}))
+        try:
+            while True:
+                try:
+                    os.link(mine, self.path)  # atomic, also over NFS: fails where there is a lease
+                    break
+                except FileExistsError:
+                    holder = self._holder(mine)
+                    if holder is not None:
+                        raise Busy(
+                            f"{self.path.parent} is being worked on by process {holder.get('pid')} on "
+                            f"{holder.get('host')}; if that is gone, wait {self.expires:.0f} s"
+                        ) from None
+        finally:
+            mine.unlink(missing_ok=True)
+        self._over = threading.Event()
+        threading.Thread(target=self._renew, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._over.set()
+        if read(self.path).get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._over.wait(self.renewed):
+            with contextlib.suppress(OSError):  # a full disk or a lost mount is not the lease's business
+                if read(self.path).get("token") == self.token:
+                    os.utime(self.path)
+
+    def _holder(self, now: Path) -> dict | None:
+        """Who holds the lease; None, and the lease removed, where it has expired. `now`: a file to tell time by."""
+        holder = read(self.path)
+        if alive(self.path, self.expires, now):
+            return holder
+        # Only one of several that find it expired gets to move it away; and what was moved must be what was judged.
+        aside = self.path.with_name(f".lease.expired.{self.token}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            if read(aside).get("token") != holder.get("token"):  # another took it over in between
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink(missing_ok=True)
+        return None
+
+
+def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool:
+    """Whether the lease at `path` is held."""
+    holder = read(path)
+    if holder.get("host") == platform.node() and "pid" in holder:
+        return process(holder["pid"]).get("began") == holder.get("began")
+    try:
+        if now is None:
+            now = path.with_name(f".lease.now.{uuid.uuid4().hex}")
+            now.touch()
+            try:
+                return now.stat().st_mtime - path.stat().st_mtime < expires
+            finally:
+                now.unlink(missing_ok=True)
+        os.utime(now)
+        return now.stat().st_mtime - path.stat().st_mtime < expires
+    except FileNotFoundError:
+        return False
+
+
+def read(path: Path) -> dict:
+    """A half-written or missing lease says nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def process(pid: int) -> dict:
+    """{"pid", "began"}: `began` tells a process from a later one of the same number; absent where it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        if Path("/proc/self").exists():
+            return {"pid": pid}
+        with contextlib.suppress(OSError):  # no /proc (macOS): whether it exists has to do
+            os.kill(pid, 0)
+            return {"pid": pid, "began": "unknown"}
+        return {"pid": pid}
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] == "Z":
+        return {"pid": pid}
+    return {"pid": pid, "began": fields[19]}

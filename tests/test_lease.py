@@ -1,0 +1,91 @@
+"""A run is worked on by one process at a time, on one machine or several."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsam.runs import lease
+from dsam.runs.lease import Busy, Lease
+
+
+def test_a_second_process_is_refused_and_told_who(tmp_path):
+    with Lease(tmp_path), pytest.raises(Busy, match=f"process {os.getpid()} on "), Lease(tmp_path):
+        raise AssertionError("entered twice")
+    assert list(tmp_path.iterdir()) == []
+    with Lease(tmp_path):
+        pass
+
+
+def test_a_process_that_is_gone_holds_nothing(tmp_path):
+    code = f"import os; from dsam.runs.lease import Lease; Lease({str(tmp_path)!r}).__enter__(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert lease.read(tmp_path / "lease.json")["pid"] != os.getpid()
+    with Lease(tmp_path):
+        assert lease.read(tmp_path / "lease.json")["pid"] == os.getpid()
+
+
+def elsewhere(folder, **changes):
+    """A lease as another machine has it."""
+    path = folder / "lease.json"
+    path.write_text(json.dumps({"token": "theirs", "host": "elsewhere", "pid": 1, "began": "5"} | changes))
+    return path
+
+
+def test_another_machines_lease_expires_by_the_file_systems_time(tmp_path, monkeypatch):
+    path = elsewhere(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # whatever this machine's clock says
+    with pytest.raises(Busy, match="process 1 on elsewhere"):
+        Lease(tmp_path, expires=60).__enter__()
+    old = path.stat().st_mtime - 61
+    os.utime(path, (old, old))
+    with Lease(tmp_path, expires=60):
+        assert lease.read(path)["token"] != "theirs"
+
+
+def test_a_held_lease_is_renewed(tmp_path):
+    with Lease(tmp_path, renewed=0.05):
+        path = tmp_path / "lease.json"
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert path.stat().st_mtime > 0
+
+
+def test_a_lease_that_was_taken_over_is_not_removed_by_its_former_holder(tmp_path):
+    with Lease(tmp_path):
+        elsewhere(tmp_path)
+    assert lease.read(tmp_path / "lease.json")["token"] == "theirs"
+
+
+def contend(folder, rounds, entered):
+    for _ in range(rounds):
+        try:
+            with Lease(folder, expires=60):
+                with entered.get_lock():
+                    entered.value += 1
+                    assert entered.value == 1
+                time.sleep(0.001)
+                with entered.get_lock():
+                    entered.value -= 1
+        except Busy:
+            time.sleep(0.001)
+
+
+def test_many_that_find_it_expired_never_enter_together(tmp_path):
+    path = elsewhere(tmp_path)
+    os.utime(path, (0, 0))
+    context = multiprocessing.get_context("fork")
+    entered = context.Value("i", 0)
+    workers = [context.Process(target=contend, args=(tmp_path, 60, entered)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".lease.expired")]

@@ -1,0 +1,218 @@
+"""A sweep goes on whatever becomes of its runs, and says what became of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+
+from dsam.config import Launcher
+
+FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
+QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
+
+
+def outcomes(folder):
+    """{seed: (status, reason)} of all run folders."""
+    import yaml
+
+    found = {}
+    for config in folder.glob("**/config.yaml"):
+        result, failure = config.with_name("result.json"), config.with_name("failure.json")
+        status = json.loads(result.read_text())["status"] if result.exists() else "failed"
+        reason = json.loads(failure.read_text())["reason"] if failure.exists() else ""
+        found[yaml.safe_load(config.read_text())["seed"]] = status, reason
+    return found
+
+
+def test_a_killed_run_a_segfault_an_exit_an_exception_and_a_hang_in_one_sweep(tmp_path, paths):
+    done = command(
+        "-m",
+        *QUICK,
+        *paths,
+        "seed=0,101,102,103,104,105,1",
+        "launcher.workers=2",
+        "launcher.retries=0",
+        "launcher.minutes=0.25",
+        env=FAULTS,
+    )
+    assert done.returncode == 1, done.stderr
+    found = outcomes(tmp_path / "runs")
+    assert found[0] == found[1] == ("finished", "")
+    assert found[101][1] == "killed by signal 9 (SIGKILL); out of memory?"
+    assert found[102][1] == "killed by signal 11 (SIGSEGV)"
+    assert found[103][1] == "left with status 7 and no result"
+    assert found[104][1] == "ValueError: a loss of patience"
+    assert found[105][1] == "no result after launcher.minutes=0.25"
+    assert "7 runs: 2 finished, 5 failed" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    listed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(listed) == 5
+    logs = {
+        seed: Path(re.search(r"log: (\S+)", line)[1]).read_text() for line, seed in zip(listed, "12345", strict=True)
+    }
+    assert any("Traceback" in log and "a loss of patience" in log for log in logs.values())
+    assert any("Fatal Python error: Segmentation fault" in log for log in logs.values())
+
+
+def test_a_killed_run_is_continued_as_often_as_retries_allows(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, "seed=101", env=FAULTS)
+    assert done.returncode == 0, done.stderr
+    assert "killed by signal 9 (SIGKILL); out of memory?: agreement" in done.stderr
+    assert outcomes(tmp_path / "runs") == {101: ("finished", "")}
+    again = command(
+        "-m", *QUICK, f"paths.runs={tmp_path}/two", paths[1], "seed=101", env=FAULTS | {"DSAM_KILL_ALWAYS": "1"}
+    )
+    assert again.returncode == 1
+    assert again.stderr.count("it goes on from its checkpoint") == 1
+
+
+def test_a_run_that_outgrows_its_memory_is_killed_and_named(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, "seed=106,0", "launcher.memory_gb=1.5", env=FAULTS)
+    assert done.returncode == 1
+    found = outcomes(tmp_path / "runs")
+    assert found[106][1] == "memory grew beyond launcher.memory_gb=1.5"
+    assert found[0][0] == "finished"
+
+
+def test_each_run_gets_a_device_of_its_own_while_it_lasts(tmp_path, paths):
+    done = command(
+        "-m",
+        *QUICK,
+        *paths,
+        "seed=range(0,6)",
+        "launcher.devices=[3,5]",
+        "device.name=cpu",
+        "tracking=disabled",
+        env=FAULTS,
+    )
+    assert done.returncode == 0, done.stderr
+    slots = [re.search(r"slot (\S+) ", log.read_text())[1] for log in (tmp_path / "runs").glob("**/log.txt")]
+    assert set(slots) == {"3", "5"}
+    assert len(slots) == 6
+    assert Launcher(devices=["3", "5"], per_device=2).slots == ["3", "5", "3", "5"]
+    assert Launcher(workers=3).slots == [None] * 3
+
+
+def test_the_longest_runs_start_first(paths):
+    arguments = [
+        "-m",
+        "tracking=disabled",
+        *paths,
+        "task=agreement,similarity",
+        "optimizer=adamw,sam",
+        "train.max_steps=3",
+    ]
+    done = command(*arguments, "optimizer=adamw,sam", "train.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    ended = re.findall(r"\] finished: (\w+) tiny (\w+) ", done.stderr)
+    assert [o for _, o in ended] == ["sam", "sam", "adamw", "adamw"]
+
+
+def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
+    arguments = ["-m", *QUICK, *paths, "optimizer=adamw,sam", "seed=0,1"]
+    nothing = command(*arguments, "launcher.plan=true")
+    assert nothing.returncode == 0, nothing.stderr
+    assert "4 runs: 4 missing. 4 would start." in nothing.stdout
+    assert "launcher.measure=true" in nothing.stdout
+    assert not (tmp_path / "runs").exists()
+    measured = command(*arguments, "launcher.plan=true", "launcher.measure=true")
+    assert measured.returncode == 0, measured.stderr
+    assert measured.stdout.count("measured") == 4
+    assert re.search(r"About 0\.0\d h of training, \d+ s on 1 worker\.", measured.stdout)
+    assert not (tmp_path / "runs").exists()
+    assert command(*arguments[:-2], "optimizer=adamw", "seed=0").returncode == 0
+    known = command(*arguments, "launcher.plan=true")
+    assert known.stdout.count("runs like it") == 1
+    assert known.stdout.count("other methods' runs") == 2
+    assert "4 runs: 1 finished, 3 missing. 3 would start." in known.stdout
+
+
+def test_a_paper_sweep_wants_committed_code(tmp_path):
+    """In a checkout of its own, since this one's state is not the test's business."""
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", copy], check=True)
+    arguments = [
+        "-m",
+        *QUICK,
+        f"paths.runs={tmp_path}/runs",
+        f"paths.cache={tmp_path}/cache",
+        "launcher.require_clean=true",
+    ]
+    readme = copy / "README.md"
+    readme.write_text(readme.read_text() + "changed\n")
+
+    def run(*more):
+        environment = os.environ | {"PYTHONPATH": str(copy)}
+        script = [sys.executable, str(copy / "experiments/train.py"), *arguments, *more]
+        return subprocess.run(script, cwd=copy, env=environment, capture_output=True, text=True)
+
+    refused = run()
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: tracked files differ from the last commit")
+    assert not (tmp_path / "runs").exists()
+    assert run("launcher.plan=true").returncode == 0
+    assert run("launcher.require_clean=false").returncode == 0
+
+
+def test_two_sweeps_at_once_share_the_runs_and_do_none_twice(tmp_path, paths):
+    arguments = [sys.executable, "experiments/train.py", "-m", *paths, "task=agreement", "tracking=disabled"]
+    arguments += ["seed=range(0,5)", "train.max_steps=60", "checkpoint.every_seconds=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | FAULTS
+    both = [
+        subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ended = [one.communicate(timeout=280) for one in both]
+    assert [one.returncode for one in both] == [0, 0], ended
+    logs = [log.read_text() for log in (tmp_path / "runs").glob("**/log.txt")]
+    assert len(logs) == 5
+    assert all(log.count("slot ") == 1 for log in logs)  # started training once
+    assert all("5 finished" in out for out, _ in ended)
+
+
+def test_a_run_starts_within_a_second_of_the_one_before(tmp_path, paths):
+    """The first pays for the imports; what follows is forked from it. Measured from log to log, with a wide margin
+    for a busy machine."""
+    done = command("-m", *QUICK, *paths, "seed=range(0,5)", "train.max_steps=1", env=FAULTS)
+    assert done.returncode == 0, done.stderr
+    starts = sorted(
+        float(re.search(r"until (\S+)", log.read_text())[1]) for log in (tmp_path / "runs").glob("**/log.txt")
+    )
+    assert min(b - a for a, b in pairwise(starts)) < 3
+
+
+def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
+    from dsam.runs.lease import Lease
+
+    planned = command("-m", *QUICK, *paths, "seed=0", "launcher.plan=true")
+    folder = next(Path(word) for word in planned.stdout.split() if word.startswith(str(tmp_path)))
+    with Lease(folder):
+        done = command(*QUICK, *paths, "seed=0")
+        assert done.returncode == 2
+        assert re.fullmatch(rf"error: {folder} is being worked on by process {os.getpid()} on .*\n", done.stderr)
+        plan = command("-m", *QUICK, *paths, "seed=0", "launcher.plan=true")
+        assert "1 runs: 1 running elsewhere" in plan.stdout
+
+
+@pytest.mark.parametrize("setting", ["per_device=0", "retries=-1", "minutes=0", "memory_gb=-2", "devices=3"])
+def test_launcher_settings_that_cannot_be_meant(setting, paths):
+    done = command("-m", *QUICK, *paths, f"launcher.{setting}")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"launcher.{setting.split('=')[0]}" in done.stderr
+
+
+def test_time_passes():
+    """`time.monotonic` is what durations are taken by: a clock that jumps changes none."""
+    for source in (ROOT / "dsam").rglob("*.py"):
+        assert "time.time(" not in source.read_text(), source
+    assert time.monotonic() > 0
