@@ -9,7 +9,7 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import Oracle, flat
-from dsam.approximation.summary import MEASURES, interval, summarise
+from dsam.approximation.summary import MEASURES, interval, overview, summarise
 from dsam.methods import make_weighting
 
 RHOS = [1e-3, 0.05]
@@ -82,6 +82,11 @@ def test_intervals_are_paired_and_cover():
         for w, shift in (("uniform", 0.0), ("gap", 0.5 + 0.01 * b))
     ]
     summary = summarise(pd.DataFrame(rows)).set_index(["weighting", "measure"])
+    (row,) = overview(summary.reset_index()).to_dict("records")  # higher error too: neither nearer nor farther
+    assert (row["weighting"], row["settings"], row["nearer"], row["farther"]) == ("gap", 1, 0, 0)
+    flipped = pd.DataFrame([r | {"error": -r["error"]} for r in rows])
+    (row,) = overview(summarise(flipped)).to_dict("records")
+    assert (row["nearer"], row["tasks where nearer"], row["farther"]) == (1, "t", 0)
     row = summary.loc[("gap", "cosine")]
     assert row["difference"] == pytest.approx(0.535)
     assert 0.5 < row["low"] < 0.535 < row["high"] < 0.58

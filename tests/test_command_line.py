@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -380,3 +381,22 @@ def test_make_help_lists_every_target():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     for target in ("reproduce", "plan", "report", "test", "help", "lint", "lock", "clean"):
         assert target in shown
+
+
+def test_every_method_can_be_chosen_on_the_command_line(paths):
+    names = sorted(p.stem for p in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+    assert len(names) >= 19
+    done = command("-m", f"optimizer={','.join(names)}", "launcher.plan=true", *paths)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(names)} runs: {len(names)} missing" in done.stdout
+
+
+def test_what_the_model_does_not_allow_is_found_before_any_run_starts(paths, tmp_path):
+    done = command("-m", *SHORT, *paths, "optimizer=dsam", "+optimizer.layers=1,9")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: optimizer=dsam with model=tiny: layers=9: .* has \d+\n", done.stderr)
+    assert not (tmp_path / "runs").exists()
+    one = command(*SHORT, *paths, "optimizer=dsam", "+optimizer.layers=9")
+    assert one.returncode == 2
+    assert "layers=9" in one.stderr
+    assert not list((tmp_path / "runs").glob("*/*/*/*/config.yaml"))

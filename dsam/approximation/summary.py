@@ -55,9 +55,36 @@ def summarise(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def overview(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row per weighting: in how many settings (task, phase, ρ) it is nearer to the per-instance gradient than
+    uniform weights, or farther: by cosine and by relative error alike, both intervals beyond 0."""
+    shown = summary[summary["measure"].isin(["cosine", "error"]) & (summary["weighting"] != "uniform")]
+    rows = []
+    for weighting, mine in shown.groupby("weighting", sort=False):
+        table = mine.pivot(index=["task", "phase", "rho"], columns="measure", values=["low", "high"])
+        nearer = (table["low", "cosine"] > 0) & (table["high", "error"] < 0)
+        farther = (table["high", "cosine"] < 0) & (table["low", "error"] > 0)
+        rows.append(
+            {
+                "weighting": weighting,
+                "settings": len(table),
+                "nearer": int(nearer.sum()),
+                "tasks where nearer": ", ".join(dict.fromkeys(table.index[nearer].get_level_values("task"))) or "–",
+                "farther": int(farther.sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def as_markdown(summary: pd.DataFrame) -> str:
-    """A table per task, phase and ρ; bold where the interval of the difference lies beyond 0 on the better side."""
-    parts = []
+    """The overview, then a table per task, phase and ρ; bold where the interval of the difference lies beyond 0 on the
+    better side."""
+    parts = [
+        "Differences to uniform weights (SAM), paired by batch, with 95 % bootstrap intervals. Settings in which "
+        "a weighting is nearer to the per-instance gradient, or farther, by cosine and relative error alike, both "
+        "intervals beyond 0:",
+        overview(summary).to_markdown(index=False),
+    ]
     for (task, phase, rho), group in summary.groupby(["task", "phase", "rho"], sort=False):
         rows = []
         for weighting, mine in group.groupby("weighting", sort=False):

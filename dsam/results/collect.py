@@ -10,6 +10,7 @@ import pandas as pd
 from dsam.errors import UserError, did_you_mean
 from dsam.results import index
 from dsam.results.labels import method_labels
+from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
            "last", "majority", "degenerate", "evaluations", "reason", "folder"]  # fmt: skip
@@ -99,6 +100,8 @@ def read(path: str | Path) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
+        if result.get("result_sha256", seal(result)) != seal(result):
+            return {"status": "damaged", "reason": "result.json was edited"}
         row = {name: result[name] for name in ("id", "task", "model", "optimizer", "seed", "status", "metric")}
         row["hyperparameters"] = dict(result["hyperparameters"])
         row["majority"] = _number(result.get("majority"))

@@ -103,13 +103,12 @@ class _Enough(Exception):
 
 def _few_steps(config: Config) -> tuple[float, int]:
     """(seconds of training, peak memory in bytes) of the whole run, from its first steps."""
-    from ..methods import METHODS
     from ..training.checkpoint import Checkpoints
     from ..training.loop import fine_tune, total_steps
-    from .run import peak_memory, prepare, trained_examples
+    from .run import make_method, peak_memory, prepare, trained_examples
 
     ready = prepare(config)
-    method = METHODS[config.optimizer.method](ready.network, seed=config.seeds.data, **config.optimizer.options)
+    method = make_method(config, ready.network)
     total = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
     times: list[float] = []
 

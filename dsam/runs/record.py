@@ -1,5 +1,6 @@
 """A run's folder: written so that a kill at any moment leaves either the old file or the new one."""
 
+import hashlib
 import json
 import math
 import os
@@ -38,6 +39,12 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def seal(result: dict) -> str:
+    """sha256 of a result's contents: tells one that was edited from one that a run left."""
+    contents = {k: v for k, v in result.items() if k != "result_sha256"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
 class Record:
     """The folder of one run. It is finished exactly when `result.json` exists."""
 
@@ -50,13 +57,12 @@ class Record:
         path = self.folder / "result.json"
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if (
-                isinstance(result, dict)
-                and result.get("status") in ("finished", "diverged")
-                and result.get("id") == self.folder.name
-            ):
+            if not isinstance(result, dict) or result.get("id") != self.folder.name:
+                reason = "is not this run's result"
+            elif result.get("result_sha256") != seal(result):
+                reason = "was edited"
+            else:
                 return result
-            reason = "is not this run's result"
         except FileNotFoundError:
             return None
         except (ValueError, UnicodeDecodeError) as error:
@@ -102,6 +108,9 @@ class Record:
         """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".*.*[0-9]"):  # by a process that was killed while it wrote
+                if left.suffix[1:].isdigit():
+                    left.unlink(missing_ok=True)
             write_atomically(
                 self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
             )
@@ -117,6 +126,11 @@ class Record:
         write_atomically(
             self.folder / name, json.dumps(plain(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         )
+
+    def finish(self, result: dict) -> None:
+        """Writes result.json, after which the run is finished."""
+        result = plain(result)
+        self.write("result.json", result | {"result_sha256": seal(result)})
 
     def log(self, line: dict) -> None:
         """Appends one line to metrics.jsonl."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .. import glue
 from ..config import Config
 from ..errors import UserError
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..training import model as models
 from ..training.checkpoint import Checkpoints
 from ..training.loop import State, best, fine_tune, total_steps
@@ -43,7 +43,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
     for note in ready.notes:
         print(note)
     task, network, data, device = ready.task, ready.network, ready.data, ready.device
-    method = METHODS[config.optimizer.method](network, seed=config.seeds.data, **config.optimizer.options)
+    method = make_method(config, network)
 
     record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": ready.notes})
     checkpoints = Checkpoints(record.folder / "checkpoint")
@@ -80,7 +80,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
         keep("last")
         result = summarise(config, identity.id, task, data, state, network, device)
         tracker.summary(result)
-        record.write("result.json", result)
+        record.finish(result)
     checkpoints.clear()
     return record.result()
 
@@ -108,6 +108,14 @@ def prepare(config: Config) -> Ready:
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
     data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
     return Ready(task, tokenizer, network, data, device, splits.notes)
+
+
+def make_method(config: Config, network: PreTrainedModel) -> Method:
+    """The method that `config.optimizer` describes. UserError where it does not go with the model."""
+    try:
+        return METHODS[config.optimizer.method](network, seed=config.seeds.data, **config.optimizer.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer={config.optimizer.name} with model={config.model.name}: {error}") from None
 
 
 def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:

@@ -94,7 +94,7 @@ def preflight(runs: list[Planned]) -> None:
     """Loads every distinct data set and model of the runs once, so that mistakes are found before the first starts
     and the tokenised data are in the cache; learns how large each run is."""
     from ..training.loop import total_steps
-    from .run import prepare, trained_examples
+    from .run import make_method, prepare, trained_examples
 
     seen = {}
     for r in runs:
@@ -106,8 +106,9 @@ def preflight(runs: list[Planned]) -> None:
                 print(note)
             examples = ready.data[ready.task.train_splits[0]]
             weights = sum(p.numel() for p in ready.network.parameters())
-            seen[key] = examples, float(examples.lengths.mean()) * weights
-        examples, work = seen[key]
+            seen[key] = examples, float(examples.lengths.mean()) * weights, ready.network
+        examples, work, network = seen[key]
+        make_method(c, network)
         steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
         r.cost = steps * c.train.batch_size * work * estimate.passes(c)
 

@@ -1,0 +1,113 @@
+"""Times of whole training steps, all methods in turn on the same batches, so that a machine's moods hit all alike."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..methods import METHODS, ExampleLosses
+from ..runs.run import peak_memory, prepare
+from ..training.batches import epoch_order, pieces
+from ..training.loop import parameter_groups, to
+
+CONTENDERS: dict[str, tuple[str, dict]] = {
+    "adamw": ("plain", {}),
+    "sam": ("sam", {}),
+    "asam": ("asam", {}),
+    "per_instance": ("per_instance", {}),
+    "per_instance, one by one": ("m_sam", {"m": 1}),
+    "dsam probe": ("delta_sam", {"weighting": "probe"}),
+    "dsam probe, top 2 layers": ("delta_sam", {"weighting": "probe", "layers": 2}),
+    "dsam curvature": ("delta_sam", {"weighting": "curvature"}),
+    "dsam gibbs (exact norms)": ("delta_sam", {"weighting": "gibbs", "norms": "exact"}),
+    "dsam gap": ("delta_sam", {"weighting": "gap"}),
+    "dsam relative_gap": ("delta_sam", {"weighting": "relative_gap"}),
+    "dsam gauss_newton": ("delta_sam", {"weighting": "gauss_newton"}),
+    "dsam confidence": ("delta_sam", {"weighting": "confidence"}),
+    "dsam exact_curvature": ("delta_sam", {"weighting": "exact_curvature"}),
+}
+"""What is timed: label → (method, options)."""
+
+
+@dataclass
+class Timed:
+    """One method's figures over the batches of one setting."""
+
+    name: str
+    seconds: float  # a step, the median over rounds of the mean over batches
+    passes: float  # forward-backward passes of a step, a no-grad forward being a third
+    peak_memory_bytes: int  # of a process that takes a few steps of this method alone
+
+
+def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, list[list[ExampleLosses]]]:
+    """(model in training mode, device, the first `count` batches of an epoch, each cut as a run would cut it)."""
+    ready = prepare(config)
+    examples, train = ready.data[ready.task.train_splits[0]], config.train
+    order = epoch_order(len(examples), config.seeds.data, 0)
+    autocast = torch.bfloat16 if train.precision == "bfloat16" else None
+    model = ready.network.train()
+    found = []
+    for k in range(count):
+        indices = order[k * train.batch_size : (k + 1) * train.batch_size]
+        parts = pieces(indices, examples.lengths, train)
+        found.append([ExampleLosses(model, to(examples.batch(part), ready.device), autocast) for part in parts])
+    return model, ready.device, found
+
+
+class Stepper:
+    """A method's training step: backward, clipping, AdamW."""
+
+    def __init__(self, model: nn.Module, name: str, options: dict):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.method = METHODS[name](model, **options)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
+
+    def __call__(self, closures: Sequence[ExampleLosses]) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self.method.backward(list(closures))
+        nn.utils.clip_grads_with_norm_(self.params, 1.0, self.method.report["gradient_norm"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.params[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def measure(config: Config, names: Sequence[str], batches: int, rounds: int) -> list[Timed]:
+    """Times `names` of CONTENDERS in one alternating run after a round that does not count."""
+    model, _, data = batches_of(config, batches)
+    steppers = {name: Stepper(model, *CONTENDERS[name]) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    passes = {}
+    for turn in range(rounds + 1):
+        print(f"{config.task.name}: round {turn}/{rounds}", file=sys.stderr, flush=True)
+        # A method's place in the order changes, so that none always follows the same one.
+        for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+            spent = [steppers[name](closures) for closures in data]
+            if turn:
+                seconds[name].append(statistics.mean(spent))
+            report = steppers[name].method.report
+            passes[name] = (report["forwards"] + 2 * report["backwards"]) / 3
+    memory = {name: memory_of(config, name) for name in names}
+    return [Timed(name, statistics.median(seconds[name]), passes[name], memory[name]) for name in names]
+
+
+def memory_of(config: Config, name: str) -> int:
+    """Peak bytes of a fresh process that takes two steps: a GPU's allocator's, or on a CPU everything resident."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_two_steps, (config, name))
+
+
+def _two_steps(config: Config, name: str) -> int:
+    model, device, data = batches_of(config, 2)
+    step = Stepper(model, *CONTENDERS[name])
+    for closures in data:
+        step(closures)
+    return peak_memory(device)

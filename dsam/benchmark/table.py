@@ -1,0 +1,61 @@
+"""The benchmark's JSON and its Markdown table."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ..runs.provenance import provenance
+from ..runs.record import write_atomically
+from .steps import Timed
+
+
+def rows(measured: Sequence[Timed]) -> pd.DataFrame:
+    """One row per method: seconds, ratios to AdamW and SAM, passes, memory, and the floor: passes × a plain step."""
+    by_name = {timed.name: timed for timed in measured}
+    plain, sam = by_name.get("adamw"), by_name.get("sam")
+    return pd.DataFrame(
+        {
+            "method": timed.name,
+            "seconds a step": timed.seconds,
+            "/ adamw": timed.seconds / plain.seconds if plain else None,
+            "/ sam": timed.seconds / sam.seconds if sam else None,
+            "passes": timed.passes,
+            "peak memory, GB": timed.peak_memory_bytes / 1e9,
+            "floor, seconds": timed.passes * plain.seconds if plain else None,
+        }
+        for timed in measured
+    )
+
+
+def write(measured: Mapping[str, Sequence[Timed]], device: torch.device, settings: dict, path: Path) -> None:
+    """`path` (JSON: figures, device, settings, versions) and the same as tables in Markdown beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "settings": settings,
+        "provenance": provenance(device, {}) | {"processor": processor()},
+        "measured": {task: [asdict(timed) for timed in found] for task, found in measured.items()},
+    }
+    write_atomically(path, json.dumps(contents, indent=1) + "\n")
+    parts = [
+        f"Device: {contents['provenance']['processor'] if device.type == 'cpu' else contents['provenance']['device']}"
+    ]
+    parts += [f"{name}: {value}" for name, value in settings.items()]
+    text = "\n".join(f"- {part}" for part in parts) + "\n"
+    for task, found in measured.items():
+        table = rows(found).to_markdown(index=False, floatfmt=("", ".3f", ".2f", ".2f", ".2f", ".2f", ".3f"))
+        text += f"\n## {task}\n\n{table}\n"
+    write_atomically(path.with_suffix(".md"), text)
+
+
+def processor() -> str:
+    """The CPU's name as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
