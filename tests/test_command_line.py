@@ -22,7 +22,8 @@ def results(folder):
 
 def without_clock(result):
     timing = ("seconds", "seconds_per_step", "examples_per_second", "peak_memory_bytes")
-    return result | {"train": {k: v for k, v in result["train"].items() if k not in timing}}
+    clockless = {k: v for k, v in result.items() if k != "result_sha256"}
+    return clockless | {"train": {k: v for k, v in result["train"].items() if k not in timing}}
 
 
 def log_lines(folder):

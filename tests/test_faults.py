@@ -8,6 +8,8 @@ import pytest
 from conftest import command
 from test_command_line import log_lines, results, without_clock
 
+from dsam.runs.record import Record
+
 ARGUMENTS = ["train.max_steps=12", "tracking=disabled", "checkpoint.every_seconds=0"]
 
 
@@ -91,26 +93,33 @@ def test_a_read_only_folder_is_a_mistake_in_one_line(disk, tmp_path):
         remount("rw")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: text.replace('"status": "finished"', '"status": "done"'),
-        lambda text: re.sub(r'"id": "\w+"', '"id": "0123456789abcdef"', text),
-        lambda text: "[]",
-        lambda text: re.sub(r'"score": [\d.e-]+', '"score": 0.99', text),
-    ],
-)
-def test_a_damaged_or_edited_result_is_set_aside_and_done_again(paths, tmp_path, damage):
+DAMAGE = [
+    lambda text: "",
+    lambda text: text.replace('"status": "finished"', '"status": "done"'),
+    lambda text: re.sub(r'"id": "\w+"', '"id": "0123456789abcdef"', text),
+    lambda text: "[]",
+    lambda text: re.sub(r'"score": [\d.e-]+', '"score": 0.99', text),
+    lambda text: re.sub(r'\n "result_sha256": "\w+"', "", text).replace("],\n}", "]\n}"),
+    lambda text: text[: len(text) // 2],
+]
+
+
+def test_a_damaged_or_edited_result_is_set_aside_and_done_again(paths, tmp_path, capsys):
     assert command(*ARGUMENTS, *paths).returncode == 0
     path = next((tmp_path / "runs").rglob("result.json"))
     whole = path.read_text()
-    path.write_text(damage(whole))
+    assert Record(path.parent).result()["status"] == "finished"
+    for damage in DAMAGE:
+        assert damage(whole) != whole
+        path.write_text(damage(whole))
+        assert Record(path.parent).result() is None
+        assert re.search(
+            rf"{path} .+: set aside as result.json.damaged; the run is done again", capsys.readouterr().out
+        )
+        assert path.with_name("result.json.damaged").read_text() == damage(whole)
+        assert not path.exists()
     again = command(*ARGUMENTS, *paths)
     assert again.returncode == 0, again.stderr
-    assert "set aside as result.json.damaged" in again.stdout
-    assert path.with_name("result.json.damaged").read_text() == damage(whole)
     assert without_clock(json.loads(path.read_text())) == without_clock(json.loads(whole))
 
 

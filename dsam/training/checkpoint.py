@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+
+from ..config import first_line
 
 KEPT = 2
 
@@ -28,8 +31,10 @@ class Checkpoints:
             with temporary.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             temporary.rename(self.folder / f"{step:09d}-{digest[:16]}.pt")
-        except RuntimeError as error:  # torch reports a full disk as RuntimeError
-            raise OSError(f"checkpoint at step {step} could not be written: {error}") from None
+        except RuntimeError as error:  # torch does not say why it could not write
+            full = shutil.disk_usage(self.folder).free < 2**20
+            why = f"no space left on {self.folder}" if full else first_line(error)
+            raise OSError(f"checkpoint at step {step} could not be written: {why}") from None
         finally:
             temporary.unlink(missing_ok=True)
         for old in self._newest_first()[KEPT:]:
