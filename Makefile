@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan report test lint lock clean
+.PHONY: help reproduce plan report wandb-sync test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -26,6 +26,9 @@ plan: .venv/installed ## print the runs of EXPERIMENT and how many are finished;
 
 report: .venv/installed ## tables, figures and report from the runs that are there
 	$(BIN)/python experiments/report.py experiment=$(EXPERIMENT) $(ARGS)
+
+wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
+	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
 test: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

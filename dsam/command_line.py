@@ -69,6 +69,8 @@ def run_one(cfg: DictConfig) -> None:
 
     with one_line_errors():
         config = load(cfg)
+        if config.launcher.name == "slurm":
+            raise UserError("launcher=slurm takes sweeps: add -m")
         try:
             result = run(config)
         except Stopped as stopped:
@@ -109,10 +111,16 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             sweeps.show_plan(runs, len(first.launcher.slots))
             return
         sweeps.require_clean(configs)
+        run_all = sweeps.run_all
+        if first.launcher.name == "slurm":
+            from .runs import slurm
+
+            slurm.require()
+            run_all = slurm.run_all
         print(f"{len(runs)} runs: {sweeps.counts(runs)}")
         sweeps.preflight(sweeps.unfinished(runs))
         sweeps.write_manifest(runs, first.experiment or "sweep", " ".join(sys.argv))
-        failed = sweeps.run_all(runs, first.launcher)
+        failed = run_all(runs, first.launcher)
         print(f"{len(runs)} runs: {sweeps.counts(runs)}")
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)

@@ -2,13 +2,19 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError, did_you_mean
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no name or path needs and files break on
+LARGEST = 3.4e38  # of float32
+MOST_AT_ONCE = 1024  # threads, or runs: more is a slip of the keyboard
 
 
 @dataclass
@@ -112,6 +118,19 @@ class Launcher:
     minutes: float | None = None
     memory_gb: float | None = None
     retries: int = 1
+    # of Slurm's jobs
+    pack: int = 1
+    wait: bool = True
+    partition: str | None = None
+    account: str | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+    job_memory_gb: float | None = None
+    job_minutes: int = 240
+    warning_seconds: int = 90
+    jobs_at_once: int = 256
+    sbatch: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
     plan: bool = False
     measure: bool = False
     require_clean: bool = False
@@ -174,7 +193,9 @@ def _read(schema: type, given: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(schema)}
     if schema is Optimizer:
         options = {k: v for k, v in given.items() if k not in fields}
-        given = {k: v for k, v in given.items() if k in fields} | {"options": options | (given.get("options") or {})}
+        if given.get("options") is not None:
+            options |= coerce(given["options"], dict[str, Any], f"{where}.options")
+        given = {k: v for k, v in given.items() if k in fields} | {"options": options}
     values = {}
     for key, value in given.items():
         path = f"{where}.{key}" if where else str(key)
@@ -203,17 +224,26 @@ def coerce(value: Any, kind: Any, path: str) -> Any:
         if isinstance(value, bool):
             continue
         if alternative is int and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            if abs(value) >= 2**63:
+                raise UserError(f"{path}={value} must be below 2^63")
             return int(value)
         if alternative is float and isinstance(value, int | float | str):
             try:
                 number = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
-            if math.isfinite(number):
+            if abs(number) <= LARGEST:
                 return number
+            if math.isfinite(number):
+                raise UserError(f"{path}={number} must be within float32, ±{LARGEST}")
         if alternative is str and isinstance(value, str | int | float):
+            if CONTROL.search(str(value)):
+                raise UserError(f"'{path}' holds a control character or broken UTF-8: {value!r}")
             return str(value)
         if getattr(alternative, "__origin__", None) is dict and isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(f"'{path}': the name {key!r} must be text")
             return value
         if getattr(alternative, "__origin__", None) is list and isinstance(value, list | tuple):
             (part,) = alternative.__args__
@@ -227,7 +257,8 @@ def coerce(value: Any, kind: Any, path: str) -> Any:
 
 def _describe(alternatives) -> str:
     words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
-    return " or ".join(words.get(a, str(a)) for a in alternatives)
+    words |= {list: "a list", tuple: "a list of two", dict: "a group of settings"}
+    return " or ".join(words.get(getattr(a, "__origin__", a), str(a)) for a in alternatives)
 
 
 def _check(config: Config) -> None:
@@ -240,6 +271,10 @@ def _check(config: Config) -> None:
     def at_least(path: str, value, smallest, strictly=False):
         if value is not None and (value <= smallest if strictly else value < smallest):
             raise UserError(f"{path}={value} must be {'above' if strictly else 'at least'} {smallest}")
+
+    def at_most(path: str, value, largest):
+        if value is not None and value > largest:
+            raise UserError(f"{path}={value} must be at most {largest}")
 
     def one_of(path: str, value: str, known):
         if value not in known:
@@ -260,12 +295,22 @@ def _check(config: Config) -> None:
             raise UserError(f"train.betas[{i}]={beta} must be at least 0 and below 1")
     for name in ("init", "data"):
         at_least(f"seeds.{name}", getattr(config.seeds, name), 0)
-        if getattr(config.seeds, name) >= 2**63:
-            raise UserError(f"seeds.{name}={getattr(config.seeds, name)} must be below 2^63")
     at_least("optimizer.steps_factor", config.optimizer.steps_factor, 1)
     at_least("device.threads", config.device.threads, 1)
-    at_least("launcher.workers", config.launcher.workers, 1)
-    at_least("launcher.per_device", config.launcher.per_device, 1)
+    at_most("device.threads", config.device.threads, MOST_AT_ONCE)
+    for name in ("workers", "per_device"):
+        at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
+        at_most(f"launcher.{name}", getattr(config.launcher, name), MOST_AT_ONCE)
+    one_of("launcher.name", config.launcher.name, ("local", "slurm"))
+    for name in ("pack", "cpus", "gpus", "job_minutes", "jobs_at_once"):
+        at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
+    at_least("launcher.job_memory_gb", config.launcher.job_memory_gb, 0, strictly=True)
+    at_least("launcher.warning_seconds", config.launcher.warning_seconds, 0)
+    for option in config.launcher.sbatch:
+        if not re.match(r"--[a-z]", option):
+            raise UserError(f"launcher.sbatch: '{option}' must be an option like --qos=low")
+    if config.launcher.warning_seconds >= 60 * config.launcher.job_minutes:
+        raise UserError(f"launcher.warning_seconds={config.launcher.warning_seconds} is all of launcher.job_minutes")
     at_least("launcher.retries", config.launcher.retries, 0)
     at_least("launcher.minutes", config.launcher.minutes, 0, strictly=True)
     at_least("launcher.memory_gb", config.launcher.memory_gb, 0, strictly=True)
@@ -284,7 +329,39 @@ def _check(config: Config) -> None:
         raise UserError(f"model={config.model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
     if config.model.id and not config.model.path and not config.model.revision:
         raise UserError(f"model.id={config.model.id} needs model.revision=HASH: without it, numbers may change unseen")
+    if config.data.source == "hub" and not config.data.revision:
+        raise UserError("data=hub needs data.revision=HASH: without it, numbers may change unseen")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.device.name):
+        raise UserError(f"unknown device.name '{config.device.name}'; use auto, cpu, cuda or cuda:0")
+    if not config.tracking.project or set(config.tracking.project) & set("/\\#?%:"):
+        raise UserError(f"tracking.project='{config.tracking.project}' must be a name without any of / \\ # ? % :")
+    _check_places(config)
     config.optimizer.options = check_method(config.optimizer.method, config.optimizer.options)
+
+
+def _check_places(config: Config) -> None:
+    """Folders: that each can be there, whether it is or not."""
+    for path, name in (("model.name", config.model.name), ("optimizer.name", config.optimizer.name)):
+        if not name or "/" in name or name in (".", "..") or len(name.encode()) > 200:
+            raise UserError(f"{path}='{name}' cannot name a folder, which a run's record needs")
+    for path, value in (("data.root", config.data.root), ("model.path", config.model.path)):
+        if value:
+            _exists(path, Path(value))
+    for name, value in vars(config.paths).items():
+        if not value:
+            raise UserError(f"paths.{name} is empty: give a folder")
+        folder = Path(value).absolute()
+        there = next(p for p in (folder, *folder.parents) if _exists(f"paths.{name}", p))
+        if not there.is_dir():
+            raise UserError(f"paths.{name}={value}: {there} is not a folder")
+
+
+def _exists(path: str, place: Path) -> bool:
+    """Whether there is something in that place. UserError where nothing can be."""
+    try:
+        return place.expanduser().exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission; a user that there is not
+        raise UserError(f"{path}={place} cannot be used: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +373,7 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, METHODS)}")
     weighting = options.get("weighting")
-    if weighting is not None and weighting not in WEIGHTINGS:
+    if weighting is not None and weighting not in tuple(WEIGHTINGS):  # a list has no hash
         raise UserError(f"unknown weighting '{weighting}'; {did_you_mean(weighting, WEIGHTINGS)}")
     known = option_types(name, weighting)
     for key in options:
@@ -305,7 +382,10 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
     values = {k: default for k, (_, default) in known.items()} | options
     values = {k: coerce(v, known[k][0], f"optimizer.{k}") for k, v in values.items()}
     try:
-        METHODS[name]([torch.nn.Parameter(torch.zeros(1))], **values)
+        # Stands for any encoder: what its depth or modules do not allow is found once the model is known.
+        METHODS[name](
+            torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.LayerNorm(1) for _ in range(99))}), **values
+        )
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from None
     return dict(sorted(values.items()))

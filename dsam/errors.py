@@ -3,12 +3,20 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of an error's line
+
 
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong, with what value, and what to do.
 
-    Entry points print it without a traceback and leave with status 2.
+    Entry points print it without a traceback and leave with status 2. It stays one line whatever was given: what
+    cannot be printed (line ends, control characters) is escaped, and the middle of what is too long is left out.
     """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
 class NonFiniteGradient(FloatingPointError):
@@ -17,6 +25,6 @@ class NonFiniteGradient(FloatingPointError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known name if there is one, else all of them."""
-    known = sorted(map(str, known))
+    known = sorted(set(map(str, known)))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"

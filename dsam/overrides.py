@@ -1,16 +1,23 @@
 """Finds mistakes on a Hydra command line before Hydra starts, so that each is one line with the nearest name."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from .config import first_line
 from .errors import UserError, did_you_mean
+
+HYDRAS_OWN = ("hydra.mode", "hydra.verbose")
+"""What may be set of Hydra's own settings: the others would move, split or replace what the sweep relies on."""
+
+MOST_RUNS = 100_000
 
 
 def check(overrides: list[str], conf: Path) -> list[str]:
@@ -22,7 +29,7 @@ def check(overrides: list[str], conf: Path) -> list[str]:
     groups = {
         folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
     }
-    passed, chosen, keys = [], [], []
+    passed, chosen, keys, first, runs = [], [], [], [], 1
     parser = OverridesParser.create()
     for text in overrides:
         try:
@@ -30,22 +37,48 @@ def check(overrides: list[str], conf: Path) -> list[str]:
         except HydraException as error:
             raise UserError(f"cannot read '{text}': {first_line(error)}") from None
         name = override.key_or_group
+        if re.split("[./@]", name)[0] == "hydra" and name not in HYDRAS_OWN:
+            raise UserError(f"'{text}': {name} cannot be set; paths.runs=DIR says where runs lie")
+        values = _values(override, text, groups.get(name, ()))
+        runs *= len(values)
+        if runs > MOST_RUNS:
+            raise UserError(f"'{text}': more than {MOST_RUNS} runs")
+        first.append(f"{override.get_key_element()}={values[0]}" if override.is_sweep_override() else text)
         if name in groups and not override.is_delete():
-            choices = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
-            for choice in choices:
-                if choice is not None and str(choice) not in groups[name]:
-                    raise UserError(f"unknown {name} '{choice}'; {did_you_mean(str(choice), groups[name])}")
-            chosen.append(f"{name}={choices[0] if choices[0] is not None else 'null'}")
+            for choice in values:
+                if choice not in groups[name]:
+                    raise UserError(f"unknown {name} '{choice}'; {did_you_mean(choice, groups[name])}")
+            chosen.append(f"{name}={values[0]}")
         elif name.startswith("optimizer.") and text.startswith("optimizer."):
-            text = f"++{text}"
+            text, first[-1] = f"++{text}", f"++{first[-1]}"
         elif name.split(".")[0] != "hydra" and not (
             override.is_add() or override.is_force_add() or override.is_delete()
         ):
             keys.append(name)
         passed.append(text)
-    if keys:
-        _check_keys(keys, compose_config(chosen, conf), groups)
+    try:
+        compose_config(first, conf)  # what only shows when all is put together, for the first run
+    except UserError:
+        if keys:
+            _check_keys(keys, compose_config(chosen, conf), groups)
+        raise
     return passed
+
+
+def _values(override: Override, text: str, choices: Sequence[str]) -> list[str]:
+    """The values that an override sweeps over, or its one. `choices`: what a glob chooses from."""
+    if not override.is_sweep_override():
+        value = override.value()
+        return ["null" if value is None else str(value)]
+    if not override.is_discrete_sweep():
+        raise UserError(f"'{text}': a sweep needs single values, e.g. {override.key_or_group}=1,2 or range(0,3)")
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep) and not abs(sweep.stop - sweep.start) <= MOST_RUNS * abs(sweep.step):
+        raise UserError(f"'{text}': more than {MOST_RUNS} runs")
+    values = sweep.filter(list(choices)) if isinstance(sweep, Glob) else list(override.sweep_string_iterator())
+    if not values:
+        raise UserError(f"'{text}' is a sweep over nothing")
+    return values
 
 
 def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -> DictConfig:
@@ -54,7 +87,7 @@ def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             return compose("config", overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # whatever Hydra and OmegaConf make of it: not only errors of their own kinds
         raise UserError(f"configuration: {first_line(error)}") from None
 
 

@@ -70,9 +70,15 @@ def digest(layouts: dict[str, Layout]) -> str:
     """sha256 of the files' bytes and of the splits that they serve."""
     total = hashlib.sha256()
     for split, layout in sorted(layouts.items()):
-        with layout.path.open("rb") as file:
-            total.update(f"{split} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{split} {hashlib.sha256(_bytes(layout.path)).hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def read(task: Task, layout: Layout) -> tuple[Split, list[str]]:
@@ -124,7 +130,7 @@ def read(task: Task, layout: Layout) -> tuple[Split, list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    data = path.read_bytes()
+    data = _bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

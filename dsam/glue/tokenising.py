@@ -100,11 +100,15 @@ def tokenise(
         key: the data's fingerprint (`readers.fingerprint`).
 
     Raises:
-        UserError: a tokenizer or length that cannot be used.
+        UserError: a tokenizer or length that cannot be used, or a cache that cannot be written.
     """
     _check(tokenizer, max_length)
     folder = Path(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write the cache {folder}: {error.strerror or error}; set paths.cache=DIR") from None
     types = "token_type_ids" in tokenizer.model_input_names
     name = hashlib.sha256(
         json.dumps([FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length]).encode()

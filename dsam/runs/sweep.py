@@ -305,6 +305,8 @@ def _child(config: Config, folder: str, device: str | None) -> None:
     except Stopped as stopped:
         print(stopped, flush=True)
         raise SystemExit(128 + stopped.signum) from None
+    except KeyboardInterrupt:  # asked twice, or before it had begun
+        raise SystemExit(128 + signal.SIGTERM) from None
     except BaseException as error:
         sys.stderr.flush()
         record.fail(error)

@@ -1,85 +1,146 @@
-"""Weights & Biases mirrors metrics.jsonl; it can neither stop nor fail a run."""
+"""Weights & Biases mirrors metrics.jsonl; it can neither stop, slow nor fail a run."""
 
-import functools
+import os
+import queue
 import sys
+import threading
 from pathlib import Path
 
 from ..config import Config, first_line
+from ..errors import UserError
+from .record import plain
+
+# Seconds that a run gives W&B to answer, and again at its end to take what is left. Offline nothing can hang: only a
+# busy machine makes wandb slow.
+PATIENCE = {"online": 8.0, "offline": 60.0}
 
 
-class Tracker:
-    """One W&B run with the run's own id; a context manager that finishes it on every way out.
+def connect(mode: str) -> str:
+    """Sets wandb up and returns its server's address; asks nothing. UserError where mode=online has no login."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to an unreachable server it delays the exit
+    import wandb
 
-    With tracking=disabled, and after the first error of wandb, it does nothing.
+    settings = wandb.setup(wandb.Settings(silent=True, mode=mode)).settings
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # wandb.init would ask, and wait
+        raise UserError("no login to W&B: run `wandb login` or set WANDB_API_KEY")
+    return settings.base_url
+
+
+class Mirror:
+    """One W&B run with a run's own id: how the lines and the result of a run look to W&B.
+
+    W&B's own step is the number of the line in metrics.jsonl. W&B drops a step that it has, so each line is there
+    once, however often a run was resumed or uploaded.
+
+    Raises UserError without a login, wandb's own errors where W&B cannot be reached, TimeoutError from `finish`.
     """
 
-    def __init__(self, config: Config, run_id: str, folder: Path, identity: dict):
-        self.config, self.id, self.folder, self.identity = config, run_id, folder, identity
-        self.run = None
-
-    def __enter__(self) -> "Tracker":
-        if self.config.tracking.mode != "disabled":
-            self._start()
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.run is not None:
-            self._finish(1 if kind is not None else 0)
-
-    def log(self, record: dict) -> None:
-        """One line of metrics.jsonl: nested metrics become names with slashes."""
-        if self.run is not None:
-            self._log({k: v for k, v in flat(record).items() if k != "event"})
-
-    def summary(self, values: dict) -> None:
-        if self.run is not None:
-            self._summary(flat(values))
-
-    def _guarded(method):
-        @functools.wraps(method)
-        def call(self, *arguments):
-            try:
-                return method(self, *arguments)
-            except Exception as error:  # whatever wandb raises: the run's own record is complete without it
-                self.run = None
-                print(f"W&B: {type(error).__name__}: {first_line(error)}; the run goes on without it", file=sys.stderr)
-
-        return call
-
-    @_guarded
-    def _start(self) -> None:
+    def __init__(self, config: dict, run_id: str, identity: dict, folder: Path, mode: str, patience: float):
         import wandb
 
-        tracking = self.config.tracking
+        connect(mode)
+        tracking = config["tracking"]
+        names = [config[group]["name"] for group in ("task", "model", "optimizer")]
         self.run = wandb.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            id=self.id,
-            name=f"{self.config.task.name}-{self.config.model.name}-{self.config.optimizer.name}-{self.config.seed}",
-            group=self.config.experiment,
-            job_type=self.config.optimizer.name,
-            config=self.config.to_dict() | {"identity": self.identity},
-            dir=str(self.folder),
-            mode=tracking.mode,
+            project=tracking["project"],
+            entity=tracking["entity"],
+            id=run_id,
+            name="-".join([*names, str(config["seed"])]),
+            group=config["experiment"],
+            job_type=config["optimizer"]["name"],
+            config=plain(config) | {"identity": identity},
+            dir=str(folder),
+            mode=mode,
             resume="allow",
+            reinit="create_new",
             settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True, init_timeout=30
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                x_disable_stats=True,
+                init_timeout=min(patience, 20) if mode == "online" else patience,
+                finish_timeout=patience,
+                finish_timeout_raises=True,
+                x_graphql_retry_max=2,  # by default it tries for minutes
+                x_graphql_retry_wait_min_seconds=0.2,
+                x_graphql_retry_wait_max_seconds=1,
             ),
         )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    @_guarded
-    def _log(self, values: dict) -> None:
-        self.run.log(values)
+    def log(self, number: int, line: dict) -> None:
+        """Line `number`, from 0, of metrics.jsonl: nested metrics become names with slashes."""
+        self.run.log({k: v for k, v in flat(plain(line)).items() if k != "event"}, step=number, commit=True)
 
-    @_guarded
-    def _summary(self, values: dict) -> None:
-        self.run.summary.update(values)
+    def summary(self, result: dict) -> None:
+        self.run.summary.update(flat(plain(result)))
 
-    @_guarded
-    def _finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int) -> None:
         self.run.finish(exit_code=exit_code)
+
+
+class Tracker:
+    """Mirrors a run while it runs; a context manager that finishes on every way out.
+
+    All of W&B is in a thread of its own, so that the run never waits for it, but for PATIENCE at its end. With
+    tracking=disabled, and after the first error, it does nothing.
+    """
+
+    def __init__(self, config: Config, run_id: str, folder: Path, identity: dict):
+        self.config, self.id, self.folder, self.identity = config, run_id, Path(folder), identity
+        self.calls: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="W&B", daemon=True)
+        self.number: int | None = None
+
+    def __enter__(self) -> "Tracker":
+        if self.config.tracking.mode != "disabled":
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._call("finish", 1 if kind is not None else 0)
+        if self.thread.is_alive():
+            self.thread.join(PATIENCE[self.config.tracking.mode] + 1)
+            if self.thread.is_alive():
+                self._without("no answer")
+
+    def log(self, line: dict) -> None:
+        """A line that is the last of metrics.jsonl."""
+        if self.thread.is_alive():
+            # Counted once: a resumed run goes on after the lines that it has kept.
+            self.number = self._last_line() if self.number is None else self.number + 1
+            self._call("log", self.number, line)
+
+    def summary(self, result: dict) -> None:
+        self._call("summary", result)
+
+    def _call(self, name: str, *arguments) -> None:
+        if self.thread.is_alive():
+            self.calls.put((name, arguments))
+
+    def _last_line(self) -> int:
+        try:
+            return max(0, (self.folder / "metrics.jsonl").read_bytes().count(b"\n") - 1)
+        except OSError:
+            return 0
+
+    def _work(self) -> None:
+        try:
+            mode = self.config.tracking.mode
+            mirror = Mirror(self.config.to_dict(), self.id, self.identity, self.folder, mode, PATIENCE[mode])
+            name = None
+            while name != "finish":
+                name, arguments = self.calls.get()
+                getattr(mirror, name)(*arguments)
+        except UserError as error:
+            self._without(str(error))
+        except Exception as error:  # whatever wandb raises: the run's own record is complete without it
+            self._without(f"{type(error).__name__}: {first_line(error)}")
+
+    def _without(self, reason: str) -> None:
+        print(f"W&B: {reason}; the run goes on without it (`make wandb-sync` uploads it later)", file=sys.stderr)
 
 
 def flat(values: dict, prefix: str = "") -> dict:

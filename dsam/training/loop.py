@@ -237,6 +237,7 @@ class StopSignals:
     """Inside, SIGTERM and SIGINT are only noted in `signum`, so that a run can leave a checkpoint first."""
 
     signum: int | None = None
+    noted = 0.0
 
     def __enter__(self) -> "StopSignals":
         self.earlier = {}
@@ -249,6 +250,8 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _note(self, signum, frame) -> None:
-        if self.signum is not None:  # asked twice: leave at once
+        # Asked twice: leave at once. A scheduler and the sweep passing on the same request are one.
+        if self.signum is not None and time.monotonic() - self.noted > 2:
             raise KeyboardInterrupt
-        self.signum = signum
+        if self.signum is None:
+            self.signum, self.noted = signum, time.monotonic()

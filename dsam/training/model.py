@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..config import Config, Model, first_line
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..glue.builtin import VOCABULARY
 from ..glue.hub import why_unreachable
 
@@ -79,12 +80,12 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     model, train = config.model, config.train
     torch.manual_seed(config.seeds.init)
     if model.architecture and not (model.path or model.id):
-        architecture = BertConfig(
-            **{"vocab_size": len(tokenizer), "num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id}
-            | model.architecture
-        )
+        architecture = _architecture(model.architecture, num_labels, tokenizer)
         _set_dropout(architecture, train.dropout)
-        network = BertForSequenceClassification(architecture)
+        try:
+            network = BertForSequenceClassification(architecture)
+        except Exception as error:  # whatever sizes that do not fit each other, or memory, raise inside torch
+            raise UserError(f"model.architecture={model.architecture}: {one_line(error)}") from None
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
         architecture.num_labels = num_labels
@@ -102,12 +103,14 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         missing = [n for n in loaded["missing_keys"] if n.startswith(prefix) and ".pooler." not in n]
         mismatched = [n[0] if isinstance(n, tuple) else n for n in loaded["mismatched_keys"]]
         mismatched = [n for n in mismatched if n.startswith(prefix)]
-        if missing or mismatched:
-            raise UserError(
-                f"model {model.path or model.id}: the weights do not fit the configuration: "
-                + (f"{len(missing)} missing, e.g. {sorted(missing)[0]}" if missing else "")
-                + (f"{len(mismatched)} of another shape, e.g. {sorted(mismatched)[0]}" if mismatched else "")
-            )
+        # Heads and poolers that the classifier does not use are no mistake; layers are.
+        surplus = [n for n in loaded["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", n)]
+        for names, what in ((missing, "missing"), (mismatched, "of another shape"), (surplus, "of layers it has not")):
+            if names:
+                raise UserError(
+                    f"model {model.path or model.id}: the weights do not fit the configuration: "
+                    f"{len(names)} {what}, e.g. {min(names)}"
+                )
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
@@ -119,13 +122,46 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions and train.max_length > positions:
         raise UserError(f"train.max_length={train.max_length} is above the model's {positions} positions")
+    _try(model, network, tokenizer, num_labels)
     return network
+
+
+@torch.no_grad()
+def _try(model: Model, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_labels: int) -> None:
+    """One short pair through the model, without dropout: what fails here would fail in the first step."""
+    was_training = network.training
+    try:
+        logits = network.eval()(**tokenizer("one", "two", return_tensors="pt")).logits
+    except Exception as error:  # whatever sizes that do not fit each other raise inside torch
+        raise UserError(f"model {model.path or model.id or model.name} cannot be used: {one_line(error)}") from None
+    if logits.shape != (1, num_labels):
+        raise UserError(f"model {model.path or model.id or model.name} gives outputs of shape {tuple(logits.shape)}")
+    network.train(was_training)
+
+
+def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFast) -> BertConfig:
+    """The configuration that these settings of a BERT make. UserError for one that it does not have."""
+    own = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    known = BertConfig().to_dict().keys() - {"num_labels", "id2label", "label2id"}  # the task says those
+    for name in given:
+        if name not in known:
+            raise UserError(f"unknown key 'model.architecture.{name}'; {did_you_mean(name, known)}")
+        if isinstance(given[name], int | float) and given[name] < 0:
+            raise UserError(f"model.architecture.{name}={given[name]} must be at least 0")
+    try:
+        return BertConfig(**own | given, num_labels=num_labels)
+    except Exception as error:  # whatever its checks of types raise
+        raise UserError(f"model.architecture={given}: {one_line(error)}") from None
 
 
 def _set_dropout(architecture, dropout: float | None) -> None:
     if dropout is not None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             setattr(architecture, name, dropout)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _load(model: Model, what: str, load, **options):

@@ -1,0 +1,181 @@
+"""`launcher=slurm` on a real Slurm of one node, which `tests/slurm/start.sh` installs and starts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+
+from dsam.command_line import CONF
+from dsam.config import Config, Launcher
+from dsam.overrides import compose_config
+from dsam.runs import slurm
+
+FAULTS = str(Path(__file__).parent / "faults")
+SHORT = ["-m", "launcher=slurm", "task=agreement", "tracking=disabled", "train.max_steps=4"]
+LONG = ["-m", "task=agreement", "tracking=disabled", "checkpoint.every_seconds=1", "train.epochs=16"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment in which Slurm's commands find a Slurm of this module's own."""
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.Popen([ROOT / "tests/slurm/start.sh", folder], stdout=subprocess.PIPE, text=True)
+    said = started.stdout.readline()
+    if said.strip() != "ready":
+        said += started.stdout.read()
+        if started.wait() == 77:
+            pytest.skip(said.strip())
+        raise RuntimeError(said)
+    yield {"SLURM_CONF": f"{folder}/slurm.conf"}
+    started.terminate()
+    started.wait(timeout=60)
+
+
+def ask(cluster, *words):
+    return subprocess.run(words, env=os.environ | cluster, capture_output=True, text=True, check=True).stdout
+
+
+def until(condition, what, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} after {seconds} s"
+        time.sleep(0.2)
+
+
+def digests(folder):
+    """{run: sha256 of its weights}"""
+    return {path.parent.name: json.loads(path.read_text())["weights_sha256"] for path in folder.glob("**/result.json")}
+
+
+def start(*arguments, cluster):
+    return subprocess.Popen(
+        [sys.executable, "experiments/train.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_array_of_packs_and_a_run_that_fails(cluster, tmp_path, paths):
+    arguments = [*SHORT, *paths, "launcher.pack=2", "launcher.partition=low", "seed=0,1,2,104"]
+    done = command(*arguments, env=cluster | {"PYTHONPATH": FAULTS})
+    assert done.returncode == 1, done.stderr
+    array = re.search(r"4 runs in 2 jobs: Slurm array (\d+)", done.stdout)[1]
+    assert "4 runs: 3 finished, 1 failed" in done.stdout
+    assert re.search(r"failed: .* seed 104 \[\w+\]: ValueError: a loss of patience; log: /", done.stderr)
+    assert ask(cluster, "scontrol", "show", "job", array).count("JobState=COMPLETED") == 2
+    assert len(json.loads((tmp_path / f"runs/.slurm/{array}.json").read_text())[f"{array}_1"]) == 2
+    # The very folders of a local sweep: it finds nothing to do but what failed.
+    plan = command("-m", *SHORT[2:], *paths, "seed=0,1,2,104", "launcher.plan=true")
+    assert "4 runs: 3 finished, 1 failed. 1 would start." in plan.stdout
+    again = command(*arguments, env=cluster)
+    assert again.returncode == 0, again.stderr
+    assert "1 runs in 1 jobs" in again.stdout
+    assert "4 runs: 4 finished" in again.stdout
+
+
+def test_a_preempted_job_is_requeued_and_its_runs_end_as_undisturbed_ones(cluster, tmp_path, paths):
+    arguments = [*LONG, "seed=0,1", paths[1]]
+    sweep = ["launcher=slurm", "launcher.pack=2", "launcher.partition=low", f"launcher.cpus={os.cpu_count()}"]
+    process = start(*arguments, *sweep, paths[0], cluster=cluster)
+    until(lambda: list(tmp_path.glob("runs/**/checkpoint/*")), "checkpoint")
+    ask(cluster, "sbatch", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    job = re.search(r"Slurm array (\d+)", out)[1]
+    assert "Restarts=1" in ask(cluster, "scontrol", "show", "job", job)
+    assert "DUE TO PREEMPTION" in (tmp_path / f"runs/.slurm/{job}_0_log.err").read_text()
+    undisturbed = command(*arguments, f"paths.runs={tmp_path}/local")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert digests(tmp_path / "runs") == digests(tmp_path / "local")
+    assert len(digests(tmp_path / "runs")) == 2
+
+
+def test_a_job_short_of_time_asks_to_be_requeued_and_the_same_command_finds_it(cluster, tmp_path, paths):
+    arguments = [*LONG, *paths, "launcher=slurm", "launcher.partition=low", "seed=2"]
+    left = command(*arguments, "launcher.wait=false", env=cluster)
+    assert left.returncode == 0, left.stderr
+    job = re.search(r"Slurm array (\d+)", left.stdout)[1]
+    assert f"`scancel {job}` cancels them" in left.stdout
+    until(lambda: list(tmp_path.glob("runs/**/checkpoint/*")), "checkpoint")
+    ask(cluster, "scancel", "--signal=TERM", job)  # what Slurm does launcher.warning_seconds before the end
+    until(lambda: "Restarts=1" in ask(cluster, "scontrol", "show", "job", job), "requeueing")
+    waits = start(*arguments, cluster=cluster)
+    assert "jobs: 1 " in waits.stderr.readline()
+    waits.send_signal(signal.SIGINT)
+    out, err = waits.communicate(timeout=60)
+    assert waits.returncode == 130
+    assert "1 runs are in jobs already" in out
+    assert f"the jobs go on: the same command waits for them, `scancel {job}` cancels them" in err
+    found = command(*arguments, env=cluster)
+    assert found.returncode == 0, found.stderr
+    assert "1 runs: 1 finished" in found.stdout
+    assert len(list(tmp_path.glob("runs/.slurm/*.json"))) == 1  # no second job
+
+
+def test_a_cancelled_job_is_reported(cluster, paths):
+    process = start(*SHORT, *paths, "seed=0", 'launcher.sbatch=["--begin=now+1hour"]', cluster=cluster)
+    assert "jobs: 1 pending" in process.stderr.readline()
+    ask(cluster, "scancel", "--name=dsam")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"failed: agreement .*: Slurm job \d+ ended as CANCELLED without its result", err)
+
+
+def test_what_slurm_refuses_is_one_line(cluster, paths):
+    done = command(*SHORT, *paths, "launcher.partition=nowhere", env=cluster)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: Slurm took no job: sbatch: error: invalid partition specified: nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (SHORT, {"PATH": "/nowhere"}, "this machine has no Slurm"),
+        (SHORT[1:], {}, "launcher=slurm takes sweeps: add -m"),
+        ([*SHORT, "launcher.pack=0"], {}, "launcher.pack=0 must be at least 1"),
+        ([*SHORT, "launcher.job_minutes=1"], {}, "launcher.warning_seconds=90 is all of launcher.job_minutes"),
+        ([*SHORT, "launcher.partitoin=low"], {}, "did you mean 'partition'"),
+        ([*SHORT, "launcher.sbatch=[qos]"], {}, "'qos' must be an option like --qos=low"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, paths, arguments, environment, words):
+    done = command(*arguments, *paths, env=environment)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_slurm_that_does_not_answer_is_one_line(cluster, tmp_path, paths):
+    conf = tmp_path / "slurm.conf"
+    text = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", Path(cluster["SLURM_CONF"]).read_text())
+    conf.write_text(text + "MessageTimeout=2\n")
+    done = command(*SHORT, *paths, env={"SLURM_CONF": str(conf)})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "squeue" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
+    launcher = Launcher(name="slurm", gpus=2, per_device=2, workers=3)
+    config = Config.load(compose_config(["device.threads=null"], CONF))
+    given = {"SLURM_CPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,3"}
+    with_gpus, (frozen,) = slurm.here(launcher, [config], given)
+    assert with_gpus.slots == ["0", "3", "0", "3"]
+    assert frozen.device.threads == 2
+    without, (frozen,) = slurm.here(Launcher(name="slurm", workers=3), [config], given)
+    assert without.slots == [None] * 3
+    assert frozen.device.threads == 2
+    config.device.threads = 1
+    assert slurm.here(launcher, [config], given)[1][0].device.threads == 1
