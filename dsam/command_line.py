@@ -1,5 +1,6 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
+import argparse
 import os
 import sys
 import tempfile
@@ -9,10 +10,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .config import Config
+from .config import Config, first_line
 from .errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and leave."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 @contextmanager
@@ -31,17 +39,32 @@ def one_line_errors():
 def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
     """Checks Hydra's arguments, then hands over to the Hydra main."""
     from hydra._internal.utils import get_args_parser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from . import overrides
 
-    with one_line_errors():
-        parsed = get_args_parser().parse_args(list(arguments))
-        checked = iter(overrides.check(parsed.overrides, CONF))
+    def refuse(message: str):
+        raise UserError(f"{message}; --hydra-help lists the flags")
+
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
+        parser = get_args_parser()
+        parser.error = refuse
+        parsed = parser.parse_intermixed_args(list(arguments))
+        if parsed.experimental_rerun:
+            refuse("--experimental-rerun is not supported: a run's folder holds its config.yaml")
+        if parsed.run and parsed.multirun:
+            refuse("--run and --multirun contradict each other")
+        if parsed.resolve and not parsed.cfg:
+            refuse("--resolve goes with --cfg")
         given = set(parsed.overrides)
-        sys.argv[1:] = [next(checked) if argument in given else argument for argument in arguments]
-    with tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
+        sys.argv[1:] = [a for a in arguments if a not in given] + overrides.check(parsed.overrides, CONF)
         os.environ["DSAM_SCRATCH"] = scratch  # for the files that Hydra insists on writing
-        main()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"configuration: {first_line(error)}") from None
 
 
 def load(cfg: DictConfig) -> Config:
@@ -80,6 +103,8 @@ def run_one(cfg: DictConfig) -> None:
             raise
         except Exception as error:  # a failed run: one line here, the traceback in its log
             folder = identify(config).folder
+            if not folder.exists():  # it never came to be one: a mistake of ours, to be seen
+                raise
             reason = Record(folder).fail(error)
             print(f"failed: {reason}; log: {folder / 'log.txt'}; the same command goes on", file=sys.stderr)
             raise SystemExit(1) from None

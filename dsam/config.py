@@ -301,6 +301,9 @@ def _check(config: Config) -> None:
     for name in ("workers", "per_device"):
         at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
         at_most(f"launcher.{name}", getattr(config.launcher, name), MOST_AT_ONCE)
+    devices = config.launcher.devices
+    if devices is not None and (not devices or len(set(devices)) < len(devices) or not all(map(_is_device, devices))):
+        raise UserError(f"launcher.devices={devices} must name different GPUs by number or UUID, e.g. [0,1]")
     one_of("launcher.name", config.launcher.name, ("local", "slurm"))
     for name in ("pack", "cpus", "gpus", "job_minutes", "jobs_at_once"):
         at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
@@ -337,6 +340,11 @@ def _check(config: Config) -> None:
         raise UserError(f"tracking.project='{config.tracking.project}' must be a name without any of / \\ # ? % :")
     _check_places(config)
     config.optimizer.options = check_method(config.optimizer.method, config.optimizer.options)
+
+
+def _is_device(name: str) -> bool:
+    """As CUDA_VISIBLE_DEVICES takes it."""
+    return re.fullmatch(r"\d{1,3}|(GPU|MIG)-[\w/-]+", name) is not None
 
 
 def _check_places(config: Config) -> None:

@@ -6,20 +6,21 @@ Resumable: the same command measures only what measurements.csv does not hold. W
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsam.approximation import study, summary
-from dsam.command_line import CONF, one_line_errors
+from dsam.command_line import CONF, Parser, one_line_errors
 from dsam.config import Config
 from dsam.errors import UserError
 from dsam.overrides import check, compose_config
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["agreement"])
     parser.add_argument("--model-path", help="a local model folder; default: the tiny model")
     parser.add_argument("--data-root", help="official GLUE files; default: the built-in tasks")
@@ -32,12 +33,16 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("results/approximation"))
     parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
     given = arguments()
-    if min(given.batches, given.batch_size) < 1 or min(given.rho) <= 0 or not all(0 <= p <= 100 for p in given.phases):
+    if (
+        min(given.batches, given.batch_size) < 1
+        or not all(0 < rho < math.inf for rho in given.rho)
+        or not all(0 <= p <= 100 for p in given.phases)
+    ):
         raise UserError("batches and batch size must be at least 1, every rho above 0, every phase from 0 to 100")
     common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
     if given.model_path:

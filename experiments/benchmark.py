@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsam.benchmark import steps, table
-from dsam.command_line import CONF, one_line_errors
+from dsam.command_line import CONF, Parser, one_line_errors
 from dsam.config import Config
 from dsam.errors import UserError, did_you_mean
 from dsam.overrides import check, compose_config
@@ -22,13 +22,13 @@ from dsam.runs.run import choose_device
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(steps.CONTENDERS), metavar="NAME")
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark.json"))
     parser.add_argument("settings", nargs="*", help="settings as for train.py; task may be a list: task=rte,cola")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:

@@ -203,7 +203,19 @@ def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
         assert "1 runs: 1 running elsewhere" in plan.stdout
 
 
-@pytest.mark.parametrize("setting", ["per_device=0", "retries=-1", "minutes=0", "memory_gb=-2", "devices=3"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "per_device=0",
+        "retries=-1",
+        "minutes=0",
+        "memory_gb=-2",
+        "devices=3",
+        "devices=[]",
+        "devices=[0,0]",
+        "devices=[-1]",
+    ],
+)
 def test_launcher_settings_that_cannot_be_meant(setting, paths):
     done = command("-m", *QUICK, *paths, f"launcher.{setting}")
     assert done.returncode == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..command_line import CONF
+from ..command_line import CONF, Parser
 from ..config import first_line
 from ..errors import UserError, did_you_mean
 from ..overrides import check, compose_config
@@ -29,11 +29,6 @@ class Damaged(Exception):
 
 class Unreachable(Exception):
     """W&B does not answer or does not let us in: no other run would fare better."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -95,7 +95,7 @@ def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool
                 now.unlink(missing_ok=True)
         os.utime(now)
         return now.stat().st_mtime - path.stat().st_mtime < expires
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -63,7 +63,7 @@ class Record:
                 reason = "was edited"
             else:
                 return result
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, UnicodeDecodeError) as error:
             reason = f"cannot be read ({error})"
@@ -77,7 +77,7 @@ class Record:
         """Why the latest attempt failed, or None."""
         try:
             return json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
     def fail(self, error: BaseException) -> str:

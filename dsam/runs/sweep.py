@@ -99,7 +99,7 @@ def preflight(runs: list[Planned]) -> None:
     seen = {}
     for r in runs:
         c = r.config
-        key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache)
+        key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
         if key not in seen:
             ready = prepare(c)
             for note in ready.notes:

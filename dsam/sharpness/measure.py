@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
+from ..command_line import Parser
 from ..config import Config, first_line
 from ..errors import UserError
 from ..methods import ExampleLosses
@@ -32,11 +33,6 @@ from .rise import rises
 from .surface import filter_normalised, line, line_figure, plane, plane_figure
 
 EXPECTED_PRODUCTS = 40  # of Lanczos; only for the time left
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -77,9 +73,12 @@ def main(arguments: Sequence[str]) -> None:
     if options.device:
         config.device.name = options.device
     out = options.out or options.run / "sharpness" / options.weights
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
     found, figures = measure(config, options)
     found = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed")}} | found
-    out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
             figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)

@@ -85,7 +85,7 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         try:
             network = BertForSequenceClassification(architecture)
         except Exception as error:  # whatever sizes that do not fit each other, or memory, raise inside torch
-            raise UserError(f"model.architecture={model.architecture}: {one_line(error)}") from None
+            raise UserError(f"model.architecture={model.architecture}: {_one_line(error)}") from None
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
         architecture.num_labels = num_labels
@@ -133,7 +133,7 @@ def _try(model: Model, network: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     try:
         logits = network.eval()(**tokenizer("one", "two", return_tensors="pt")).logits
     except Exception as error:  # whatever sizes that do not fit each other raise inside torch
-        raise UserError(f"model {model.path or model.id or model.name} cannot be used: {one_line(error)}") from None
+        raise UserError(f"model {model.path or model.id or model.name} cannot be used: {_one_line(error)}") from None
     if logits.shape != (1, num_labels):
         raise UserError(f"model {model.path or model.id or model.name} gives outputs of shape {tuple(logits.shape)}")
     network.train(was_training)
@@ -151,7 +151,7 @@ def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFa
     try:
         return BertConfig(**own | given, num_labels=num_labels)
     except Exception as error:  # whatever its checks of types raise
-        raise UserError(f"model.architecture={given}: {one_line(error)}") from None
+        raise UserError(f"model.architecture={given}: {_one_line(error)}") from None
 
 
 def _set_dropout(architecture, dropout: float | None) -> None:
@@ -160,7 +160,7 @@ def _set_dropout(architecture, dropout: float | None) -> None:
             setattr(architecture, name, dropout)
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
