@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap
 
 MEASURES = (
@@ -135,6 +136,7 @@ def figure(summary: pd.DataFrame) -> Figure:
             ax.set_title(f"{task}, ρ = {rho:g}", fontsize=9)
             ax.set_yticks(range(len(names)), names, fontsize=7)
             ax.tick_params(axis="x", labelsize=7)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
             ax.grid(axis="x", lw=0.3)
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(title="of fine-tuning", fontsize=7, title_fontsize=7)
