@@ -31,7 +31,7 @@ wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their f
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
 test: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: .venv/installed ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

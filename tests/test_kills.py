@@ -31,7 +31,6 @@ POINTS = [
 METHODS = {
     "dsam": ["optimizer.mask=fresh"],
     "looksam": ["optimizer.k=3"],
-    "fsam": [],
     "msam": [],
     "ae_sam": [],
     "per_instance": [],

@@ -39,7 +39,7 @@ def test_a_killed_run_a_segfault_an_exit_an_exception_and_a_hang_in_one_sweep(tm
         "seed=0,101,102,103,104,105,1",
         "launcher.workers=2",
         "launcher.retries=0",
-        "launcher.minutes=0.25",
+        "launcher.minutes=0.5",
         env=FAULTS,
     )
     assert done.returncode == 1, done.stderr
@@ -49,7 +49,7 @@ def test_a_killed_run_a_segfault_an_exit_an_exception_and_a_hang_in_one_sweep(tm
     assert found[102][1] == "killed by signal 11 (SIGSEGV)"
     assert found[103][1] == "left with status 7 and no result"
     assert found[104][1] == "ValueError: a loss of patience"
-    assert found[105][1] == "no result after launcher.minutes=0.25"
+    assert found[105][1] == "no result after launcher.minutes=0.5"
     assert "7 runs: 2 finished, 5 failed" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     listed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]

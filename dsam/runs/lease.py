@@ -28,7 +28,7 @@ class Lease:
     """
 
     def __init__(self, folder: Path, expires: float = EXPIRES, renewed: float = RENEWED):
-        self.path, self.expires, self.renewed = Path(folder) / "lease.json", expires, renewed
+        self.path, self.expires, self.renewed = path_in(folder), expires, renewed
         self.token = uuid.uuid4().hex
 
     def __enter__(self) -> "Lease":
@@ -78,6 +78,10 @@ class Lease:
                     os.link(aside, self.path)
             aside.unlink(missing_ok=True)
         return None
+
+
+def path_in(folder: Path) -> Path:
+    return Path(folder) / "lease.json"
 
 
 def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool:

@@ -16,6 +16,7 @@ from ..methods import METHODS, Method
 from ..training import model as models
 from ..training.checkpoint import Checkpoints
 from ..training.loop import State, best, fine_tune, total_steps
+from . import lease
 from .identity import RECORD_VERSION, Identity, identify
 from .provenance import provenance
 from .record import Record
@@ -33,6 +34,9 @@ def run(config: Config) -> dict:
     record = Record(identity.folder)
     result = record.result()
     if result is not None:
+        if not lease.alive(lease.path_in(record.folder)):  # killed after its result and before it had cleared up
+            Checkpoints(record.folder / "checkpoint").clear()
+            lease.path_in(record.folder).unlink(missing_ok=True)
         return result
     ready = prepare(config)
     with record.worked_on():

@@ -24,6 +24,7 @@ from ..config import Config, Launcher, first_line
 from ..errors import UserError
 from . import estimate, sweep
 from .display import Display
+from .lease import path_in
 from .record import write_atomically
 from .sweep import Planned
 
@@ -191,7 +192,7 @@ def summary(states: Iterable[str]) -> str:
 
 def _follow(r: Planned, now: float) -> None:
     """Whether a run of a job that has not ended is being worked on."""
-    if not (r.identity.folder / "lease.json").exists():
+    if not path_in(r.identity.folder).exists():
         r.status = "missing"
     elif r.status != "running":
         r.status, r.started = "running", now

@@ -65,7 +65,7 @@ def plan(configs: list[Config]) -> list[Planned]:
             planned.status = result["status"] if result else "missing"
         elif planned.record.failure():
             planned.status, planned.reason = "failed", planned.record.failure()["reason"]
-        if planned.status in ("missing", "failed") and lease.alive(identity.folder / "lease.json"):
+        if planned.status in ("missing", "failed") and lease.alive(lease.path_in(identity.folder)):
             planned.status = "elsewhere"
     estimate.from_finished(list(runs.values()))
     return list(runs.values())
@@ -204,7 +204,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 elif r.status != "missing":
                     r.status = "failed" if r.status == "killed" else r.status
                     display.ended(r)
-            for r in [r for r in elsewhere if not lease.alive(r.identity.folder / "lease.json")]:
+            for r in [r for r in elsewhere if not lease.alive(lease.path_in(r.identity.folder))]:
                 elsewhere.remove(r)
                 result = r.record.result()
                 r.status = result["status"] if result is not None else "missing"
