@@ -179,15 +179,16 @@ def test_two_sweeps_at_once_share_the_runs_and_do_none_twice(tmp_path, paths):
     assert all("5 finished" in out for out, _ in ended)
 
 
-def test_a_run_starts_within_a_second_of_the_one_before(tmp_path, paths):
-    """The first pays for the imports; what follows is forked from it. Measured from log to log, with a wide margin
-    for a busy machine."""
+def test_runs_after_the_first_start_at_once(tmp_path, paths):
+    """The server process pays for the imports; what it forks takes a second or so from one training to the next, the
+    earlier one's step, evaluation and checkpoint included. Importing takes five times as long."""
     done = command("-m", *QUICK, *paths, "seed=range(0,5)", "train.max_steps=1", env=FAULTS)
     assert done.returncode == 0, done.stderr
     starts = sorted(
         float(re.search(r"until (\S+)", log.read_text())[1]) for log in (tmp_path / "runs").glob("**/log.txt")
     )
-    assert min(b - a for a, b in pairwise(starts)) < 3
+    assert len(starts) == 5
+    assert min(b - a for a, b in pairwise(starts)) < 3  # a busy machine may be slow
 
 
 def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
@@ -223,8 +224,6 @@ def test_launcher_settings_that_cannot_be_meant(setting, paths):
     assert f"launcher.{setting.split('=')[0]}" in done.stderr
 
 
-def test_time_passes():
-    """`time.monotonic` is what durations are taken by: a clock that jumps changes none."""
+def test_durations_are_taken_by_a_clock_that_does_not_jump():
     for source in (ROOT / "dsam").rglob("*.py"):
         assert "time.time(" not in source.read_text(), source
-    assert time.monotonic() > 0
