@@ -30,7 +30,7 @@ class Display:
         self.todo = sum(r.status not in ("finished", "diverged") for r in runs)
         self.work = 0.0  # of the ended runs, in the unit of `weight`
         self.console = Console(stderr=True)
-        self.begin = time.monotonic()
+        self.begin: float | None = None  # when the first run started: what the imports take is paid once
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -43,12 +43,14 @@ class Display:
             self.live.stop()
 
     def left(self) -> str:
-        if not self.done:
+        if not self.done or self.begin is None:
             return "time left: unknown until a run has ended"
         left = sum(weight(r) for r in self.runs if r.status in ("missing", "running", "elsewhere"))
         return f"about {duration((time.monotonic() - self.begin) / self.work * left)} left"
 
     def show(self) -> None:
+        if self.begin is None and any(r.status == "running" for r in self.runs):
+            self.begin = time.monotonic()
         if self.live:
             table = Table("running", "for", box=None, title=f"{counts(self.runs)}; {self.left()}", title_justify="left")
             for r in self.runs:
