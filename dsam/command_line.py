@@ -1,26 +1,15 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .config import Config, first_line
+from .config import CONF, Config, first_line
 from .errors import UserError
-
-CONF = Path(__file__).parent.parent / "conf"
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and leave."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 @contextmanager

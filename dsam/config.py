@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError, did_you_mean
 
+CONF = Path(__file__).parent.parent / "conf"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no name or path needs and files break on
 LARGEST = 3.4e38  # of float32
 MOST_AT_ONCE = 1024  # threads, or runs: more is a slip of the keyboard

@@ -1,5 +1,6 @@
 """The two ways in which a run stops on purpose, and the nearest-name hint that errors give."""
 
+import argparse
 import difflib
 from collections.abc import Iterable
 
@@ -28,3 +29,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(set(map(str, known)))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and leave."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")

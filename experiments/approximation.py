@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsam.approximation import study, summary
-from dsam.command_line import CONF, Parser, one_line_errors
-from dsam.config import Config
-from dsam.errors import UserError
+from dsam.command_line import one_line_errors
+from dsam.config import CONF, Config
+from dsam.errors import Parser, UserError
 from dsam.overrides import check, compose_config
 
 

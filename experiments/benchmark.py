@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dsam.benchmark import steps, table
-from dsam.command_line import CONF, Parser, one_line_errors
-from dsam.config import Config
-from dsam.errors import UserError, did_you_mean
+from dsam.command_line import one_line_errors
+from dsam.config import CONF, Config
+from dsam.errors import Parser, UserError, did_you_mean
 from dsam.overrides import check, compose_config
 from dsam.runs.run import choose_device
 

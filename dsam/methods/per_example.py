@@ -106,16 +106,26 @@ class PerExampleGradients:
         """
         self.clear()
         self.batch_size = batch_size
-        handles = [self._model.register_forward_pre_hook(self._read_batch_size, with_kwargs=True)]
+        handle = self._model.register_forward_pre_hook(self._read_batch_size, with_kwargs=True)
+        try:
+            with self._hooked(self._tap):
+                yield self
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _hooked(self, hook: Callable):
+        """Inside, `hook(name, module, args, kwargs, output)` sees, and may replace, what the modules put out."""
+        handles = []
         try:
             for name, module in self._modules:
                 if isinstance(module, nn.Embedding):
                     handles.append(module.register_forward_pre_hook(self._expand_indices, with_kwargs=True))
-                handles.append(module.register_forward_hook(partial(self._tap, name), with_kwargs=True))
-            yield self
-        except BaseException:
-            self.clear()
-            raise
+                handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -247,19 +257,10 @@ class PerExampleGradients:
             raise RuntimeError("per-example gradients: call record() and backward() first")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
-        handles = []
-        try:
-            for name, module in self._modules:
-                if isinstance(module, nn.Embedding):
-                    handles.append(module.register_forward_pre_hook(self._expand_indices, with_kwargs=True))
-                hook = partial(self._perturb, name, scales, products)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        with self._hooked(partial(self._perturb, scales, products)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _perturb(self, name: str, scales: Tensor, products: dict[int, OuterProducts], module, args, kwargs, output):
+    def _perturb(self, scales: Tensor, products: dict[int, OuterProducts], name: str, module, args, kwargs, output):
         weight, bias = self._counted(module)
         if weight is None and bias is None:
             return None

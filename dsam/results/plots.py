@@ -134,7 +134,7 @@ def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, d
     for position, (task, metric) in enumerate(metrics.items()):
         axes = figure.add_subplot(rows, columns, position + 1)
         _plain(axes)
-        axes.set_title(f"{task} ({metric} ×100)" if isinstance(metric, str) else task, fontsize=9)
+        axes.set_title(f"{task}\n({metric} ×100)" if isinstance(metric, str) else task, fontsize=9)
         panels[task] = axes
     return figure, panels
 

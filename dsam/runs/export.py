@@ -12,9 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from ..command_line import CONF, Parser
-from ..config import first_line
-from ..errors import UserError, did_you_mean
+from ..config import CONF, first_line
+from ..errors import Parser, UserError, did_you_mean
 from ..overrides import check, compose_config
 from .record import Record, write_atomically
 from .tracking import Mirror, connect

@@ -17,9 +17,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
-from ..command_line import Parser
 from ..config import Config, first_line
-from ..errors import UserError
+from ..errors import Parser, UserError
 from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
 from ..runs.record import plain, write_atomically
