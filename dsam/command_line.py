@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from omegaconf import DictConfig
 
 from .config import CONF, Config, first_line
-from .errors import UserError
+from .errors import Stopped, UserError
 
 
 @contextmanager
@@ -20,6 +20,9 @@ def one_line_errors():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signum) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -77,7 +80,6 @@ def run_one(cfg: DictConfig) -> None:
     from .runs.identity import identify
     from .runs.record import Record
     from .runs.run import run
-    from .training.loop import Stopped
 
     with one_line_errors():
         config = load(cfg)
@@ -85,10 +87,7 @@ def run_one(cfg: DictConfig) -> None:
             raise UserError("launcher=slurm takes sweeps: add -m")
         try:
             result = run(config)
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            raise SystemExit(128 + stopped.signum) from None
-        except (UserError, KeyboardInterrupt):
+        except (UserError, Stopped, KeyboardInterrupt):
             raise
         except Exception as error:  # a failed run: one line here, the traceback in its log
             folder = identify(config).folder

@@ -1,7 +1,8 @@
-"""The two ways in which a run stops on purpose, and the nearest-name hint that errors give."""
+"""The ways in which a run stops on purpose, and the nearest-name hint that errors give."""
 
 import argparse
 import difflib
+import signal
 from collections.abc import Iterable
 
 LONGEST = 1000  # characters of an error's line
@@ -22,6 +23,14 @@ class UserError(Exception):
 
 class NonFiniteGradient(FloatingPointError):
     """A loss or gradient became infinite or NaN: the step was not taken and the weights are as they were."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has left a checkpoint."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from the checkpoint")
+        self.signum = signum
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, Launcher
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from . import estimate, lease
 from .display import STATUSES, Display, counts
 from .estimate import Expected
@@ -283,7 +283,6 @@ def describe_exit(code: int | None) -> str:
 
 def _child(config: Config, folder: str, device: str | None) -> None:
     """The body of a run's own process: everything it prints goes to its log."""
-    from ..training.loop import Stopped
     from .run import run
 
     _die_with_parent()

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import Config
-from ..errors import NonFiniteGradient
+from ..errors import NonFiniteGradient, Stopped
 from ..glue import Task, Tokenised, compute, headline, headline_name, predictions
 from ..methods import ExampleLosses, Method, example_losses
 from .batches import epoch_order, evaluation_batches, pieces, training_subset
@@ -20,14 +20,6 @@ from .checkpoint import Checkpoints
 from .progress import Bar
 
 LOG_EVERY = 10  # steps
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has left a checkpoint."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from the checkpoint")
-        self.signum = signum
 
 
 @dataclass
