@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import matplotlib
 import numpy as np
@@ -144,7 +145,9 @@ def test_cells_rebuild_the_means(runs_dir, tmp_path):
     assert len(cells) == 12 and cells.loc[0, "folder"] == "rte/tiny/adamw/adamw-0"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
-        f"{name}.{form}" for name in ("main", "per_task", "statistics", "cost") for form in ("csv", "md", "tex", "html")
+        f"{name}.{form}"
+        for name in ("main", "per_task", "statistics", "cost", "hyperparameters")
+        for form in ("csv", "md", "tex", "html")
     } < names
 
 
@@ -161,12 +164,151 @@ def test_each_form_escapes_what_it_would_misread():
     assert r"\| \<b>" in as_markdown(table) and "**1**" in as_markdown(table) and "_2_" in as_markdown(table)
 
 
-def test_every_row_of_a_latex_table_has_every_column(runs_dir):
-    built = tables.build(collect(runs_dir, "smoke"))
-    for table in (built.main, built.per_task, built.statistics, built.cost):
-        body = as_latex(table).split(r"\toprule")[1].split(r"\bottomrule")[0]
-        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
-        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table.text.columns) - 1}
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """RTE by bert_base: adamw, adamw_2x, sam with two rho; three seeds each."""
+    runs = tmp_path_factory.mktemp("swept")
+    recipe = {"lr": 2e-5, "epochs": 3, "dropout": None}
+    scores = {
+        ("adamw", 1, 1, None): (0.60, 0.62, 0.64), ("adamw_2x", 2, 1, None): (0.61, 0.61, 0.64),
+        ("sam", 1, 2, 0.05): (0.68, 0.66, 0.70), ("sam", 1, 2, 0.1): (0.58, 0.57, 0.60),
+    }  # fmt: skip
+    for (optimizer, factor, passes, rho), by_seed in scores.items():
+        own = recipe | {"steps_factor": factor} | ({"rho": rho, "mask": "same"} if rho else {})
+        train = {"steps": 234 * factor, "seconds": 1, "seconds_per_step": passes, "passes_per_step": passes,
+                 "examples_per_second": 1, "peak_memory_bytes": 1e9}  # fmt: skip
+        for seed, score in enumerate(by_seed):
+            run = plan("rte", "bert_base", optimizer, seed, id=f"{optimizer}-{rho}-{seed}", **own)
+            finish(runs, run, best=score, train=train)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def built(swept):
+    return tables.build(collect(swept))
+
+
+def test_what_is_not_significantly_worse_than_the_best_is_underlined(built):
+    main = built.main
+    styles = dict(zip(main.text["method"], main.styles["rte"], strict=True))
+    # Against sam (rho=0.05), t with 2 degrees of freedom: adamw 6, 4, 8 points lower (t = 6 / (2 / sqrt 3) = 5.2,
+    # p = 0.018), adamw_2x 7, 5, 6 (10.4, p = 0.0046), sam (rho=0.1) 10, 9, 10 (29, p = 0.0006); the level is 0.05 / 3.
+    assert styles == {"adamw": "underlined", "adamw_2x": "", "sam (rho=0.05)": "bold", "sam (rho=0.1)": ""}
+    (note,) = [note for note in main.notes if note.startswith("Bold")]
+    assert "paired t-test" in note and "with 3 seeds: its smallest p is 0.25" in note
+
+
+def test_compute_stands_beside_the_score(built):
+    main = built.main
+    assert list(main.text["compute / adamw"]) == ["1.00", "2.00", "2.00", "2.00"]
+    assert list(main.text.columns[:3]) == ["method", "compute / adamw", "rte"]
+
+
+def test_the_settings_of_the_methods(built):
+    table = built.hyperparameters
+    assert table.text.to_dict("list") == {
+        "method": ["adamw", "adamw_2x", "sam"], "steps factor": ["1", "2", "1"], "rho": ["–", "–", "0.05, 0.1"],
+        "further options": ["–", "–", "mask=same"],
+    }  # fmt: skip
+    assert table.notes[1] == "Equal for all methods: lr 2e-05; epochs 3." and len(table.values) == 4
+
+
+def test_a_setting_that_follows_the_task_names_the_tasks(tmp_path):
+    for task, lr in (("rte", 2e-5), ("stsb", 2e-5), ("cola", 1e-5)):
+        finish(tmp_path, plan(task, optimizer="adamw", lr=lr))
+        finish(tmp_path, plan(task, optimizer="sam", lr=1e-5))
+    text = tables.build(collect(tmp_path)).hyperparameters.text.set_index("method")
+    assert text.loc["adamw", "lr"] == "1e-05 (cola) or 2e-05 (rte, stsb)" and text.loc["sam", "lr"] == "1e-05"
+
+
+def test_the_notes_say_on_which_examples_was_chosen(tmp_path):
+    finish(tmp_path, plan(optimizer="adamw", selection="heldout"))
+    built = tables.build(collect(tmp_path))
+    assert {table.notes[0] for table in (built.main, built.per_task, built.statistics, built.hyperparameters)} == {
+        "Best epoch and any settings that were picked: chosen on a split of the training set, reported on the "
+        "development set."
+    }
+    finish(tmp_path, plan(optimizer="sam"))  # of before runs said so: the development set
+    both = tables.build(collect(tmp_path)).main.notes[0]
+    assert both.startswith("adamw: Best epoch and any") and "sam: Best epoch on the development set" in both
+
+
+def test_scores_against_rho(built):
+    table = built.rho
+    assert table.text.to_dict("records") == [
+        {"task": "rte", "method": "sam", "adamw": "62.00 ± 2.00 (3)", "ρ = 0.05": "68.00 ± 2.00 (3)",
+         "ρ = 0.1": "58.33 ± 1.53 (3)"}
+    ]  # fmt: skip
+    assert list(table.styles.loc[0]) == ["", "", "", "bold", ""]
+    at = table.values.set_index(["method", "rho"]).loc[("sam", 0.05)]
+    # 1 of 27 resamples has the lowest seed alone, more than 2.5 %: the interval is the range.
+    assert (at["low"], at["mean"], at["high"]) == pytest.approx((0.66, 0.68, 0.70))
+
+
+def test_published_figures_stand_beside_runs_on_the_same_official_task(built):
+    table = built.beside_published
+    assert list(table.text.columns) == ["from", "model", "method", "rte accuracy"]
+    assert list(table.text["rte accuracy"]) == ["62.00", "62.00", "68.00", "58.33", "65.70", "71.43"]
+    assert list(table.text["from"]) == ["here"] * 4 + ["published [1]", "published [2]"]
+    assert list(table.text["model"][4:]) == ["bert-base-cased", "bert-base-uncased"]
+    assert any(
+        note.startswith("[2] bert-base-uncased: median of 5 seeds") and "https://" in note for note in table.notes
+    )
+
+
+def test_mnli_figures_are_of_the_set_that_they_name(tmp_path):
+    def point(matched, mismatched):
+        metrics = {"dev_matched": {"accuracy": matched}, "dev_mismatched": {"accuracy": mismatched}}
+        return {"epoch": 1, "step": 1, "score": (matched + mismatched) / 2, "metrics": metrics}
+
+    for model in ("bert_base", "roberta_base"):
+        finish(tmp_path, plan("mnli", model, "adamw"), changes={"best": point(0.84, 0.86)})
+    text = tables.build(collect(tmp_path)).beside_published.text.set_index("model")
+    bert = text.loc["bert_base"]
+    assert (bert["mnli accuracy (matched)"], bert["mnli accuracy (mismatched)"]) == ("84.00", "86.00")
+    assert text.loc["roberta_base", "mnli accuracy"] == "85.00" and text.loc["roberta-base", "mnli accuracy"] == "87.60"
+
+
+def test_nothing_published_beside_other_tasks_or_a_part_of_the_data(tmp_path):
+    finish(tmp_path, plan("agreement", "bert_base"))
+    finish(tmp_path, plan("rte", "bert_base", max_train_examples=100))
+    built = tables.build(collect(tmp_path))
+    assert built.beside_published is None and built.rho is None
+    finish(tmp_path, plan("rte", "minilm"))
+    notes = tables.build(collect(tmp_path)).beside_published.notes
+    assert "There are no published figures for minilm: those of other models are shown." in notes
+
+
+DOCUMENT = r"""\documentclass{article}
+\usepackage[paperwidth=60cm,margin=1cm]{geometry}
+\usepackage{booktabs}
+\begin{document}
+%s
+\end{document}
+"""
+
+
+def test_latex_compiles_every_table(runs_dir, built, tmp_path):
+    folder = tmp_path / "latex"
+    inputs = []
+    for name, made in (("smoke", tables.build(collect(runs_dir))), ("swept", built)):
+        paths = tables.write(made, folder / name)
+        inputs += [rf"\input{{{name}/{path.name}}}\par" for path in paths if path.suffix == ".tex"]
+    assert len(inputs) == 6 + 7
+    odd = pd.DataFrame({"δ-SAM": ["ρ² ≥ 0.5 – 50 % of a_b & c#d {e} $f ~ ^ \\ η λ ≤ 1 × 2 < 3 > -4"]})
+    (folder / "odd.tex").write_text(as_latex(Table("odd", "δ ± ρ", ["ρ² – note %"], odd, odd)), encoding="utf-8")
+    (folder / "document.tex").write_text(DOCUMENT % "\n".join([*inputs, r"\input{odd}"]), encoding="utf-8")
+    done = subprocess.run([report.ROOT / "tests/latex/compile.sh", folder], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    log = (folder / "document.log").read_text(encoding="utf-8", errors="replace")
+    assert "Missing character" not in log and not re.search("^!", log, re.MULTILINE)
+    # LaTeX's underscore is a rule, no character.
+    text = " ".join((folder / "document.txt").read_text(encoding="utf-8").split())
+    for cell in ("67.00 ± 1.41 (2/3, 1 diverged)", "+11.50 [+3.50, +19.50]", "adamw 2x", "ρ = 0.05", "δ-SAM",
+                 "ρ2 ≥ 0.5 – 50 % of a b & c#d {e} $f", "η λ ≤ 1 × 2 < 3 > −4"):  # fmt: skip
+        assert cell in text
 
 
 def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
@@ -186,7 +328,26 @@ def test_figures_of_one_run_and_of_many_methods(tmp_path):
     assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["curves_tiny"]
     for rho in range(30):
         finish(tmp_path, plan(rho=rho + 0.5))
-    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["scores_tiny", "curves_tiny"]
+    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == [
+        "scores_tiny", "curves_tiny", "rho_tiny",
+    ]  # fmt: skip
+
+
+def test_the_curves_by_compute_end_at_the_passes_of_a_run(swept):
+    frame = collect(swept)
+    assert [name for name, _, _ in plots.figures(frame)] == [
+        f"{kind}_bert-base" for kind in ("scores", "differences", "curves", "compute", "rho")
+    ]
+    for by, sam in (("steps", 234), ("passes", 468)):
+        (axes,) = plots.curves(frame, by=by).axes
+        ends = {line.get_label(): line.get_xdata()[-1] for line in axes.get_lines()}
+        assert ends["adamw"] == 234 and ends["sam (rho=0.05)"] == sam
+
+
+def test_figures_tell_methods_apart_without_colour(tmp_path):
+    looks = [plots._style(position) for position in range(28)]
+    assert len({(look["marker"], look["linestyle"]) for look in looks[:7]}) == 7
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == 28
 
 
 def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):

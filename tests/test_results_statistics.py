@@ -9,6 +9,7 @@ from scipy import stats
 
 from dsam.errors import UserError
 from dsam.results import statistics
+from dsam.results.labels import without
 from dsam.results.statistics import compare, sign_flip_test, summarise
 
 
@@ -99,6 +100,28 @@ def test_bootstrap_interval_has_the_normal_width_for_many_seeds():
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
 
 
+def test_worse_than_the_best_is_a_paired_one_sided_t_test_corrected_over_the_others():
+    # Below a by 2, 3, 4, 3: t = 3 / (0.816 / 2) = 7.35 with 3 degrees of freedom; p = 0.0026.
+    scores = pd.DataFrame({"a": [10, 20, 30, 40.0], "b": [8, 17, 26, 37.0], "c": [9, 25, 25, 38.0], "none": np.nan})
+    assert statistics.worse_than_best(scores).to_dict() == {"a": False, "b": True, "c": False, "none": False}
+    p = stats.ttest_rel(scores["b"], scores["a"], alternative="less").pvalue
+    assert statistics.worse_than_best(scores, level=2 * p * 1.01)["b"]
+    assert not statistics.worse_than_best(scores, level=2 * p * 0.99)["b"]
+
+
+def test_fewer_than_three_pairs_with_the_best_show_nothing():
+    scores = pd.DataFrame({"a": [0.9, 0.9, 0.9, np.nan], "b": [0.1, 0.1, np.nan, np.nan], "c": [0.1, 0.1, 0.1, 0.1]})
+    assert statistics.worse_than_best(scores).to_dict() == {"a": False, "b": False, "c": True}
+    assert not statistics.worse_than_best(pd.DataFrame({"a": [np.nan], "b": [np.nan]})).any()
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_best_method_is_called_worse_in_at_most_one_table_of_twenty(seeds):
+    # All five are equal, so each is a best one; the first stands for them. 3 standard errors above 5 %.
+    draws = np.random.default_rng(0).normal(size=(600, seeds, 5))
+    assert np.mean([statistics.worse_than_best(pd.DataFrame(draw))[0] for draw in draws]) < 0.05 + 0.027
+
+
 def test_effect_size_and_probability_of_improvement_by_hand():
     assert statistics.effect_size({"rte": [1, 2], "mrpc": [3]}) == 2  # mean 2, sd 1
     assert np.isnan(statistics.effect_size({"rte": [1, 1]}))
@@ -147,6 +170,13 @@ def test_an_ambiguous_baseline_compares_nothing():
     assert compare(frame)["difference"].isna().all()
     named = compare(frame, baseline="adamw (lr=2)").set_index("method")
     assert named.loc["sam", "difference"] == pytest.approx(0.1)
+
+
+def test_a_label_without_a_hyperparameter():
+    assert without("sam (rho=0.1)", "rho") == without("sam", "rho") == "sam"
+    assert without("dsam (betas=[0.9, 0.99], rho=0.1, weighting=probe)", "rho") == (
+        "dsam (betas=[0.9, 0.99], weighting=probe)"
+    )
 
 
 def test_adamw_2x_is_no_variant_of_adamw():

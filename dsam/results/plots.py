@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsam.results.labels import without
 from dsam.results.sensitivity import against_rho
 from dsam.results.statistics import compare, methods, scored
 
@@ -135,7 +136,8 @@ def curves(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw", by
 
 def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw") -> Figure:
     """One panel per task: each method's mean score with its interval against rho, the baseline's as a band."""
-    order = methods(frame, baseline)
+    # As the figures of a sweep without these variants would show the methods.
+    order = list(dict.fromkeys(without(label, "rho") for label in methods(frame, baseline)))
     varied = sensitivity[sensitivity["rho"].notna()]
     figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.6, width=2.6)
     for task, axes in panels.items():
@@ -144,14 +146,16 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
             axes.axhline(100 * row.mean, color="#777777", linestyle=(0, (4, 3)), linewidth=0.9, label=row.method_label)
         for method, own in varied[varied["task"] == task].groupby("method", sort=False):
             own = own.sort_values("rho")
-            # A method's look in the other figures is that of its first variant.
-            style = _style(order.index(next(label for label in order if label in set(own["method_label"]))))
             ends = 100 * pd.concat([own["mean"] - own["low"], own["high"] - own["mean"]], axis=1).to_numpy().T
-            axes.errorbar(own["rho"], 100 * own["mean"], yerr=ends, capsize=2.5, linewidth=1.4, label=method, **style)
+            position = order.index(method)
+            beside = own["rho"] * 1.03 ** (position - len(order) / 2)  # intervals at one rho don't cover each other
+            look = _style(position) | {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "capthick": 1}
+            axes.errorbar(beside, 100 * own["mean"], yerr=ends, label=method, **look)
         axes.set_xscale("log")
         ticks = sorted(varied.loc[varied["task"] == task, "rho"].unique())
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40)
-        axes.minorticks_off()
+        if len(ticks) <= 10:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40)
+            axes.minorticks_off()
         axes.set_xlabel("ρ", fontsize=9)
     _legend(figure, panels)
     return figure

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dsam.glue.tasks import TASKS
-from dsam.results.formatting import percent
+from dsam.results.formatting import DASH, percent
 from dsam.results.rendering import Table
 from dsam.results.settings import PREFIX, selection_note
 from dsam.results.statistics import methods, scored
@@ -22,7 +22,7 @@ def reference() -> pd.DataFrame:
 
 
 def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Table | None:
-    """A row per model, task and metric: what each method reached here, and after it what was published.
+    """A row per method here, and below them one per model published; a column per task and metric that both have.
 
     Only runs on the whole of an official GLUE task count. A model's published figures are those whose name begins
     with its own (bert_base: bert-base-uncased); if there are none, those of all models. None if nothing is beside.
@@ -32,52 +32,55 @@ def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "
     for limit in LIMITS:
         runs = runs[runs[limit].isna()] if limit in runs else runs
     runs = scored(runs, which)
-    rows, sources, alone = [], {}, []
-    for model, own in runs.groupby("model", sort=False):
-        same = reference()["model"].str.startswith(model.replace("_", "-"))
-        published = reference()[same] if same.any() else reference()
-        alone += [] if same.any() else [model]
-        for (task, metric), figures in published.groupby(["task", "metric"], sort=False):
-            here = own[own["task"] == task]
-            scores = _scores(here, task, metric, which).groupby(here["method_label"]).mean().dropna()
-            if len(scores):
-                row = {"model": model, "task": task, "metric": metric}
-                row |= {("here", method): scores.get(method) for method in methods(own, baseline)}
-                row |= {("published", name): value / 100 for name, value in figures[["model", "value"]].to_numpy()}
-                rows.append(row)
-                for figure in figures.itertuples():
-                    sources.setdefault((figure.model, figure.source), {}).setdefault(figure.statistic, []).append(task)
-    if not rows:
+    if runs.empty:
         return None
-    values = pd.DataFrame(rows)
-    numbers = [column for column in values if isinstance(column, tuple)]
-    numbers = sorted(numbers, key=lambda column: column[0] != "here")
-    values = values[["model", "task", "metric", *numbers]]
-    text = values.astype(dict.fromkeys(numbers, object))
-    for column in numbers:
-        text[column] = values[column].astype(float).map(percent)
-    heads = {column: ": ".join(column) for column in numbers}
+    published = reference()
+    same = {model: published["model"].str.startswith(model.replace("_", "-")) for model in runs["model"].unique()}
+    alone = [model for model, own in same.items() if not own.any()]
+    if not alone:
+        published = published[pd.concat(same, axis=1).any(axis=1)]
+    here = {
+        (model, method): {
+            (task, metric): _score(own[own["task"] == task], task, metric, which)
+            for task, metric in published[["task", "metric"]].drop_duplicates().itertuples(index=False)
+        }
+        for model, group in runs.groupby("model", sort=False)
+        for method, own in ((label, group[group["method_label"] == label]) for label in methods(group, baseline))
+    }
+    numbers = pd.DataFrame.from_dict(here, orient="index").dropna(axis=1, how="all")
+    if numbers.empty:
+        return None
+    theirs = published.assign(value=published["value"] / 100).pivot(
+        index="model", columns=["task", "metric"], values="value"
+    )
+    theirs = theirs.reindex(columns=numbers.columns).dropna(how="all")
+    rows = [{"from": "here", "model": model, "method": method} for model, method in numbers.index]
+    rows += [{"from": f"published [{k}]", "model": model, "method": DASH} for k, model in enumerate(theirs.index, 1)]
+    numbers = pd.concat([numbers, theirs], ignore_index=True)
+    numbers.columns = [" ".join(column) for column in numbers.columns]
+    labels = pd.DataFrame(rows)
     notes = [
         selection_note(runs, which),
-        f"Here: mean over the finished runs of the {which} epoch. Published: other code, recipes and versions of the "
-        "data; single figures without a spread, so a difference to them is no result.",
+        f"Here: mean over the finished runs, {which} epoch. Published: other code, recipe and versions, and "
+        "no runs behind the figures, so that no difference to them can be tested.",
         *(f"There are no published figures for {model}: those of other models are shown." for model in alone),
-        *(f"{model}: {_statistics(statistics)}; {source}" for (model, source), statistics in sources.items()),
+        *(f"[{k}] {model}: {_origin(published, model)}" for k, model in enumerate(theirs.index, 1)),
     ]
     caption = f"Beside published figures on the GLUE development sets ({which} epoch), ×100"
-    text, values = text.rename(columns=heads), values.rename(columns=heads)
-    return Table("beside_published", caption, notes, values, text).without_single_model()
+    return Table("beside_published", caption, notes, labels.join(numbers), labels.join(numbers.map(percent)))
 
 
-def _scores(runs: pd.DataFrame, task: str, metric: str, which: str) -> pd.Series:
-    """Each run's `metric` as published: of MNLI's 'accuracy (matched)' one set, of 'accuracy' the mean of both."""
+def _score(runs: pd.DataFrame, task: str, metric: str, which: str) -> float:
+    """The runs' mean `metric` as published: of MNLI's 'accuracy (matched)' one set, of 'accuracy' the mean of both."""
     name, _, group = metric.removesuffix(")").partition(" (")
     splits = [f"dev_{group}"] if group else TASKS[task].evaluation_splits
     columns = [f"{which}.{split}.{name}" for split in splits]
-    return runs.reindex(columns=columns).mean(axis=1, skipna=False)
+    return runs.reindex(columns=columns).mean(axis=1, skipna=False).mean()
 
 
-def _statistics(statistics: dict[str, list[str]]) -> str:
-    if len(statistics) == 1:
-        return next(iter(statistics))
-    return "; ".join(f"{text} ({', '.join(dict.fromkeys(tasks))})" for text, tasks in statistics.items())
+def _origin(published: pd.DataFrame, model: str) -> str:
+    """How a model's figures came about (with their tasks, where that differs), and where they stand."""
+    own = published[published["model"] == model]
+    tasks = own.groupby("statistic", sort=False)["task"].unique()
+    how = [text if len(tasks) == 1 else f"{text} ({', '.join(names)})" for text, names in tasks.items()]
+    return "; ".join([*how, *own["source"].unique()])

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dsam.results.formatting import score_cell
+from dsam.results.formatting import DASH, score_cell
 from dsam.results.labels import value_text, without
 from dsam.results.rendering import BOLD, Table, styled
 from dsam.results.settings import selection_note
@@ -53,7 +53,7 @@ def rho_table(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw")
         text.append(row | {columns[rho.rho]: score_cell(rho) for _, rho in own.iterrows()})
         styles.append({columns[rho]: BOLD for rho in own.loc[own["mean"] == best, "rho"]})
     order = ["model", "task", "method", *([baseline] if len(references) else []), *columns.values()]
-    shown = pd.DataFrame(text).reindex(columns=order).fillna("")
+    shown = pd.DataFrame(text).reindex(columns=order).fillna(DASH)
     notes = [
         selection_note(frame, which),
         "Bold: the best ρ of a row. A ρ that is picked by these scores flatters its method.",

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from dsam.results.formatting import DASH
-from dsam.results.labels import value_text
+from dsam.results.labels import value_text, without
 from dsam.results.rendering import Table
 from dsam.results.statistics import methods
 
@@ -44,24 +44,23 @@ def selection_note(frame: pd.DataFrame, which: str = "best") -> str:
 
 def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Table:
     """A row per model and method: a column for each setting that all of them have and that differs somewhere, one for
-    rho, one for the options of few methods; what is equal everywhere is a note. `values`: a row per task, everything.
+    rho, one for the options of few methods; what is equal for all is a note. Variants in rho alone share a row.
+    `values` has everything: a row per model, variant and task.
     """
     names = [column.removeprefix(PREFIX) for column in frame.columns if column.startswith(PREFIX)]
     names = [name for name in names if name not in ("method", "seed", "selection")]
     names = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     # A run of which nothing is known but its folder has no settings to show.
     known = frame[frame[[PREFIX + name for name in names]].notna().any(axis=1)]
-    rows, long = [], []
+    rows = []
     for model, runs in known.groupby("model", sort=False):
-        for label in methods(runs, baseline):
-            own = runs[runs["method_label"] == label]
-            by_task = own.groupby("task", sort=False)[[PREFIX + name for name in names]].first()
-            rows.append({"model": model, "method": label} | {name: _by_task(by_task[PREFIX + name]) for name in names})
-            long.append(
-                by_task.rename(columns=lambda name: name.removeprefix(PREFIX)).assign(method=label, model=model)
-            )
-    values = pd.concat(long).reset_index() if long else pd.DataFrame(columns=["task", "method", "model"])
-    values = values[["model", "method", "task", *(name for name in names if name in values)]]
+        labels = methods(runs, baseline)
+        for method in dict.fromkeys(without(label, "rho") for label in labels):
+            own = runs[runs["method_label"].isin([label for label in labels if without(label, "rho") == method])]
+            rows.append({"model": model, "method": method} | {name: _shown(own, PREFIX + name) for name in names})
+    values = known.drop_duplicates(["model", "method_label", "task"])
+    values = values.rename(columns={"method_label": "method"} | {PREFIX + name: name for name in names})
+    values = values[["model", "method", "task", *names]]
     shown = pd.DataFrame(rows, columns=["model", "method", *names])
     shared = [name for name in names if (shown[name] != DASH).all()]
     equal = [name for name in shared if shown[name].nunique() == 1]
@@ -75,17 +74,17 @@ def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "ad
         text["further options"] = further
     notes = [selection_note(frame, which)]
     if equal:
-        same = ", ".join(f"{name.replace('_', ' ')} {shown[name].iloc[0]}" for name in equal)
-        notes.append(f"Equal in all runs: {same}.")
+        same = "; ".join(f"{name.replace('_', ' ')} {shown[name].iloc[0]}" for name in equal)
+        notes.append(f"Equal for all methods: {same}.")
     return Table("hyperparameters", "Settings of the methods", notes, values, text).without_single_model()
 
 
-def _by_task(values: pd.Series) -> str:
-    """The value that all tasks share, or each value with its tasks; a dash where none is set."""
+def _shown(runs: pd.DataFrame, column: str) -> str:
+    """The value that all tasks share, or each value with its tasks; several of one task in a row; a dash for none."""
     tasks = {}
-    for task, value in values.items():
-        missing = not isinstance(value, list) and pd.isna(value)
-        tasks.setdefault(DASH if missing else value_text(value), []).append(task)
+    for task, values in runs.groupby("task", sort=False)[column]:
+        seen = dict.fromkeys(value_text(value) for value in values if isinstance(value, list) or pd.notna(value))
+        tasks.setdefault(", ".join(seen) or DASH, []).append(task)
     if len(tasks) == 1:
         return next(iter(tasks))
-    return "; ".join(f"{value} ({', '.join(names)})" for value, names in tasks.items())
+    return " or ".join(f"{value} ({', '.join(names)})" for value, names in tasks.items())
