@@ -79,7 +79,8 @@ def as_latex(table: Table) -> str:
     """A tabular for a paper that loads booktabs; caption and notes are comments above it."""
     cells = table.cells(escape_latex, {BOLD: r"\textbf{{{}}}", UNDERLINED: r"\underline{{{}}}"})
     lines = [" & ".join(row) + r" \\" for row in [list(cells.columns), *cells.to_numpy().tolist()]]
-    alignment = "l" + "r" * (len(cells.columns) - 1)
+    words = [values.astype(str).str.match("[A-Za-z]").any() for _, values in table.text.items()]
+    alignment = "l" + "".join("l" if word else "r" for word in words[1:])
     comments = [f"% {line}" for line in [table.caption, *table.notes, r"Needs \usepackage{booktabs}."]]
     begin, end = rf"\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
     parts = [*comments, begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end]

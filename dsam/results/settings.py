@@ -83,6 +83,7 @@ def _shown(runs: pd.DataFrame, column: str) -> str:
     """The value that all tasks share, or each value with its tasks; several of one task in a row; a dash for none."""
     tasks = {}
     for task, values in runs.groupby("task", sort=False)[column]:
+        values = values.sort_values() if pd.api.types.is_numeric_dtype(values) else values
         seen = dict.fromkeys(value_text(value) for value in values if isinstance(value, list) or pd.notna(value))
         tasks.setdefault(", ".join(seen) or DASH, []).append(task)
     if len(tasks) == 1:
