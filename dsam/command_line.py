@@ -110,18 +110,21 @@ def run_one(cfg: DictConfig) -> None:
 
 
 def sweep(cfgs: Sequence[DictConfig]) -> None:
-    """All runs of a multirun. Leaves with status 1 and a list where some failed."""
-    from .runs import estimate
+    """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed."""
+    from .runs import choose, estimate
     from .runs import sweep as sweeps
 
     with one_line_errors():
         configs = [load(cfg) for cfg in cfgs]
         runs = sweeps.plan(configs)
         first = configs[0]
+        fresh = choose.check_fresh(configs)
         if first.launcher.plan:
             if first.launcher.measure:
                 estimate.measure(runs)
             sweeps.show_plan(runs, len(first.launcher.slots))
+            if fresh:
+                print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
             return
         sweeps.require_clean(configs)
         run_all = sweeps.run_all
@@ -130,11 +133,30 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
 
             slurm.require()
             run_all = slurm.run_all
-        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
-        sweeps.preflight(sweeps.unfinished(runs))
-        sweeps.write_manifest(runs, first.experiment or "sweep", " ".join(sys.argv))
-        failed = run_all(runs, first.launcher)
-        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+        name = first.experiment or "sweep"
+
+        def do(runs: list[sweeps.Planned], name: str, chosen: Sequence[dict] = ()) -> list[sweeps.Planned]:
+            parents = sweeps.plan(sweeps.parents([r.config for r in runs]))
+            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+            sweeps.preflight(sweeps.unfinished([*parents, *runs]))
+            sweeps.write_manifest(runs, name, " ".join(sys.argv), chosen)
+            failed = []
+            if sweeps.unfinished(parents):
+                print(f"they start from {len(parents)} others: {sweeps.counts(parents)}; those first")
+                failed = run_all(parents, first.launcher)
+            able = sweeps.without_orphans(runs, parents)
+            failed += [r for r in runs if r not in able]
+            failed += run_all(able, first.launcher) if able else []
+            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+            return failed
+
+        failed = do(runs, name)
+        if fresh:
+            configs, rows = choose.choose(runs)
+            print(choose.described(rows))
+            if configs:
+                print(f"the chosen variants with the seeds {fresh}, as experiment {name}_chosen:")
+                failed += do(sweeps.plan(choose.reseeded(configs, fresh)), f"{name}_chosen", rows)
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
         if failed:
