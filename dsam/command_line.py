@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -155,8 +156,8 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             configs, rows = choose.choose(runs)
             print(choose.described(rows))
             if configs:
-                print(f"the chosen variants with the seeds {fresh}, as experiment {name}_chosen:")
-                failed += do(sweeps.plan(choose.reseeded(configs, fresh)), f"{name}_chosen", rows)
+                print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
+                failed += do(sweeps.plan(choose.reseeded(configs, fresh)), name + CHOSEN, rows)
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
         if failed:
@@ -164,15 +165,35 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             raise SystemExit(1)
 
 
+CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds
+
+
+def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
+    """The name of the experiment whose runs are meant, and the configuration that says where they lie."""
+    from . import overrides
+
+    names = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
+    name = names[-1] if names else "sweep"
+    arguments = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in arguments]
+    arguments = [a for a in arguments if a != "experiment=sweep" and not a.startswith("-")]
+    arguments = [a for a in overrides.check(arguments, CONF) if a.startswith(("experiment=", "paths."))]
+    return name, overrides.compose_config(arguments, CONF)
+
+
+def chosen(arguments: Sequence[str]) -> list[str] | None:
+    """The arguments that mean the runs with fresh seeds of the same experiment, if there are any."""
+    name, config = named(arguments)
+    if not (Path(config.paths.runs) / ".sweeps" / f"{name}{CHOSEN}.json").exists():
+        return None
+    return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{CHOSEN}"]
+
+
 def report(arguments: Sequence[str]) -> None:
     """Writes tables, figures and report.html of an experiment's runs and prints the main table and where all lies."""
-    from . import overrides
     from .results import report as reports
 
-    arguments = [a for a in overrides.check(list(arguments), CONF) if not a.startswith("-")]
-    config = overrides.compose_config([a for a in arguments if a.startswith(("experiment=", "paths."))], CONF)
-    named = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
-    made = reports.make(named[-1] if named else "sweep", config.paths.runs, config.paths.tables, config.paths.figures)
+    name, config = named(arguments)
+    made = reports.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
     print(f"\n{made.text}\n")
     for what, where in (
         ("tables", made.tables[0].parent),
