@@ -11,6 +11,7 @@ import torch
 
 from ..runs.provenance import provenance
 from ..runs.record import write_atomically
+from .norms import Cost
 from .steps import Timed
 from .throughput import Throughput
 
@@ -47,8 +48,23 @@ def speeds(measured: Sequence[Throughput]) -> pd.DataFrame:
     )
 
 
+def costs(measured: Sequence[Cost]) -> pd.DataFrame:
+    """One row per way: seconds and memory, and their ratios to the first."""
+    first = measured[0]
+    return pd.DataFrame(
+        {
+            "one pass": found.name,
+            "seconds": found.seconds,
+            "/ backward": found.seconds / first.seconds,
+            "peak memory, GB": found.peak_memory_bytes / 1e9,
+            "memory / backward": found.peak_memory_bytes / first.peak_memory_bytes,
+        }
+        for found in measured
+    )
+
+
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,
