@@ -21,7 +21,6 @@ from dsam.errors import Parser, UserError, did_you_mean
 from dsam.overrides import check, compose_config
 from dsam.runs.run import choose_device
 
-
 MEASURES = {
     "benchmark": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
     "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
