@@ -4,7 +4,8 @@ python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=l
 
 Settings are those of train.py (device.threads, train.precision, train.batch_size, …). Writes results/benchmark.json
 and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
-exact per-example gradient norms beside a backward pass, at full length; each writes results/<what>.json and .md.
+exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
+batch, length and model shapes (random weights; no task or model needed). Each writes results/<what>.json and .md.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.benchmark import norms, steps, table, throughput
+from dsam.benchmark import norms, scaling, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
@@ -24,6 +25,12 @@ from dsam.runs.run import choose_device
 MEASURES = {
     "benchmark": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
     "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
+    "scaling": (
+        lambda config, given: scaling.measure(
+            given.shapes, scaling.POINTS, given.rounds, choose_device(config), config.train.precision == "bfloat16"
+        ),
+        table.points,
+    ),
     "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
 }
 """What can be measured: (how, the rows of its table)."""
@@ -32,6 +39,7 @@ MEASURES = {
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(steps.CONTENDERS), metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(scaling.SHAPES), choices=list(scaling.SHAPES))
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
     parser.add_argument("--what", choices=list(MEASURES), default="benchmark")
