@@ -111,6 +111,8 @@ def chosen(options: argparse.Namespace) -> tuple[dict[str, Run], list[str]]:
         runs, notes = choose.find(options.runs_dir, options.model, options.optimizer)
         for note in notes:
             print(note)
+    if not runs:
+        raise UserError(f"no finished GLUE run with kept weights (checkpoint.keep_weights=true) in {options.runs_dir}")
     named = options.fill_majority or []
     runs = {task: runs[task] for task in choose.TASKS if task in runs and task not in named}
     filled = [task for task in choose.TASKS if task not in runs]
