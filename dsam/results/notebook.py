@@ -8,15 +8,16 @@ from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Image
+from IPython.display import HTML, Image
 
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
-from dsam.results.formatting import DASH
+from dsam.results.formatting import DASH, percent
 from dsam.results.rendering import Table
 
 ROOT = Path(__file__).parents[2]
+NUMBERS = ["seed", "score", "best epoch", "last", "seconds"]
 
 
 def runs_from_environment() -> tuple[pd.DataFrame, Path, str | None, str]:
@@ -78,6 +79,29 @@ def provenance(frame: pd.DataFrame, runs_dir: Path) -> Table:
     return Table("provenance", f"Provenance of {read} runs", [], values, values)
 
 
+def run_table(frame: pd.DataFrame, runs_dir: Path) -> str:
+    """An HTML table of every run with a link to its folder, which the report's page lets a reader sort and filter."""
+    shown = {
+        "task": frame["task"],
+        "model": frame["model"],
+        "method": frame["method_label"],
+        "seed": frame["seed"].map(lambda seed: DASH if pd.isna(seed) else seed),
+        "status": frame["status"],
+        "score": frame["best"].map(percent),
+        "best epoch": frame["best_epoch"].map(lambda epoch: DASH if pd.isna(epoch) else f"{epoch:g}"),
+        "last": frame["last"].map(percent),
+        "seconds": frame["train.seconds"].map(lambda seconds: DASH if pd.isna(seconds) else f"{seconds:.1f}"),
+    }
+    numbers = [' class="number"' if name in NUMBERS else "" for name in shown]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(shown, numbers, strict=True))
+    rows = []
+    for run, *values in zip(frame.itertuples(), *shown.values(), strict=True):
+        cells = "".join(f"<td{kind}>{html.escape(str(v))}</td>" for kind, v in zip(numbers, values, strict=True))
+        rows.append(f"<tr>{cells}<td>{_link(run, runs_dir, run.id)}</td></tr>")
+    table = f'<table class="sortable"><thead><tr>{head}<th>run</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f'<div class="long" role="region" aria-label="Every run" tabindex="0">{table}</div>'
+
+
 def without_result(frame: pd.DataFrame, runs_dir: Path) -> str:
     """An HTML list of the runs that did not finish with a score, each with its reason and a link to its folder."""
     lost = frame[(frame["status"] != "finished") | frame["best"].isna()]
@@ -85,24 +109,27 @@ def without_result(frame: pd.DataFrame, runs_dir: Path) -> str:
     for run in lost.itertuples():
         reason = run.reason if isinstance(run.reason, str) else ""
         status = "finished without a score" if run.status == "finished" else run.status
-        link = f'<a href="{(runs_dir / run.folder).as_uri()}">{html.escape(run.folder)}</a>'
         seed = DASH if pd.isna(run.seed) else run.seed
         what = html.escape(f"{run.task}, {run.model}, {run.method_label}, seed {seed}: {status}. {reason}")
-        items.append(f"<li>{what} {link}</li>")
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>Every run finished with a score.</p>"
+        items.append(f"<li>{what} {_link(run, runs_dir, run.folder)}</li>")
+    return f'<ul class="long">{"".join(items)}</ul>' if items else "<p>Every run finished with a score.</p>"
 
 
-def published(frame: pd.DataFrame) -> Table:
+def _link(run, runs_dir: Path, text: str) -> str:
+    """`text`, leading to the run's folder where there is one."""
+    folder, text = runs_dir / run.folder, html.escape(str(text))
+    there = run.status != "missing" or folder.is_dir()
+    return f'<a href="{folder.as_uri()}">{text}</a>' if there else text
+
+
+def published(frame: pd.DataFrame) -> Table | HTML:
     """The figures of results/reference for the tasks of these runs, each with its source."""
     files = sorted((ROOT / "results" / "reference").glob("*.csv"))
     values = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
     values = values[values["task"].isin(frame["task"].unique())]
     if values.empty:
-        notes = ["There are none for these tasks."]
-    else:
-        notes = ["Other code and recipes, ×100; they compare only with runs on the official GLUE data."]
-        notes += [
-            f"{model}: {source}" for model, source in values.groupby("model", sort=False)["source"].first().items()
-        ]
+        return HTML("<p>There are none for these tasks.</p>")
+    notes = ["Other code and recipes, ×100; they compare only with runs on the official GLUE data."]
+    notes += [f"{model}: {source}" for model, source in values.groupby("model", sort=False)["source"].first().items()]
     text = values.drop(columns="source").assign(value=values["value"].map("{:.2f}".format))
     return Table("published", "Published figures on the GLUE development sets", notes, values, text)
