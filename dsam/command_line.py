@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -110,18 +111,21 @@ def run_one(cfg: DictConfig) -> None:
 
 
 def sweep(cfgs: Sequence[DictConfig]) -> None:
-    """All runs of a multirun. Leaves with status 1 and a list where some failed."""
-    from .runs import estimate
+    """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed."""
+    from .runs import choose, estimate
     from .runs import sweep as sweeps
 
     with one_line_errors():
         configs = [load(cfg) for cfg in cfgs]
         runs = sweeps.plan(configs)
         first = configs[0]
+        fresh = choose.check_fresh(configs)
         if first.launcher.plan:
             if first.launcher.measure:
                 estimate.measure(runs)
             sweeps.show_plan(runs, len(first.launcher.slots))
+            if fresh:
+                print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
             return
         sweeps.require_clean(configs)
         run_all = sweeps.run_all
@@ -130,11 +134,30 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
 
             slurm.require()
             run_all = slurm.run_all
-        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
-        sweeps.preflight(sweeps.unfinished(runs))
-        sweeps.write_manifest(runs, first.experiment or "sweep", " ".join(sys.argv))
-        failed = run_all(runs, first.launcher)
-        print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+        name = first.experiment or "sweep"
+
+        def do(runs: list[sweeps.Planned], name: str, chosen: Sequence[dict] = ()) -> list[sweeps.Planned]:
+            parents = sweeps.plan(sweeps.parents([r.config for r in runs]))
+            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+            sweeps.preflight(sweeps.unfinished([*parents, *runs]))
+            sweeps.write_manifest(runs, name, " ".join(sys.argv), chosen)
+            failed = []
+            if sweeps.unfinished(parents):
+                print(f"they start from {len(parents)} others: {sweeps.counts(parents)}; those first")
+                failed = run_all(parents, first.launcher)
+            able = sweeps.without_orphans(runs, parents)
+            failed += [r for r in runs if r not in able]
+            failed += run_all(able, first.launcher) if able else []
+            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
+            return failed
+
+        failed = do(runs, name)
+        if fresh:
+            configs, rows = choose.choose(runs)
+            print(choose.described(rows))
+            if configs:
+                print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
+                failed += do(sweeps.plan(choose.reseeded(configs, fresh)), name + CHOSEN, rows)
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
         if failed:
@@ -142,15 +165,35 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             raise SystemExit(1)
 
 
+CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds
+
+
+def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
+    """The name of the experiment whose runs are meant, and the configuration that says where they lie."""
+    from . import overrides
+
+    names = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
+    name = names[-1] if names else "sweep"
+    arguments = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in arguments]
+    arguments = [a for a in arguments if a != "experiment=sweep" and not a.startswith("-")]
+    arguments = [a for a in overrides.check(arguments, CONF) if a.startswith(("experiment=", "paths."))]
+    return name, overrides.compose_config(arguments, CONF)
+
+
+def chosen(arguments: Sequence[str]) -> list[str] | None:
+    """The arguments that mean the runs with fresh seeds of the same experiment, if there are any."""
+    name, config = named(arguments)
+    if not (Path(config.paths.runs) / ".sweeps" / f"{name}{CHOSEN}.json").exists():
+        return None
+    return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{CHOSEN}"]
+
+
 def report(arguments: Sequence[str]) -> None:
     """Writes tables, figures and report.html of an experiment's runs and prints the main table and where all lies."""
-    from . import overrides
     from .results import report as reports
 
-    arguments = [a for a in overrides.check(list(arguments), CONF) if not a.startswith("-")]
-    config = overrides.compose_config([a for a in arguments if a.startswith(("experiment=", "paths."))], CONF)
-    named = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
-    made = reports.make(named[-1] if named else "sweep", config.paths.runs, config.paths.tables, config.paths.figures)
+    name, config = named(arguments)
+    made = reports.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
     print(f"\n{made.text}\n")
     for what, where in (
         ("tables", made.tables[0].parent),

@@ -160,13 +160,18 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     paths: Paths = field(default_factory=Paths)
     launcher: Launcher = field(default_factory=Launcher)
+    selection: str = "dev"
+    fresh_seeds: list[int] = field(default_factory=list)
+    initialise_from: str | None = None
+    parent: dict[str, Any] | None = None  # the configuration that `initialise_from` comes to, filled in by `load`
     experiment: str | None = None
 
     @classmethod
     def load(cls, given: DictConfig | dict, experiment: str | None = None) -> "Config":
         """Resolves, coerces to the declared types and checks a composed configuration.
 
-        Raises UserError, one line, for anything that cannot be run.
+        With `initialise_from`, the parent is this same configuration with the other task, whose own recipe (an
+        interpolation over `task.name`) it takes up. Raises UserError, one line, for anything that cannot be run.
         """
         try:
             plain = OmegaConf.to_container(OmegaConf.create(given), resolve=True, throw_on_missing=True)
@@ -175,6 +180,10 @@ class Config:
         for name in ("hydra", "recipe"):
             plain.pop(name, None)
         plain["experiment"] = experiment or plain.get("experiment")
+        if plain.get("initialise_from") and not plain.get("parent"):
+            keep = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
+            other = {"task": {"name": str(plain["initialise_from"])}} | keep
+            plain["parent"] = cls.load(OmegaConf.merge(OmegaConf.create(given), other), experiment).to_dict()
         config = _read(cls, plain, "")
         _check(config)
         return config
@@ -323,8 +332,13 @@ def _check(config: Config) -> None:
         if not 0 < percent <= 100:
             raise UserError(f"checkpoint.keep_at: {percent} must be above 0 and at most 100 (per cent of the steps)")
     one_of("train.precision", train.precision, ("float32", "bfloat16"))
+    one_of("selection", config.selection, ("dev", "heldout"))
     one_of("data.source", config.data.source, ("builtin", "local", "hub"))
     one_of("tracking.mode", config.tracking.mode, ("offline", "online", "disabled"))
+    if config.initialise_from == task.name:
+        raise UserError(f"initialise_from={task.name} is the task itself; name another one, or null")
+    for seed in config.fresh_seeds:
+        at_least("fresh_seeds", seed, 0)
     if config.data.source == "local" and not config.data.root:
         raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
     if not task.train_splits:

@@ -1,6 +1,7 @@
 """An experiment from its first run to its report: python experiments/reproduce.py experiment=smoke
 
-Runs what is missing of the sweep, then writes tables, figures and the report. Takes what train.py takes.
+Runs what is missing of the sweep, then writes tables, figures and the report; with `fresh_seeds`, those of the chosen
+variants as well. Takes what train.py takes.
 """
 
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dsam.command_line import one_line_errors, report  # noqa: E402
+from dsam.command_line import chosen, one_line_errors, report  # noqa: E402
 
 if __name__ == "__main__":
     with one_line_errors():
@@ -19,4 +20,6 @@ if __name__ == "__main__":
         if sweep.returncode not in (0, 1):
             raise SystemExit(sweep.returncode)
         report(sys.argv[1:])
+        if again := chosen(sys.argv[1:]):
+            report(again)
         raise SystemExit(sweep.returncode)  # 1: some runs failed, and the tables show which

@@ -64,6 +64,7 @@ class Stepper:
     """A method's training step: backward, clipping, AdamW."""
 
     def __init__(self, model: nn.Module, name: str, options: dict):
+        self.model = model
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.method = METHODS[name](model, **options)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from ..runs.provenance import provenance
 from ..runs.record import write_atomically
 from .steps import Timed
+from .throughput import Throughput
 
 
 def rows(measured: Sequence[Timed]) -> pd.DataFrame:
@@ -32,7 +33,27 @@ def rows(measured: Sequence[Timed]) -> pd.DataFrame:
     )
 
 
-def write(measured: Mapping[str, Sequence[Timed]], device: torch.device, settings: dict, path: Path) -> None:
+def speeds(measured: Sequence[Throughput]) -> pd.DataFrame:
+    """One row per contender: examples per second, how many times as fast `dsam` is, tokens with padding."""
+    ours = next(found.examples_per_second for found in measured if found.name == "dsam")
+    return pd.DataFrame(
+        {
+            "contender": found.name,
+            "examples a second": found.examples_per_second,
+            "dsam is faster by": ours / found.examples_per_second,
+            "tokens, padding included": found.padded_tokens,
+        }
+        for found in measured
+    )
+
+
+def write(
+    measured: Mapping[str, Sequence[Timed | Throughput]],
+    as_rows: Callable[[Sequence], pd.DataFrame],
+    device: torch.device,
+    settings: dict,
+    path: Path,
+) -> None:
     """`path` (JSON: figures, device, settings, versions) and the same as tables in Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -47,7 +68,7 @@ def write(measured: Mapping[str, Sequence[Timed]], device: torch.device, setting
     parts += [f"{name}: {value}" for name, value in settings.items()]
     text = "\n".join(f"- {part}" for part in parts) + "\n"
     for task, found in measured.items():
-        table = rows(found).to_markdown(index=False, floatfmt=("", ".3f", ".2f", ".2f", ".2f", ".2f", ".3f"))
+        table = as_rows(found).to_markdown(index=False, floatfmt=("", ".3f", ".2f", ".2f", ".2f", ".2f", ".3f"))
         text += f"\n## {task}\n\n{table}\n"
     write_atomically(path.with_suffix(".md"), text)
 

@@ -1,7 +1,7 @@
 """GLUE's metrics, the one figure that its average takes from each task, and the best constant answer."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -34,11 +34,12 @@ def compute(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str
         return {name: float(METRICS[name](predictions, labels)) for name in task.metrics}
 
 
-def headline(task: Task, metrics_by_split: Mapping[str, Mapping[str, float]]) -> float:
-    """The figure that GLUE averages: the mean of the task's metrics, and over MNLI's two sets."""
-    return float(
-        np.mean([[metrics_by_split[split][name] for name in task.metrics] for split in task.evaluation_splits])
-    )
+def headline(
+    task: Task, metrics_by_split: Mapping[str, Mapping[str, float]], splits: Sequence[str] | None = None
+) -> float:
+    """The figure that GLUE averages: the mean of the task's metrics, and over MNLI's two sets (or over `splits`)."""
+    splits = task.evaluation_splits if splits is None else splits
+    return float(np.mean([[metrics_by_split[split][name] for name in task.metrics] for split in splits]))
 
 
 def headline_name(task: Task) -> str:

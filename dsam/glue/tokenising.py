@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,20 @@ class Tokenised:
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64, shape (N,)."""
         return np.diff(self.offsets)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Tokenised:
+        """These rows alone, in this order."""
+        indices = np.asarray(indices)
+        starts, lengths = self.offsets[indices], self.lengths[indices]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            offsets=offsets,
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            labels=None if self.labels is None else self.labels[indices],
+        )
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """The rows of these indices (B of them), padded to the longest, T.

@@ -10,7 +10,7 @@ from .. import glue
 from ..config import Config
 from ..training.model import fingerprint as model_fingerprint
 
-RECORD_VERSION = 2  # raised when the same configuration comes to mean other numbers
+RECORD_VERSION = 3  # raised when the same configuration comes to mean other numbers
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ def identify(config: Config) -> Identity:
         "options": config.optimizer.options,
         "train": asdict(config.train),
         "seeds": asdict(config.seeds),
+        "selection": config.selection,
+        "parent": identify(Config.load(config.parent)).id if config.parent else None,
     }
     canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
     name = hashlib.sha256(canonical.encode()).hexdigest()[:16]

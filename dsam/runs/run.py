@@ -15,6 +15,7 @@ from ..config import Config
 from ..errors import UserError
 from ..methods import METHODS, Method
 from ..training import model as models
+from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
@@ -26,6 +27,8 @@ from .tracking import Tracker
 
 def run(config: Config) -> dict:
     """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on.
+
+    A run that starts from another (`initialise_from`) has that one done first.
 
     Raises:
         UserError: the data, the model or the run folder cannot be used; Busy, if another process is at the run.
@@ -40,8 +43,20 @@ def run(config: Config) -> dict:
             lease.path_in(record.folder).unlink(missing_ok=True)
         return result
     ready = prepare(config)
+    if config.parent:
+        parent = Config.load(config.parent)
+        run(parent)
+        models.start_from(ready.network, kept_weights(parent))
     with record.worked_on():
         return record.result() or _train(config, identity, record, ready)
+
+
+def kept_weights(config: Config) -> Path:
+    """The folder of a finished run's weights at its best epoch. UserError where it kept none."""
+    folder = identify(config).folder / "best"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: that run kept no weights; move it away to have it trained again")
+    return folder
 
 
 def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:
@@ -112,6 +127,10 @@ def prepare(config: Config) -> Ready:
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
     data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
+    if config.selection == "heldout":
+        (train,) = task.train_splits
+        kept, held = held_out(len(data[train]))
+        data = data | {"heldout": data[train].take(held), train: data[train].take(kept)}
     return Ready(task, tokenizer, network, data, device, splits.notes)
 
 
@@ -173,6 +192,8 @@ def hyperparameters(config: Config) -> dict:
         "steps_factor": config.optimizer.steps_factor,
         **config.optimizer.options,
         **train,
+        "selection": config.selection,
+        "initialise_from": config.initialise_from,
     }
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def plan(configs: list[Config]) -> list[Planned]:
     return list(runs.values())
 
 
+def parents(configs: list[Config]) -> list[Config]:
+    """The runs that these start from."""
+    return [Config.load(config.parent) for config in configs if config.parent]
+
+
+def without_orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
+    """The runs that can start; those whose parent did not finish are marked as failed, and say so."""
+    lost = {r.identity.id: r for r in unfinished(parents)}
+    for r in unfinished(runs):
+        parent = lost.get(r.config.parent and identify(Config.load(r.config.parent)).id)
+        if parent is not None:
+            r.status, r.reason = "failed", f"the run that it starts from failed: {parent.title}: {parent.reason}"
+    return [r for r in runs if r.status != "failed" or not r.reason.startswith("the run that it starts from")]
+
+
 def unfinished(runs: list[Planned]) -> list[Planned]:
     return [r for r in runs if r.status not in ("finished", "diverged")]
 
@@ -124,14 +140,18 @@ def require_clean(configs: list[Config]) -> None:
         )
 
 
-def write_manifest(runs: list[Planned], name: str, command: str) -> Path:
-    """`<runs>/.sweeps/<name>.json`: which runs belong to the sweep, so that tables can show what is missing."""
+def write_manifest(runs: list[Planned], name: str, command: str, chosen: Sequence[dict] = ()) -> Path:
+    """`<runs>/.sweeps/<name>.json`: which runs belong to the sweep, so that tables can show what is missing.
+
+    `chosen`: the rows of `choose.choose`, where the runs' settings were chosen by another sweep.
+    """
     from .run import hyperparameters
 
     root = Path(runs[0].config.paths.runs)
     contents = {
         "experiment": name,
         "command": command,
+        "chosen": list(chosen),
         "runs": [
             {
                 "id": r.identity.id,

@@ -22,6 +22,13 @@ def training_subset(examples: int, limit: int | None, seed: int) -> np.ndarray:
     return torch.randperm(examples, generator=generator).numpy()[:limit]
 
 
+def held_out(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(to train on, held out): a tenth of the training set, at most 2,000 examples, the same for every run."""
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(0)).numpy()
+    share = min(max(1, examples // 10), 2000)
+    return np.sort(order[share:]), np.sort(order[:share])
+
+
 def pieces(indices: np.ndarray, lengths: np.ndarray, train: Train) -> list[np.ndarray]:
     """The batch `indices` cut into micro-batches: at most `micro_batch_size` each, sorted by length where it pays.
 

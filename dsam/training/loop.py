@@ -193,20 +193,27 @@ def train_record(state: State, lr: float, per_epoch: int, method: Method) -> dic
 
 
 def best(evaluations: Iterable[dict]) -> dict | None:
-    """The evaluation with the highest headline score, the earliest of equals; NaN is never the best."""
-    scored = [e for e in evaluations if e["score"] == e["score"]]
-    return max(scored, key=lambda e: e["score"], default=None)
+    """The evaluation with the highest score to choose by, the earliest of equals; NaN is never the best.
+
+    That is the headline score on the held-out part of the training set where there is one, else the one reported.
+    """
+    scored = [(e.get("heldout_score", e["score"]), e) for e in evaluations]
+    scored = [(score, e) for score, e in scored if score == score]
+    return max(scored, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 @torch.no_grad()
 def evaluate(
     task: Task, data: dict[str, Tokenised], model: nn.Module, device: torch.device, autocast: torch.dtype | None = None
 ) -> dict:
-    """{"score", "loss", "metrics": {split: {name: value}}} on the task's evaluation splits."""
+    """{"score", "loss", "metrics": {split: {name: value}}} on the task's evaluation splits.
+
+    Score and loss are theirs alone; with a split "heldout" in `data` there is also its "heldout_score".
+    """
     was_training = model.training
     model.eval()
     metrics, losses = {}, []
-    for split in task.evaluation_splits:
+    for split in [*task.evaluation_splits, *(["heldout"] if "heldout" in data else [])]:
         examples = data[split]
         output = np.zeros(len(examples), dtype=np.float64 if task.num_labels == 1 else np.int64)
         for indices in evaluation_batches(examples.lengths):
@@ -214,11 +221,15 @@ def evaluate(
             labels = batch.pop("labels")
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits = model(**batch).logits.float()
-            losses.append(example_losses(logits, labels).double().cpu())
+            if split != "heldout":
+                losses.append(example_losses(logits, labels).double().cpu())
             output[indices] = predictions(task, logits.cpu().numpy())
         metrics[split] = compute(task, output, examples.labels)
     model.train(was_training)
-    return {"score": headline(task, metrics), "loss": float(torch.cat(losses).mean()), "metrics": metrics}
+    scores = {"score": headline(task, metrics)}
+    if "heldout" in data:
+        scores["heldout_score"] = headline(task, metrics, ["heldout"])
+    return scores | {"loss": float(torch.cat(losses).mean()), "metrics": metrics}
 
 
 def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -126,6 +126,15 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     return network
 
 
+def start_from(network: PreTrainedModel, folder: Path) -> None:
+    """Gives the encoder the weights of a classifier kept in `folder`; the head stays as it was drawn."""
+    try:
+        parent = type(network).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        network.base_model.load_state_dict(parent.base_model.state_dict())
+    except Exception as error:  # whatever a broken or foreign file raises inside transformers or safetensors
+        raise UserError(f"initialise_from: {folder} cannot be used: {_one_line(error)}") from None
+
+
 @torch.no_grad()
 def _try(model: Model, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_labels: int) -> None:
     """One short pair through the model, without dropout: what fails here would fail in the first step."""

@@ -1,0 +1,136 @@
+"""Examples per second of plain fine-tuning, beside Hugging Face's Trainer on the same batches, in turn."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..config import Config
+from ..methods import ExampleLosses
+from ..runs.run import Ready, prepare
+from ..training.batches import epoch_order, pieces
+from ..training.loop import to
+from .steps import Stepper
+
+CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
+"""`Trainer, padded to the limit` is what its GLUE example does by default (pad_to_max_length)."""
+
+
+@dataclass
+class Throughput:
+    """One contender's figures in one setting."""
+
+    name: str
+    examples_per_second: float  # the median over rounds
+    padded_tokens: int  # that went through the model for these batches, padding included
+
+
+def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
+    """Times every contender in one alternating run of `steps` optimizer steps a round, after one that does not count.
+
+    All see the same examples in the same batches in the same order. What is timed is all that a step takes: making
+    the batch, forward, backward, clipping, AdamW.
+    """
+    ready = prepare(config)
+    examples, batch = ready.data[ready.task.train_splits[0]], config.train.batch_size
+    order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
+    lengths = examples.lengths[order]
+    limit = config.train.max_length
+    cut = [pieces(order[k : k + batch], examples.lengths, config.train) for k in range(0, len(order), batch)]
+    tokens = {
+        "dsam": sum(len(part) * int(examples.lengths[part].max()) for parts in cut for part in parts),
+        "Trainer, dynamic padding": sum(
+            len(lengths[k : k + batch]) * int(lengths[k : k + batch].max()) for k in range(0, len(order), batch)
+        ),
+        "Trainer, padded to the limit": len(order) * limit,
+    }
+    tokens["dsam, bfloat16"] = tokens["dsam"]
+    ours = Stepper(ready.network.train(), "plain", {})
+    theirs = prepare(config).network
+    contenders: dict[str, Callable[[], float]] = {
+        "dsam": lambda: own(ready, ours, order, config, None),
+        "dsam, bfloat16": lambda: own(ready, ours, order, config, torch.bfloat16),
+        "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
+        "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds + 1):
+        print(f"{config.task.name}: throughput, round {turn}/{rounds}", file=sys.stderr, flush=True)
+        for name in [*CONTENDERS[turn % len(CONTENDERS) :], *CONTENDERS[: turn % len(CONTENDERS)]]:
+            spent = contenders[name]()
+            if turn:
+                seconds[name].append(spent)
+    return [Throughput(name, len(order) / statistics.median(seconds[name]), tokens[name]) for name in CONTENDERS]
+
+
+def own(ready: Ready, step: Stepper, order: np.ndarray, config: Config, autocast: torch.dtype | None) -> float:
+    """Seconds for the examples `order` in the way of `dsam.training.loop`."""
+    examples, batch = ready.data[ready.task.train_splits[0]], config.train.batch_size
+    began = time.perf_counter()
+    for k in range(0, len(order), batch):
+        parts = pieces(order[k : k + batch], examples.lengths, config.train)
+        step([ExampleLosses(step.model, to(examples.batch(part), ready.device), autocast) for part in parts])
+    return time.perf_counter() - began
+
+
+def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Config, width: int | None) -> float:
+    """Seconds for the same in `Trainer`, from its first step's beginning to its last one's end."""
+    examples = ready.data[ready.task.train_splits[0]]
+    names = [name for name in ("input_ids", "token_type_ids") if getattr(examples, name) is not None]
+    rows = [
+        {name: getattr(examples, name)[examples.offsets[i] : examples.offsets[i + 1]].tolist() for name in names}
+        | {"labels": examples.labels[i].item()}
+        for i in order
+    ]
+    padding = {"padding": True} if width is None else {"padding": "max_length", "max_length": width}
+    clock = _Clock()
+    given = TrainingArguments(
+        output_dir=config.paths.cache,
+        per_device_train_batch_size=config.train.batch_size,
+        num_train_epochs=1,
+        learning_rate=1e-6,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=ready.device.type == "cpu",
+        bf16=config.train.precision == "bfloat16",
+        logging_strategy="no",
+    )
+    run = _InOrder(
+        model.train(),
+        given,
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(ready.tokenizer, **padding),
+        callbacks=[clock],
+    )
+    run.remove_callback(PrinterCallback)
+    run.train()
+    return clock.seconds
+
+
+class _InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+class _Clock(TrainerCallback):
+    seconds = 0.0
+
+    def on_train_begin(self, *args, **options):
+        self.seconds = time.perf_counter()
+
+    def on_train_end(self, *args, **options):
+        self.seconds = time.perf_counter() - self.seconds

@@ -1,0 +1,151 @@
+"""Choosing on held-out examples, fresh seeds, and runs that start from another run's encoder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+from safetensors.torch import load_file
+
+from dsam import glue
+from dsam.config import CONF, Config
+from dsam.errors import UserError
+from dsam.overrides import check, compose_config
+from dsam.runs.identity import identify
+from dsam.runs.run import prepare, run
+from dsam.training.batches import held_out
+from dsam.training.loop import best
+
+FAST = ["task=agreement", "model=tiny", "train.max_steps=4", "train.max_train_examples=64", "tracking=disabled"]
+
+
+def config(*overrides: str) -> Config:
+    return Config.load(compose_config(check([*FAST, *overrides], CONF), CONF))
+
+
+@pytest.mark.parametrize("examples", [10, 2490, 67349])
+def test_held_out_is_a_tenth_at_most_2000_and_apart(examples):
+    train, held = held_out(examples)
+    assert len(held) == min(examples // 10, 2000)
+    assert sorted([*train, *held]) == list(range(examples))
+    assert (held_out(examples)[1] == held).all()
+
+
+def test_rows_taken_are_the_rows(paths):
+    data = prepare(config(*paths)).data["train"]
+    rows = np.array([5, 0, 17])
+    taken = data.take(rows)
+    for name, value in data.batch(rows).items():
+        assert torch.equal(taken.batch(range(3))[name], value)
+
+
+def test_with_heldout_nothing_held_out_is_trained_on_and_dev_is_what_is_reported(paths):
+    whole = prepare(config(*paths)).data
+    ready = prepare(config("selection=heldout", *paths))
+    parts = [ready.data["train"], ready.data["heldout"]]
+    assert sum(map(len, parts)) == len(whole["train"]) and len(ready.data["dev"]) == len(whole["dev"])
+    rows = [tuple(p.input_ids[a:b]) for p in parts for a, b in zip(p.offsets, p.offsets[1:], strict=False)]
+    o = whole["train"].offsets
+    assert sorted(rows) == sorted(tuple(whole["train"].input_ids[a:b]) for a, b in zip(o, o[1:], strict=False))
+
+    result = run(config("selection=heldout", "train.epochs=2", "train.max_steps=null", *paths))
+    for point in result["evaluations"]:
+        assert set(point["metrics"]) == {"dev", "heldout"}
+        assert point["score"] == point["metrics"]["dev"]["matthews_correlation"]
+        assert point["heldout_score"] == point["metrics"]["heldout"]["matthews_correlation"]
+    assert result["hyperparameters"]["selection"] == "heldout"
+
+
+def test_the_best_epoch_is_the_best_on_what_was_held_out():
+    points = [
+        {"epoch": 1, "score": 0.9, "heldout_score": 0.5},
+        {"epoch": 2, "score": 0.6, "heldout_score": 0.7},
+        {"epoch": 3, "score": 0.8, "heldout_score": float("nan")},
+    ]
+    assert best(points)["epoch"] == 2
+    assert best([{k: v for k, v in p.items() if k != "heldout_score"} for p in points])["epoch"] == 1
+
+
+def test_a_grid_chooses_by_hand_computed_means_and_reruns_with_fresh_seeds(tmp_path, paths):
+    arguments = ["-m", *FAST, "optimizer=adamw,sam", "model.rho=0.001,0.5", "seed=range(0,2)", "selection=heldout"]
+    done = command(*arguments, "fresh_seeds=[7,8]", "launcher.workers=2", *paths)
+    assert done.returncode == 0, done.stderr
+    sweeps = tmp_path / "runs" / ".sweeps"
+    grid, chosen = (json.loads((sweeps / f"{n}.json").read_text()) for n in ("sweep", "sweep_chosen"))
+    assert len(grid["runs"]) == 6  # rho is nothing to adamw: its two are one
+    scores = {}
+    for planned in grid["runs"]:
+        result = json.loads((tmp_path / "runs" / planned["folder"] / "result.json").read_text())
+        points = [e["metrics"]["heldout"]["matthews_correlation"] for e in result["evaluations"]]
+        scores.setdefault((planned["optimizer"], planned["hyperparameters"].get("rho")), []).append(max(points))
+    means = {rho: np.mean(values) for (optimizer, rho), values in scores.items() if optimizer == "sam"}
+    winner = next(row for row in chosen["chosen"] if row["optimizer"] == "sam" and row["chosen"])
+    assert winner["settings"] == {"rho": max(means, key=means.get)}
+    assert winner["mean"] == pytest.approx(max(means.values()))
+    again = [(r["optimizer"], r["seed"], r["hyperparameters"].get("rho")) for r in chosen["runs"]]
+    rho = winner["settings"]["rho"]
+    assert sorted(again, key=str) == [("adamw", 7, None), ("adamw", 8, None), ("sam", 7, rho), ("sam", 8, rho)]
+    assert not {r["id"] for r in grid["runs"]} & {r["id"] for r in chosen["runs"]}
+
+
+def test_fresh_seeds_must_be_fresh(paths):
+    done = command("-m", *FAST, "seed=range(0,2)", "fresh_seeds=[1,2]", *paths)
+    assert done.returncode == 2
+    assert done.stderr.strip() == ("error: fresh_seeds=[1, 2]: seed 1 is among those of the sweep, [0, 1]: name others")
+
+
+def test_a_child_starts_with_its_parents_encoder_and_its_own_head(tmp_path, paths):
+    child = config("initialise_from=entailment", "train.lr=0", "checkpoint.keep_weights=true", *paths)
+    parent = Config.load(child.parent)
+    assert (parent.task.name, parent.parent, parent.train) == ("entailment", None, child.train)
+    run(child)
+    kept = load_file(identify(parent).folder / "best" / "model.safetensors")
+    ended = load_file(identify(child).folder / "last" / "model.safetensors")
+    plain = prepare(config(*paths)).network.state_dict()
+    for name, value in ended.items():
+        assert torch.equal(value, kept[name] if name.startswith("bert.") else plain[name]), name
+    assert identify(child).id != identify(config("train.lr=0", *paths)).id
+    other = config("initialise_from=entailment", "train.lr=0", "optimizer=sam", *paths)
+    assert identify(Config.load(other.parent)).id != identify(parent).id
+
+
+def test_the_parents_recipe_is_its_own_tasks(tmp_path):
+    overrides = ["experiment=glue_roberta_large_mnli", "task=rte", "data=local", f"data.root={tmp_path}"]
+    child = Config.load(compose_config(overrides, CONF))
+    assert (child.train.batch_size, child.train.lr) == (16, 2e-5)
+    assert (child.parent["train"]["batch_size"], child.parent["train"]["lr"]) == (32, 1e-5)
+
+
+def test_a_sweep_does_parents_first_and_each_once(tmp_path, paths):
+    arguments = ["-m", *FAST, "task=agreement,similarity", "optimizer=adamw,sam", "initialise_from=entailment"]
+    done = command(*arguments, "launcher.workers=2", *paths)
+    assert done.returncode == 0, done.stderr
+    assert "they start from 2 others" in done.stdout
+    folders = sorted(p.parent.relative_to(tmp_path / "runs") for p in tmp_path.glob("runs/*/*/*/*/result.json"))
+    assert [f.parts[0] for f in folders] == ["agreement"] * 2 + ["entailment"] * 2 + ["similarity"] * 2
+    assert len(json.loads((tmp_path / "runs/.sweeps/sweep.json").read_text())["runs"]) == 4
+
+
+def test_a_child_without_its_parents_weights_is_told(tmp_path, paths):
+    child = config("initialise_from=entailment", *paths)
+    parent = Config.load(child.parent)
+    parent.checkpoint.keep_weights = False
+    run(parent)
+    with pytest.raises(UserError, match="that run kept no weights"):
+        run(child)
+
+
+def test_what_cannot_be_a_parent_is_refused():
+    with pytest.raises(UserError, match="initialise_from=agreement is the task itself"):
+        config("initialise_from=agreement")
+    with pytest.raises(UserError, match="did you mean 'entailment'"):
+        config("initialise_from=entailmnt")
+
+
+def test_the_grid_experiments_compose():
+    for name in ("rho_grid", "glue_roberta_large_mnli"):
+        assert (ROOT / "conf" / "experiment" / f"{name}.yaml").is_file()
+    cfg = Config.load(compose_config(["experiment=rho_grid"], CONF))
+    assert cfg.selection == "heldout" and not set(cfg.fresh_seeds) & {0, 1, 2}
+    assert glue.get_task(cfg.task.name)
