@@ -50,7 +50,8 @@ def test_main_table_by_hand(runs_dir):
     assert text.loc["adamw", "average"] == "66.67" and text.loc["sam", "average"] == "74.50"
     # Pairs: rte +6, +6; mrpc +1, +33: the mean of 6 and 17. All 4 cells go up: p = 2/16.
     assert text.loc["sam", "difference to adamw"].startswith("+11.50 [") and text.loc["sam", "Holm p"] == "0.1250"
-    assert main.bold.loc[1, ["rte", "mrpc"]].all() and not main.bold.loc[0].any()
+    assert list(main.styles.loc[1, ["rte", "mrpc"]]) == ["bold", "bold"]
+    assert list(main.styles.loc[0, ["rte", "mrpc"]]) == ["underlined", "underlined"]  # 2 pairs show nothing
     assert main.values.set_index("method").loc["sam", "rte mean"] == (0.66 + 0.68) / 2
     notes = " ".join(main.notes)
     assert "Best epoch" in notes and "flatters" in notes and "over rte, mrpc" in notes
@@ -148,16 +149,16 @@ def test_cells_rebuild_the_means(runs_dir, tmp_path):
 
 
 def test_each_form_escapes_what_it_would_misread():
-    text = pd.DataFrame({"method_name": [r"a&b_c 50% $x$ {y} #1 ~^\ | <b> ±"], "x": ["1"]})
-    bold = pd.DataFrame({"method_name": [False], "x": [True]})
-    table = Table("t", "100 %", [], text, text, bold)
+    text = pd.DataFrame({"method_name": [r"a&b_c 50% $x$ {y} #1 ~^\ | <b> ± -1 e-1"], "x": ["1"], "y": ["2"]})
+    styles = rendering.styled([{"x": "bold", "y": "underlined"}], text)
+    table = Table("t", "100 %", [], text, text, styles)
     latex = as_latex(table)
-    assert r"method\_name & x \\" in latex and r"\textbf{1}" in latex
-    cell = r"a\&b\_c 50\% \$x\$ \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{} | $<$b$>$ $\pm$"
+    assert r"method\_name & x & y \\" in latex and r"& \textbf{1} & \underline{2} \\" in latex
+    cell = r"a\&b\_c 50\% \$x\$ \{y\} \#1 \textasciitilde{}\textasciicircum{}\textbackslash{} | $<$b$>$ $\pm$ $-$1 e-1"
     assert cell in latex and cell == escape_latex(text.iloc[0, 0])
-    assert latex.count(r"\begin{tabular}{lr}") == latex.count(r"\end{tabular}") == 1
-    assert "&lt;b&gt;" in as_html(table) and "<strong>1</strong>" in as_html(table)
-    assert r"\| \<b>" in as_markdown(table) and "**1**" in as_markdown(table)
+    assert latex.count(r"\begin{tabular}{lrr}") == latex.count(r"\end{tabular}") == 1
+    assert "&lt;b&gt;" in as_html(table) and "<strong>1</strong>" in as_html(table) and "<u>2</u>" in as_html(table)
+    assert r"\| \<b>" in as_markdown(table) and "**1**" in as_markdown(table) and "_2_" in as_markdown(table)
 
 
 def test_every_row_of_a_latex_table_has_every_column(runs_dir):

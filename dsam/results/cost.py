@@ -6,16 +6,18 @@ from dsam.results.formatting import number
 from dsam.results.rendering import Table
 from dsam.results.statistics import baseline_label, methods
 
-FIGURES = ["train.seconds_per_step", "train.passes_per_step", "train.peak_memory_bytes"]
+FIGURES = ["train.seconds_per_step", "train.passes_per_step", "train.peak_memory_bytes", "train.passes"]
 
 
 def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     """Seconds, forward-backward passes and peak memory per step of the finished runs, and ratios to `baseline`.
 
     A task's figure is the median over its runs; a method's is the mean over the tasks that all of the model's
-    methods finished, and its ratio the mean of the per-task ratios.
+    methods finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes of a run,
+    so that twice the steps cost as much as two passes per step, over the tasks that it shares with the baseline.
     """
     finished = frame[frame["status"] == "finished"]
+    finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
     values = []
     for model, runs in finished.groupby("model", sort=False):
         labels = methods(runs, baseline)
@@ -27,12 +29,16 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
             row["hours"] = runs.loc[runs["method_label"] == label, "train.seconds"].sum(min_count=1) / 3600
             common = medians.loc[label][medians.loc[label].index.isin(tasks)]
             row |= common.mean().rename(lambda name: name.removeprefix("train.")).to_dict()
-            for name, figure in (("time_ratio", FIGURES[0]), ("memory_ratio", FIGURES[2])):
-                ratio = common[figure] / medians.loc[reference][figure] if reference else None
-                row[name] = float("nan") if ratio is None else ratio.dropna().mean()
+            for name, figures in (
+                ("time_ratio", common["train.seconds_per_step"]),
+                ("memory_ratio", common["train.peak_memory_bytes"]),
+                ("compute_ratio", medians.loc[label]["train.passes"]),
+            ):
+                # A task that only one of the two has drops out.
+                row[name] = (figures / medians.loc[reference][figures.name]).mean() if reference else float("nan")
             values.append(row)
-    columns = ["model", "method", "seconds_per_step", "time_ratio", "passes_per_step", "peak_memory_bytes",
-               "memory_ratio", "hours", "tasks"]  # fmt: skip
+    columns = ["model", "method", "seconds_per_step", "time_ratio", "passes_per_step", "compute_ratio",
+               "peak_memory_bytes", "memory_ratio", "hours", "tasks"]  # fmt: skip
     values = pd.DataFrame(values, columns=columns)
     text = pd.DataFrame(
         {
@@ -41,6 +47,7 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
             "seconds per step": values["seconds_per_step"].map(lambda value: number(value, "seconds")),
             f"time / {baseline}": values["time_ratio"].map(number),
             "passes per step": values["passes_per_step"].map(number),
+            f"compute / {baseline}": values["compute_ratio"].map(number),
             "peak memory (MiB)": (values["peak_memory_bytes"] / 2**20).map(number),
             f"memory / {baseline}": values["memory_ratio"].map(number),
             "hours in all": values["hours"].map(number),
@@ -48,7 +55,7 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     )
     notes = [
         "Finished runs only: median over seeds, then mean over the tasks that all methods of a model finished. "
-        "One pass is a forward and backward over the batch.",
+        "One pass is a forward and backward over the batch; compute is passes per step × steps.",
         "Seconds compare only between runs of one machine that had it to themselves: see the provenance.",
     ]
     return Table("cost", "What the methods cost", notes, values, text).without_single_model()

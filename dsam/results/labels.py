@@ -14,7 +14,7 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
     values = defaultdict(set)
     for run in runs:
         for name, value in run["hyperparameters"].items():
-            values[run["optimizer"], name, run["task"], run["model"]].add(_text(value))
+            values[run["optimizer"], name, run["task"], run["model"]].add(value_text(value))
     varying = defaultdict(list)
     for (optimizer, name, _, _), seen in values.items():
         if len(seen) > 1 and name != "seed" and name not in varying[optimizer]:
@@ -24,14 +24,21 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
 
 def _label(run: dict, names: list[str]) -> str:
     known = run["hyperparameters"]
-    shown = [f"{name}={_text(known[name]) if known else '?'}" for name in names if not known or name in known]
+    shown = [f"{name}={value_text(known[name]) if known else '?'}" for name in names if not known or name in known]
     return f"{run['optimizer']} ({', '.join(shown)})" if shown else run["optimizer"]
 
 
-def _text(value) -> str:
+def value_text(value) -> str:
     """The same text for the same value, however it was written: 1 and 1.0 are one learning rate."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)
+
+
+def without(label: str, name: str) -> str:
+    """The label with the hyperparameter `name` left out: what its variants in `name` have in common."""
+    optimizer, _, shown = label.partition(" (")
+    kept = [part for part in shown.removesuffix(")").split(", ") if part and not part.startswith(f"{name}=")]
+    return f"{optimizer} ({', '.join(kept)})" if kept else optimizer

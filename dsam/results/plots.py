@@ -1,7 +1,8 @@
-"""Figures that read in print and without colour vision: scores per seed, differences, training curves."""
+"""Figures that read in print and without colour vision: scores per seed, differences, curves, scores against rho."""
 
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsam.results.sensitivity import against_rho
 from dsam.results.statistics import compare, methods, scored
 
-# Okabe and Ito's palette without its yellow, which vanishes on white; then the markers tell more methods apart.
+# Okabe and Ito's palette without its yellow, which vanishes on white; markers and dashes tell methods apart in grey.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
@@ -43,12 +45,19 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
             yield f"curves_{place}", text, curves(runs, which, baseline)
+            if runs["train.passes_per_step"].nunique() > 1:
+                text = f"{model}: development score by forward-backward passes, the compute that it took"
+                yield f"compute_{place}", text, curves(runs, which, baseline, by="passes")
+        sensitivity = against_rho(runs, which, baseline)
+        if sensitivity["mean"].notna().any():
+            text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
+            yield f"rho_{place}", text, rho(runs, sensitivity, baseline)
 
 
 def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
     """One panel per task: a point per seed, a bar at the mean, a dashed line at the majority answer.
 
-    The axis follows the scores; a majority answer far below them is written at its foot.
+    The axis follows the scores; a majority answer far below them is written above it.
     """
     order = methods(frame, baseline)
     figure, panels = _panels(frame, height=2.3 + 0.05 * max(map(len, order)), width=max(1.6, 0.45 * len(order) + 0.8))
@@ -57,10 +66,10 @@ def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") ->
         for position, method in enumerate(order):
             values = 100 * runs.loc[(runs["task"] == task) & (runs["method_label"] == method), "score"].to_numpy()
             if len(values):
+                look = _style(position) | {"linestyle": ""}
                 spread = [position + 0.28 * (2 * (k + 0.5) / len(values) - 1) for k in range(len(values))]
-                axes.plot(spread, values, linestyle="", alpha=0.75, **_style(position))
-                mean = values.mean()
-                axes.plot([position - 0.36, position + 0.36], [mean, mean], color=COLOURS[position % len(COLOURS)])
+                axes.plot(spread, values, alpha=0.75, **look)
+                axes.hlines(values.mean(), position - 0.36, position + 0.36, color=look["color"])
         _mark_majority(axes, 100 * frame.loc[frame["task"] == task, "majority"].dropna())
         axes.set_xticks(range(len(order)), order, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.6, len(order) - 0.4)
@@ -75,8 +84,7 @@ def _mark_majority(axes: Axes, majority: pd.Series) -> None:
     if value > low - (high - low):
         axes.axhline(value, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8, zorder=0)
     else:
-        text = f"majority {value:.1f} ↓"
-        axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", fontsize=7, color="#555555")
+        axes.set_title(f"{axes.get_title()}\nmajority {value:.1f}, below the axis", fontsize=9)
 
 
 def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Figure:
@@ -98,30 +106,65 @@ def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Fi
     return figure
 
 
-def curves(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
-    """One panel per task: the development score by step, thin per run, thick for the mean of the runs that count."""
+def curves(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw", by: str = "steps") -> Figure:
+    """One panel per task: the development score, thin per run, thick for the mean of the runs that count.
+
+    `by` says against what: "steps", or "passes", the forward-backward passes that these steps took.
+    """
     order = methods(frame, baseline)
     counted = scored(frame, which).index
     figure, panels = _panels(frame, height=2.6, width=2.6)
     for task, axes in panels.items():
         for position, method in enumerate(order):
             runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
+            # Runs of one method meet at the same steps, but may differ a little in what a step took.
+            passes = runs["train.passes_per_step"].mean() if by == "passes" else 1
             lines = runs["evaluations"].map(lambda points: pd.Series(dict(points), dtype=float))
-            colour, dash = COLOURS[position % len(COLOURS)], DASHES[position // len(COLOURS) % len(DASHES)]
+            style = _style(position)
             for line in lines:
-                axes.plot(line.index, 100 * line, color=colour, linestyle=dash, linewidth=0.6, alpha=0.35)
+                axes.plot(passes * line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
             means = [line for run, line in lines.items() if run in counted]
             if means:
                 # A mean over those runs alone that got this far would jump where one stops.
                 mean = pd.concat(means, axis=1).dropna().mean(axis=1)
-                style = _style(position) | {"markersize": 4}
-                axes.plot(mean.index, 100 * mean, linestyle=dash, linewidth=1.8, label=method, **style)
-        axes.set_xlabel("step", fontsize=9)
+                axes.plot(passes * mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+        axes.set_xlabel("step" if by == "steps" else "forward-backward passes", fontsize=9)
+    _legend(figure, panels)
+    return figure
+
+
+def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw") -> Figure:
+    """One panel per task: each method's mean score with its interval against rho, the baseline's as a band."""
+    order = methods(frame, baseline)
+    varied = sensitivity[sensitivity["rho"].notna()]
+    figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.6, width=2.6)
+    for task, axes in panels.items():
+        for row in sensitivity[(sensitivity["task"] == task) & sensitivity["rho"].isna()].itertuples():
+            axes.axhspan(100 * row.low, 100 * row.high, color="#dddddd", linewidth=0, zorder=0)
+            axes.axhline(100 * row.mean, color="#777777", linestyle=(0, (4, 3)), linewidth=0.9, label=row.method_label)
+        for method, own in varied[varied["task"] == task].groupby("method", sort=False):
+            own = own.sort_values("rho")
+            # A method's look in the other figures is that of its first variant.
+            style = _style(order.index(next(label for label in order if label in set(own["method_label"]))))
+            ends = 100 * pd.concat([own["mean"] - own["low"], own["high"] - own["mean"]], axis=1).to_numpy().T
+            axes.errorbar(own["rho"], 100 * own["mean"], yerr=ends, capsize=2.5, linewidth=1.4, label=method, **style)
+        axes.set_xscale("log")
+        ticks = sorted(varied.loc[varied["task"] == task, "rho"].unique())
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40)
+        axes.minorticks_off()
+        axes.set_xlabel("ρ", fontsize=9)
+    _legend(figure, panels)
+    return figure
+
+
+def _legend(figure: Figure, panels: dict[str, Axes]) -> None:
+    """One legend for all panels, below them."""
     labelled = {
         label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
+    # Long enough a sample of a line to tell dashes apart.
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False,
+                  fontsize=9, handlelength=3.5)  # fmt: skip
 
 
 def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, dict[str, Axes]]:
@@ -134,7 +177,8 @@ def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, d
     for position, (task, metric) in enumerate(metrics.items()):
         axes = figure.add_subplot(rows, columns, position + 1)
         _plain(axes)
-        axes.set_title(f"{task}\n({metric} ×100)" if isinstance(metric, str) else task, fontsize=9)
+        title = [task, *textwrap.wrap(f"({metric} ×100)", int(11 * width))] if isinstance(metric, str) else [task]
+        axes.set_title("\n".join(title), fontsize=9)
         panels[task] = axes
     return figure, panels
 
@@ -149,6 +193,7 @@ def _plain(axes: Axes) -> None:
 def _style(position: int) -> dict:
     return {
         "color": COLOURS[position % len(COLOURS)],
+        "linestyle": DASHES[position % len(DASHES)],
         "marker": MARKERS[(position + position // len(COLOURS)) % len(MARKERS)],
         "markersize": 4.5,
         "markeredgewidth": 0,

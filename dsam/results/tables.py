@@ -1,4 +1,4 @@
-"""The tables of an experiment, built from collected runs: main, per task, statistics, cost, and their cells."""
+"""The tables of an experiment, built from collected runs, and the cells behind them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,35 +9,48 @@ from dsam.results import rendering
 from dsam.results.cost import cost_table
 from dsam.results.formatting import DASH, interval, percent, score_cell
 from dsam.results.formatting import number as formatted
-from dsam.results.rendering import Table
-from dsam.results.statistics import baseline_label, compare, methods, scored, summarise
+from dsam.results.published import beside_published
+from dsam.results.rendering import BOLD, UNDERLINED, Table, styled
+from dsam.results.sensitivity import rho_table
+from dsam.results.settings import selection_note, settings_table
+from dsam.results.statistics import baseline_label, compare, methods, scored, summarise, worse_than_best
 
 NAMED_RUNS = 12  # how many runs without a score the main table names before it points to cells.csv
-EPOCHS = {
-    "best": "Best epoch on the development set, chosen and reported on the same examples: this flatters all methods.",
-    "last": "Last epoch: nothing was chosen on the development set within a run.",
-}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What `build` makes; `cells` has every run behind the other four."""
+    """What `build` makes; `cells` has every run behind the tables.
+
+    `rho` is None where no method was run with several, `beside_published` where nothing published is comparable.
+    """
 
     main: Table
     per_task: Table
     statistics: Table
     cost: Table
+    hyperparameters: Table
+    rho: Table | None
+    beside_published: Table | None
     cells: pd.DataFrame
+
+    def each(self) -> list[Table]:
+        """The tables that there are, in the order of a report."""
+        return [table for table in vars(self).values() if isinstance(table, Table)]
 
 
 def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Tables:
     """The tables of collected runs, from the `which` ('best' or 'last') epoch, compared with `baseline`."""
     summary, comparison = summarise(frame, which), compare(frame, baseline, which)
+    cost = cost_table(frame, baseline)
     return Tables(
-        main=_main(frame, summary, comparison, which, baseline),
+        main=_main(frame, summary, comparison, cost, which, baseline),
         per_task=_per_task(frame, summary, which),
-        statistics=_statistics(comparison, which, baseline),
-        cost=cost_table(frame, baseline),
+        statistics=_statistics(frame, comparison, which, baseline),
+        cost=cost,
+        hyperparameters=settings_table(frame, which, baseline),
+        rho=rho_table(frame, which, baseline),
+        beside_published=beside_published(frame, which, baseline),
         cells=cells(frame, which),
     )
 
@@ -46,8 +59,7 @@ def write(tables: Tables, folder: str | Path) -> list[Path]:
     """Every table as CSV, Markdown, LaTeX and HTML, and cells.csv; returns the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = (tables.main, tables.per_task, tables.statistics, tables.cost)
-    paths = [path for table in parts for path in rendering.write(table, folder)]
+    paths = [path for table in tables.each() for path in rendering.write(table, folder)]
     tables.cells.to_csv(folder / "cells.csv", index=False, lineterminator="\n")
     return [*paths, folder / "cells.csv"]
 
@@ -59,26 +71,28 @@ def cells(frame: pd.DataFrame, which: str = "best") -> pd.DataFrame:
     return frame[columns].assign(score=score).rename(columns={"method_label": "method"})
 
 
-def _main(frame, summary, comparison, which, baseline) -> Table:
-    values, text, bold = [], [], []
+def _main(frame, summary, comparison, cost, which, baseline) -> Table:
+    values, text, styles = [], [], []
     averaged = {}
+    compute = cost.values.set_index(["model", "method"])["compute_ratio"]
     for model, runs in frame.groupby("model", sort=False):
         rows = summary[summary["model"] == model].set_index(["method_label", "task"])
         means = rows["mean"].unstack("task")
         # A method without any score has no average; it must not take everyone else's away.
         complete = means.dropna(how="all").dropna(axis=1).columns
         averaged[model] = [task for task in frame["task"].unique() if task in complete]
-        best = means.max()
+        marks = _marks(runs, means, which)
         for method in methods(runs, baseline):
             versus = comparison[(comparison["model"] == model) & (comparison["method"] == method)].iloc[0]
             average = means.loc[method, averaged[model]].mean() if averaged[model] else float("nan")
-            number, shown, stressed = {"model": model, "method": method}, {"model": model, "method": method}, {}
+            ratio = compute.get((model, method), float("nan"))
+            number = {"model": model, "method": method, "compute": ratio}
+            shown = {"model": model, "method": method, f"compute / {baseline}": formatted(ratio)}
             for task in frame["task"].unique():
                 row = rows.loc[(method, task)] if (method, task) in rows.index else None
                 for name in ("mean", "sd", "count", "expected"):
                     number[f"{task} {name}"] = None if row is None else row[name]
                 shown[task] = DASH if row is None else score_cell(row)
-                stressed[task] = row is not None and len(means[task].dropna()) > 1 and row["mean"] == best[task]
             number["average"] = average
             shown["average"] = percent(average)
             number |= versus[["difference", "low", "high", "p_holm", "smallest_p"]].to_dict()
@@ -86,12 +100,27 @@ def _main(frame, summary, comparison, which, baseline) -> Table:
             shown["Holm p"] = formatted(versus["p_holm"], "p")
             values.append(number)
             text.append(shown)
-            bold.append(stressed)
+            styles.append({task: marks[task].get(method, "") for task in marks})
     text = pd.DataFrame(text)
-    bold = pd.DataFrame(bold).reindex(columns=text.columns).eq(True)
     caption = f"Scores on the development sets ({which} epoch): mean ± sd over seeds (number of runs), ×100"
-    notes = [EPOCHS[which], *_main_notes(frame, comparison, averaged, which, baseline)]
-    return Table("main", caption, notes, pd.DataFrame(values), text, bold).without_single_model()
+    notes = [selection_note(frame, which), *_main_notes(frame, comparison, averaged, which, baseline)]
+    return Table("main", caption, notes, pd.DataFrame(values), text, styled(styles, text)).without_single_model()
+
+
+def _marks(runs, means, which) -> dict[str, dict[str, str]]:
+    """Task -> method -> style: the best mean, and what isn't significantly worse; none where one method has a score."""
+    scores = scored(runs, which)
+    marks = {}
+    for task, own in means.items():
+        own = own.dropna()
+        if len(own) > 1:
+            table = scores[scores["task"] == task].pivot(index="seed", columns="method_label", values="score")
+            worse = worse_than_best(table)
+            marks[task] = {
+                method: BOLD if mean == own.max() else "" if worse[method] else UNDERLINED
+                for method, mean in own.items()
+            }
+    return marks
 
 
 def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
@@ -100,6 +129,9 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     for model, tasks in averaged.items():
         over = f"over {', '.join(tasks)}" if tasks else f"{DASH} (no task that every method has a score on)"
         notes.append(f"Average for {model}: {over}.")
+    pairs = scored(frame, which).groupby(["model", "task", "method_label"]).size().max()
+    notes.append(_marks_note(pairs))
+    notes.append(f"Compute / {baseline}: forward-backward passes of a whole run (passes per step × steps), as a ratio.")
     for model, runs in frame.groupby("model", sort=False):
         labels = runs["method_label"].unique()
         if baseline_label(labels, baseline) is None:
@@ -124,6 +156,21 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
         more = f"; {len(lost) - NAMED_RUNS} more in cells.csv" if len(lost) > NAMED_RUNS else ""
         notes.append(f"Not in the means: {'; '.join(named)}{more}.")
     return notes
+
+
+def _marks_note(seeds: int) -> str:
+    note = (
+        "Bold: the best mean of a task. Underlined (italic in Markdown): not significantly worse than it (one-sided "
+        "paired t-test over the seeds, level 5 % divided by the number of other methods; fewer than 3 pairs: never). "
+        "If differences are about normal, the truly best method is among the marked with 95 % confidence. "
+        "One with a lower mean whose seeds scatter more can be marked where a steadier one is not."
+    )
+    if 1 < seeds < 6:
+        note += (
+            f" A sign-flip test, which assumes less, could not call anything worse on one task with {seeds} seeds: its "
+            f"smallest p is {2 / 2**seeds:.2g}."
+        )
+    return note
 
 
 def _per_task(frame, summary, which) -> Table:
@@ -154,10 +201,10 @@ def _per_task(frame, summary, which) -> Table:
         }
     )
     caption = f"Each task ({which} epoch), ×100"
-    return Table("per_task", caption, [EPOCHS[which]], values, text).without_single_model()
+    return Table("per_task", caption, [selection_note(frame, which)], values, text).without_single_model()
 
 
-def _statistics(comparison, which, baseline) -> Table:
+def _statistics(frame, comparison, which, baseline) -> Table:
     text = pd.DataFrame(
         {
             "model": comparison["model"],
@@ -175,7 +222,7 @@ def _statistics(comparison, which, baseline) -> Table:
         }
     )
     notes = [
-        EPOCHS[which],
+        selection_note(frame, which),
         "Differences ×100, paired by task and seed, each task weighing the same; 95 % stratified bootstrap interval.",
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
