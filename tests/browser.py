@@ -1,4 +1,4 @@
-"""A real Chromium for the tests, driven through the DevTools protocol over its pipe: nothing to install but Chromium."""
+"""A real Chromium for the tests, driven by the DevTools protocol over its pipe: needs no driver and no library."""
 
 import base64
 import fcntl

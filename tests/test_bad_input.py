@@ -679,12 +679,12 @@ def test_a_damaged_model_folder_is_used_or_named(model_folder, name, share, new)
 
 
 OTHERS = [
-    ("report.py", "experiment=smok", "did you mean 'smoke'"),
-    ("report.py", "paths.runs=", "no sweep"),
-    ("report.py", "nope=1", "nope"),
-    ("report.py", "task=", "''"),
-    ("report.py", "experiment=[", "experiment=["),
-    ("report.py", "experiment=smoke paths.runs=/nowhere", "/nowhere"),
+    ("paper.py", "experiment=smok", "did you mean 'smoke'"),
+    ("paper.py", "paths.runs=", "no sweep"),
+    ("paper.py", "nope=1", "nope"),
+    ("paper.py", "task=", "''"),
+    ("paper.py", "experiment=[", "experiment=["),
+    ("paper.py", "experiment=smoke paths.runs=/nowhere", "/nowhere"),
     ("approximation.py", "--batches 0", "batch"),
     ("approximation.py", "--rho -1", "rho"),
     ("approximation.py", "--tasks agreemen", "agreemen"),
@@ -711,7 +711,7 @@ def test_mistakes_at_the_other_entry_points(script, line, word):
         ("train.py", "optimizer.options=3", "optimizer.options"),
         ("train.py", "-m seed=0,1 paths.cache=/dev/null", "/dev/null"),
         ("reproduce.py", "experiment=smoke ~nope", "nope"),
-        ("report.py", "paths.runs=", "no sweep"),
+        ("paper.py", "paths.runs=", "no sweep"),
         ("approximation.py", "--tasks agreemen", "agreemen"),
         ("sharpness.py", "/nowhere", "/nowhere"),
     ],

@@ -1,18 +1,17 @@
-"""What the results notebook shows beside the tables: the runs, their provenance, what failed, published figures."""
+"""What the results notebook shows beside the tables: the runs, their figures and provenance, what failed."""
 
 import html
-import json
 import os
-from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import HTML, Image
+from IPython.display import Image
 
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
+from dsam.results.facts import Facts
 from dsam.results.formatting import DASH, percent
 from dsam.results.rendering import Table
 
@@ -59,24 +58,9 @@ def _png(figure) -> bytes:
 
 def provenance(frame: pd.DataFrame, runs_dir: Path) -> Table:
     """Each fact of the runs' provenance.json with its values; where they differ, how many runs had each."""
-    facts, read = defaultdict(lambda: defaultdict(int)), 0
-    for folder in frame.loc[frame["status"].isin(["finished", "diverged"]), "folder"]:
-        try:
-            content = json.loads((runs_dir / folder / "provenance.json").read_text(encoding="utf-8"))
-            flat = {name: str(value) for name, value in pd.json_normalize(content).iloc[0].items()}
-        except (OSError, ValueError, IndexError, NotImplementedError):
-            flat = {"provenance.json": "cannot be read"}
-        read += 1
-        for name, value in flat.items():
-            facts[name][value] += 1
-    rows = []
-    for name, values in facts.items():
-        shown = sorted(values, key=values.get, reverse=True)
-        text = shown[0] if len(shown) == 1 and values[shown[0]] == read else None
-        text = text or "; ".join(f"{value} ({values[value]} runs)" for value in shown[:3])
-        rows.append({"fact": name, "value": text + (f"; {len(shown) - 3} more" if len(shown) > 3 else "")})
-    values = pd.DataFrame(rows, columns=["fact", "value"])
-    return Table("provenance", f"Provenance of {read} runs", [], values, values)
+    found = Facts.read(frame, runs_dir)
+    values = pd.DataFrame([{"fact": n, "value": found.text(n)} for n in found.values], columns=["fact", "value"])
+    return Table("provenance", f"Provenance of {found.runs} runs", [], values, values)
 
 
 def run_table(frame: pd.DataFrame, runs_dir: Path) -> str:
@@ -120,16 +104,3 @@ def _link(run, runs_dir: Path, text: str) -> str:
     folder, text = runs_dir / run.folder, html.escape(str(text))
     there = run.status != "missing" or folder.is_dir()
     return f'<a href="{folder.as_uri()}">{text}</a>' if there else text
-
-
-def published(frame: pd.DataFrame) -> Table | HTML:
-    """The figures of results/reference for the tasks of these runs, each with its source."""
-    files = sorted((ROOT / "results" / "reference").glob("*.csv"))
-    values = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
-    values = values[values["task"].isin(frame["task"].unique())]
-    if values.empty:
-        return HTML("<p>There are none for these tasks.</p>")
-    notes = ["Other code and recipes, ×100; they compare only with runs on the official GLUE data."]
-    notes += [f"{model}: {source}" for model, source in values.groupby("model", sort=False)["source"].first().items()]
-    text = values.drop(columns="source").assign(value=values["value"].map("{:.2f}".format))
-    return Table("published", "Published figures on the GLUE development sets", notes, values, text)

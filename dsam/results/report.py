@@ -1,20 +1,22 @@
-"""One experiment to its tables, its figures and a single-file HTML report: the executed results notebook."""
+"""One experiment to all that a paper or a reader needs: tables, figures, README, model card, and one HTML report."""
 
 import os
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
+import pandas as pd
 from jinja2 import Template
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from dsam.errors import UserError
-from dsam.results import plots, rendering, tables
+from dsam.results import card, plots, rendering, tables
 from dsam.results.collect import collect
 
 ROOT = Path(__file__).parents[2]
@@ -39,16 +41,30 @@ def make(
 
     Raises UserError where the experiment has no finished run.
     """
-    frame = collect(runs_dir, experiment)
+    frame, runs_dir = collect(runs_dir, experiment), Path(runs_dir).resolve()
     if not (frame["status"] == "finished").any():
         counts = ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())
         raise UserError(f"no run of '{experiment}' is finished ({counts or 'none planned'}): run `make reproduce`")
-    built = tables.build(frame, which)
-    written = tables.write(built, Path(tables_dir) / experiment)
-    drawn = plots.write(frame, Path(figures_dir) / experiment, which)
     page = Path(tables_dir).parent / "report.html"
-    page.write_text(_page(experiment, Path(runs_dir).resolve(), page.resolve().parent, which), encoding="utf-8")
+    with ThreadPoolExecutor(1) as beside:
+        # Waits for a process of its own most of the time: the notebook's kernel.
+        body = beside.submit(_page, experiment, runs_dir, page.resolve().parent, which)
+        built = tables.build(frame, which)
+        written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
+        drawn = plots.write(frame, Path(figures_dir) / experiment, which)
+        page.write_text(body.result(), encoding="utf-8")
     return Report(html=page, tables=written, figures=drawn, text=rendering.as_markdown(built.main))
+
+
+def write_tables(
+    built: tables.Tables, frame: pd.DataFrame, experiment: str, runs_dir: Path, folder: Path, which: str = "best"
+) -> list[Path]:
+    """Everything that lies in a run set's folder of tables; returns the paths. The same runs give the same bytes."""
+    paths = tables.write(built, folder)
+    for name, text in card.documents(built, frame, experiment, runs_dir, which, paths).items():
+        paths.append(folder / name)
+        paths[-1].write_text(text, encoding="utf-8", newline="\n")
+    return paths
 
 
 def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
