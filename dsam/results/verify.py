@@ -203,10 +203,7 @@ def _compared(old: Path, new: Path) -> Finding:
     if not other and made["device_type"] == "cpu":
         for name in ("weights_sha256", "evaluations"):
             if then[name] != now[name]:
-                return (
-                    False,
-                    f"{what}: run again, it has other {name.replace('_', ' ')} (score {scores[1]}, {scores[0]})",
-                )
+                return False, f"{what}: run again, it has other {name}: score {scores[1]}, recorded {scores[0]}"
         return True, f"{what}: run again, it has the same weights and scores ({scores[1]:.4f})"
     why = f"made with another {', '.join(other)}" if other else "made on a GPU"
     fine = None not in scores and abs(scores[0] - scores[1]) <= TOLERANCE
