@@ -11,7 +11,7 @@ import yaml
 from dsam.glue.hub import DATASET
 from dsam.glue.tasks import TASKS
 from dsam.results import rendering
-from dsam.results.facts import Facts, configurations
+from dsam.results.facts import Facts, configurations, whole_numbers
 from dsam.results.settings import PREFIX, selection_note
 from dsam.results.statistics import scored
 from dsam.results.tables import Tables
@@ -44,12 +44,12 @@ def _readme(built, frame, experiment, runs_dir, which, files, facts) -> str:
         "tasks": ", ".join(frame["task"].unique()),
         "models": ", ".join(frame["model"].unique()),
         "methods": ", ".join(frame["method_label"].unique()),
-        "seeds": _numbers(frame["seed"].dropna().unique()),
+        "seeds": whole_numbers(frame["seed"].dropna().unique()),
         "selection": selection_note(frame, which),
         "code": f"commit {facts.text('git.commit')}; files changed since it: {facts.text('git.dirty')}",
         "versions": ", ".join(f"{n} {facts.text(f'versions.{n}')}" for n in ("python", "torch", "transformers")),
         "machine": f"{facts.text('device')}, {facts.text('platform')}, threads: {facts.text('threads')}",
-        "started": _span(facts.values.get("started", ())),
+        "started": facts.span("started"),
         "data": "; ".join(sorted(facts.values.get("identity.data", ()))) or "not recorded",
         "weights at the start": "; ".join(sorted(facts.values.get("identity.model", ()))) or "not recorded",
     }
@@ -124,8 +124,8 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
 # {experiment}: {len(frame)} fine-tuning runs
 
 A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with {len(head["model-index"])} methods \
-on {", ".join(frame["task"].unique())}, with {_numbers(frame["seed"].dropna().unique())} as seeds. A result in the \
-header is the mean over a method's finished runs. `README.md` says how the numbers came to be, and how to verify them.
+on {", ".join(frame["task"].unique())}, with {whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in \
+the header is the mean over a method's finished runs. `README.md` says how the numbers came to be, and how to verify them.
 
 {rendering.as_markdown(built.main)}
 ## Models
@@ -213,19 +213,3 @@ def _command(runs_dir: Path, experiment: str) -> str:
 
 def _counts(frame: pd.DataFrame) -> str:
     return ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())
-
-
-def _numbers(values: Iterable) -> str:
-    """Whole numbers in order, three or more that follow each other as 'first to last'."""
-    groups: list[list[int]] = []
-    for value in sorted(map(int, values)):
-        if groups and value == groups[-1][-1] + 1:
-            groups[-1].append(value)
-        else:
-            groups.append([value])
-    return ", ".join(f"{g[0]} to {g[-1]}" if len(g) > 2 else ", ".join(map(str, g)) for g in groups) or "none"
-
-
-def _span(times: Iterable[str]) -> str:
-    times = sorted(times)
-    return f"{times[0]} to {times[-1]}" if times else "not recorded"

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,11 @@ class Facts:
         more = [f"{len(counts) - most} more"] if len(counts) > most else []
         return "; ".join(shown + more) or "not recorded"
 
+    def span(self, name: str) -> str:
+        """The first and the last of the fact's values, which are times."""
+        times = sorted(self.values.get(name, ()))
+        return " to ".join(dict.fromkeys([*times[:1], *times[-1:]])) or "not recorded"
+
 
 def _flat(content: dict, prefix: str = ""):
     for name, value in content.items():
@@ -61,3 +67,14 @@ def configurations(frame: pd.DataFrame, runs_dir: Path) -> dict[tuple[str, str],
             except (OSError, ValueError, TypeError, yaml.YAMLError):
                 continue
     return found
+
+
+def whole_numbers(values: Iterable[int]) -> str:
+    """Numbers in order, three or more that follow each other as '0 to 24'."""
+    groups: list[list[int]] = []
+    for value in sorted(map(int, values)):
+        if groups and value == groups[-1][-1] + 1:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return ", ".join(f"{g[0]} to {g[-1]}" if len(g) > 2 else ", ".join(map(str, g)) for g in groups) or "none"

@@ -11,11 +11,12 @@ from IPython.display import Image
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
-from dsam.results.facts import Facts
+from dsam.results.facts import Facts, whole_numbers
 from dsam.results.formatting import DASH, percent
 from dsam.results.rendering import Table
 
 ROOT = Path(__file__).parents[2]
+IDENTITY = ["data", "model", "record_version"]  # of what names a run; the rest are its settings
 NUMBERS = ["seed", "score", "best epoch", "last", "seconds"]
 
 
@@ -36,9 +37,8 @@ def overview(frame: pd.DataFrame, experiment: str | None) -> Table:
     """What was run: per model and method the tasks, the seeds and how the runs ended."""
     rows = []
     for (model, method), runs in frame.groupby(["model", "method_label"], sort=False):
-        seeds = sorted(runs["seed"].dropna().unique())
         row = {"model": model, "method": method, "tasks": ", ".join(runs["task"].unique())}
-        row |= {"seeds": ", ".join(map(str, seeds)), "runs": len(runs)}
+        row |= {"seeds": whole_numbers(runs["seed"].dropna().unique()), "runs": len(runs)}
         rows.append(row | {status: (runs["status"] == status).sum() for status in frame["status"].unique()})
     values = pd.DataFrame(rows)
     title = f"Runs of the experiment {experiment}" if experiment else "All runs found"
@@ -57,9 +57,17 @@ def _png(figure) -> bytes:
 
 
 def provenance(frame: pd.DataFrame, runs_dir: Path) -> Table:
-    """Each fact of the runs' provenance.json with its values; where they differ, how many runs had each."""
+    """Each fact of the runs' provenance.json with its values; where they differ, how many runs had each.
+
+    Without what the table of settings tells, and without the numbers of processes.
+    """
     found = Facts.read(frame, runs_dir)
-    values = pd.DataFrame([{"fact": n, "value": found.text(n)} for n in found.values], columns=["fact", "value"])
+    rows = []
+    for name in found.values:
+        fact = name.removeprefix("identity.")
+        if fact in IDENTITY or (fact == name and name != "pid"):
+            rows.append({"fact": fact, "value": found.span(name) if name == "started" else found.text(name)})
+    values = pd.DataFrame(rows, columns=["fact", "value"])
     return Table("provenance", f"Provenance of {found.runs} runs", [], values, values)
 
 
