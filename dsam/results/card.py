@@ -125,7 +125,8 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
 
 A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with {len(head["model-index"])} methods \
 on {", ".join(frame["task"].unique())}, with {whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in \
-the header is the mean over a method's finished runs. `README.md` says how the numbers came to be, and how to verify them.
+the header is the mean over a method's finished runs. `README.md` says how the numbers came to be and how to verify \
+them.
 
 {rendering.as_markdown(built.main)}
 ## Models
