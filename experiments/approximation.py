@@ -31,6 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--headroom", type=int, default=8, help="batches on which the best weights in hindsight are found"
     )
+    parser.add_argument(
+        "--looked-at", nargs="+", default=[], metavar="TASK=N", help="its first N batches served to choose candidates"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/approximation"))
     parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
     return parser.parse_intermixed_args()
@@ -44,6 +47,10 @@ def main() -> None:
         or not all(0 <= p <= 100 for p in given.phases)
     ):
         raise UserError("batches and batch size must be at least 1, every rho above 0, every phase from 0 to 100")
+    try:
+        looked_at = {task: int(count) for task, count in (pair.split("=") for pair in given.looked_at)}
+    except ValueError:
+        raise UserError(f"--looked-at {' '.join(given.looked_at)}: give TASK=N, e.g. cola=10 rte=17") from None
     common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
     if given.model_path:
         common += ["model=minilm", f"model.path={given.model_path}"]
@@ -53,7 +60,7 @@ def main() -> None:
     configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
     measurements = given.out / "measurements.csv"
     study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-    for path in summary.write(measurements, given.out):
+    for path in summary.write(measurements, given.out, looked_at):
         print(path)
 
 

@@ -3,7 +3,9 @@
 python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=local data.root=DIR
 
 Settings are those of train.py (device.threads, train.precision, train.batch_size, …). Writes results/benchmark.json
-and .md. With --throughput: plain fine-tuning beside Hugging Face's Trainer instead, in results/throughput.json and .md.
+and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
+exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
+batch, length and model shapes (random weights; no task or model needed). Each writes results/<what>.json and .md.
 """
 
 import argparse
@@ -13,21 +15,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.benchmark import steps, table, throughput
+from dsam.benchmark import norms, scaling, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
 from dsam.overrides import check, compose_config
 from dsam.runs.run import choose_device
 
+MEASURES = {
+    "benchmark": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
+    "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
+    "scaling": (
+        lambda config, given: scaling.measure(
+            given.shapes, scaling.POINTS, given.rounds, choose_device(config), config.train.precision == "bfloat16"
+        ),
+        table.points,
+    ),
+    "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
+}
+"""What can be measured: (how, the rows of its table)."""
+
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(steps.CONTENDERS), metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(scaling.SHAPES), choices=list(scaling.SHAPES))
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
-    parser.add_argument("--throughput", action="store_true", help="examples per second beside Trainer's")
-    parser.add_argument("--out", type=Path, help="default: results/benchmark.json or results/throughput.json")
+    parser.add_argument("--what", choices=list(MEASURES), default="benchmark")
+    parser.add_argument("--out", type=Path, help="default: results/<what>.json")
     parser.add_argument("settings", nargs="*", help="settings as for train.py; task may be a list: task=rte,cola")
     return parser.parse_intermixed_args()
 
@@ -41,18 +57,16 @@ def main() -> None:
             raise UserError(f"unknown method '{name}'; {did_you_mean(name, steps.CONTENDERS)}")
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
+    measure, as_rows = MEASURES[given.what]
     measured = {}
     for task in tasks[-1] if tasks else ["agreement"]:
         config = Config.load(compose_config(check([f"task={task}", *rest], CONF), CONF))
-        if given.throughput:
-            measured[task] = throughput.measure(config, given.batches, given.rounds)
-        else:
-            measured[task] = steps.measure(config, given.methods, given.batches, given.rounds)
+        measured[task] = measure(config, given)
     device = choose_device(config)
     settings = {"model": config.model.name, "threads": config.device.threads, "batches": given.batches}
     settings |= {"rounds": given.rounds} | dataclasses.asdict(config.train)
-    out = given.out or Path("results/throughput.json" if given.throughput else "results/benchmark.json")
-    table.write(measured, table.speeds if given.throughput else table.rows, device, settings, out)
+    out = given.out or Path("results") / f"{given.what}.json"
+    table.write(measured, as_rows, device, settings, out)
     print(out.with_suffix(".md").read_text(encoding="utf-8"))
 
 

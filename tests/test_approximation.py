@@ -9,7 +9,7 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import Oracle, flat
-from dsam.approximation.summary import MEASURES, interval, overview, summarise
+from dsam.approximation.summary import MEASURES, confirmation, interval, overview, summarise
 from dsam.methods import make_weighting
 
 RHOS = [1e-3, 0.05]
@@ -90,6 +90,21 @@ def test_intervals_are_paired_and_cover():
     row = summary.loc[("gap", "cosine")]
     assert row["difference"] == pytest.approx(0.535)
     assert 0.5 < row["low"] < 0.535 < row["high"] < 0.58
+
+
+def test_the_confirmation_leaves_out_what_was_looked_at():
+    nearer_later = [
+        {"task": task, "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.0)}
+        | {"cosine": gain, "error": -gain}
+        for task in ("seen", "fresh")
+        for b in range(20)
+        for w, gain in (("uniform", 0.0), ("gap", (1.0 if b >= 10 else -1.0) + 0.01 * b))
+    ]
+    rows = pd.DataFrame(nearer_later)
+    (row,) = confirmation(rows, {"seen": 10}).to_dict("records")
+    assert (row["nearer"], row["tasks where nearer"], row["settings"]) == (1, "seen", 2)
+    (row,) = confirmation(rows, {"seen": 10, "fresh": 10}).to_dict("records")
+    assert row["nearer"] == 2
 
 
 def test_the_study_measures_once_and_goes_on(tmp_path):

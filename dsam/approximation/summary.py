@@ -1,5 +1,6 @@
 """From the study's measurements to its table and figure: paired differences to uniform with bootstrap intervals."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -77,15 +78,22 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def as_markdown(summary: pd.DataFrame) -> str:
-    """The overview, then a table per task, phase and ρ; bold where the interval of the difference lies beyond 0 on the
-    better side."""
+def confirmation(measured: pd.DataFrame, looked_at: Mapping[str, int]) -> pd.DataFrame:
+    """The overview on the batches that no choice was made by: all but the first `looked_at[task]` of each task."""
+    return overview(summarise(measured[measured["batch"] >= measured["task"].map(looked_at).fillna(0)]))
+
+
+def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None) -> str:
+    """The overview, and that of the confirmation; then a table per task, phase and ρ, bold where the interval of the
+    difference lies beyond 0 on the better side."""
     parts = [
         "Differences to uniform weights (SAM), paired by batch, with 95 % bootstrap intervals. Settings in which "
         "a weighting is nearer to the per-instance gradient, or farther, by cosine and relative error alike, both "
         "intervals beyond 0:",
         overview(summary).to_markdown(index=False),
     ]
+    if confirmed is not None:
+        parts += ["The same on the batches that were not looked at before:", confirmed.to_markdown(index=False)]
     for (task, phase, rho), group in summary.groupby(["task", "phase", "rho"], sort=False):
         rows = []
         for weighting, mine in group.groupby("weighting", sort=False):
@@ -146,13 +154,19 @@ def figure(summary: pd.DataFrame) -> Figure:
     return drawn
 
 
-def write(measurements: Path, folder: Path) -> list[Path]:
-    """summary.csv, summary.md and approximation.png/.pdf beside each other; returns their paths."""
-    summary = summarise(pd.read_csv(measurements))
+def write(measurements: Path, folder: Path, looked_at: Mapping[str, int] | None = None) -> list[Path]:
+    """summary.csv, summary.md and approximation.png/.pdf beside each other; returns their paths.
+
+    With `looked_at` ({task: batches that candidates were chosen by}) the rest is shown apart, as a confirmation.
+    """
+    measured = pd.read_csv(measurements)
+    summary = summarise(measured)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]
     summary.to_csv(paths[0], index=False, float_format="%.6g")
-    paths[1].write_text(as_markdown(summary), encoding="utf-8")
+    paths[1].write_text(
+        as_markdown(summary, confirmation(measured, looked_at) if looked_at else None), encoding="utf-8"
+    )
     drawn = figure(summary)
     drawn.savefig(paths[2], dpi=160)
     drawn.savefig(paths[3])

@@ -11,6 +11,8 @@ import torch
 
 from ..runs.provenance import provenance
 from ..runs.record import write_atomically
+from .norms import Cost
+from .scaling import Point
 from .steps import Timed
 from .throughput import Throughput
 
@@ -47,8 +49,39 @@ def speeds(measured: Sequence[Throughput]) -> pd.DataFrame:
     )
 
 
+def costs(measured: Sequence[Cost]) -> pd.DataFrame:
+    """One row per way: seconds and memory, and their ratios to the first."""
+    first = measured[0]
+    return pd.DataFrame(
+        {
+            "one pass": found.name,
+            "seconds": found.seconds,
+            "/ backward": found.seconds / first.seconds,
+            "peak memory, GB": found.peak_memory_bytes / 1e9,
+            "memory / backward": found.peak_memory_bytes / first.peak_memory_bytes,
+        }
+        for found in measured
+    )
+
+
+def points(measured: Sequence[Point]) -> pd.DataFrame:
+    """One row per point: seconds of AdamW's and SAM's step, their ratio, and AdamW's tokens per second."""
+    return pd.DataFrame(
+        {
+            "model": p.shape,
+            "batch": p.batch,
+            "length": p.length,
+            "adamw, seconds": p.adamw_seconds,
+            "sam, seconds": p.sam_seconds,
+            "sam / adamw": p.sam_seconds / p.adamw_seconds,
+            "tokens a second": p.batch * p.length / p.adamw_seconds,
+        }
+        for p in measured
+    )
+
+
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,
@@ -68,7 +101,7 @@ def write(
     parts += [f"{name}: {value}" for name, value in settings.items()]
     text = "\n".join(f"- {part}" for part in parts) + "\n"
     for task, found in measured.items():
-        table = as_rows(found).to_markdown(index=False, floatfmt=("", ".3f", ".2f", ".2f", ".2f", ".2f", ".3f"))
+        table = as_rows(found).to_markdown(index=False, floatfmt=".3f")
         text += f"\n## {task}\n\n{table}\n"
     write_atomically(path.with_suffix(".md"), text)
 

@@ -1,5 +1,7 @@
 """One run from its configuration to its result."""
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import resource
@@ -210,7 +212,22 @@ def choose_device(config: Config) -> torch.device:
         raise UserError(f"device.name={name}: this machine shows {torch.cuda.device_count()} CUDA devices")
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.device.threads or max(1, cores // len(config.launcher.slots)))
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed blocks for the next step instead of giving them back to the kernel.
+
+    A step frees and takes several copies of the weights, and each time the kernel would clear their pages anew, which
+    is about a tenth of a SAM step of MiniLM on short sentences.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory(device: torch.device) -> int:

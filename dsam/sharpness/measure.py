@@ -1,19 +1,14 @@
 """Everything that is measured of one finished run, from its folder to `sharpness.json` and the figures."""
 
 import argparse
-import dataclasses
 import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
@@ -21,11 +16,13 @@ from ..config import Config, first_line
 from ..errors import Parser, UserError
 from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
+from ..runs.kept import read_run
 from ..runs.record import plain, write_atomically
 from ..runs.run import choose_device
 from ..training import model as models
 from ..training.batches import training_subset
 from ..training.loop import to
+from ..training.progress import Stages
 from .curvature import top_eigenvalues, trace
 from .objective import Objective
 from .rise import rises
@@ -84,26 +81,6 @@ def main(arguments: Sequence[str]) -> None:
     write_atomically(out / "sharpness.json", json.dumps(plain(found), indent=2) + "\n")
     print(summary(found))
     print(out)
-
-
-def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
-    """The configuration and result of the run in `folder`. UserError where it cannot be measured."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
-    if not (folder / "result.json").is_file():
-        raise UserError(f"{folder} is not finished: it has no result.json; the command that started it goes on with it")
-    if not (folder / weights / "config.json").is_file():
-        raise UserError(f"{folder} has no {weights}/: its weights are kept only with checkpoint.keep_weights=true")
-    try:
-        config = Config.load(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
-    path = str(folder / weights)
-    config.model = dataclasses.replace(config.model, path=path, id=None, revision=None, architecture=None)
-    return config, result
 
 
 def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:
@@ -241,52 +218,3 @@ def summary(found: dict) -> str:
     if "trace" in found:
         lines.append(figure("Hessian trace", found["trace"]["mean"], found["trace"]["standard_error"]))
     return "\n".join(lines)
-
-
-class Stages:
-    """One bar over all stages, with the time left: on a terminal it moves, in a log it speaks now and then."""
-
-    def __init__(self, title: str, total: int, every_seconds: float = 10):
-        self.title, self.total, self.every = title, total, every_seconds
-        self.console = Console(stderr=True)
-        self.done = self.stage_start = self.planned = 0
-        self.stage = ""
-
-    def __enter__(self) -> "Stages":
-        self.start = self.said = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task(self.title, total=self.total)
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.progress.stop()
-
-    def enter(self, stage: str, planned: int = 0) -> None:
-        """`planned`: the cost that the total holds for a stage whose real cost shows only at its end."""
-        self._correct()
-        self.stage, self.stage_start, self.planned = stage, self.done, planned
-        self.progress.update(self.task, description=f"{self.title}: {stage}")
-
-    def _correct(self) -> None:
-        if self.planned:
-            self.total += (self.done - self.stage_start) - self.planned
-            self.progress.update(self.task, total=self.total)
-
-    def passed(self, forwards: int) -> None:
-        self.done += forwards
-        self.progress.update(self.task, completed=self.done)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.said >= self.every:
-            self.said = now
-            share = min(1.0, self.done / self.total)
-            left = (now - self.start) * (1 / share - 1)
-            print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left:.0f} s left", file=sys.stderr, flush=True)

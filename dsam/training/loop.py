@@ -202,7 +202,6 @@ def best(evaluations: Iterable[dict]) -> dict | None:
     return max(scored, key=lambda pair: pair[0], default=(None, None))[1]
 
 
-@torch.no_grad()
 def evaluate(
     task: Task, data: dict[str, Tokenised], model: nn.Module, device: torch.device, autocast: torch.dtype | None = None
 ) -> dict:
@@ -210,26 +209,47 @@ def evaluate(
 
     Score and loss are theirs alone; with a split "heldout" in `data` there is also its "heldout_score".
     """
-    was_training = model.training
-    model.eval()
     metrics, losses = {}, []
     for split in [*task.evaluation_splits, *(["heldout"] if "heldout" in data else [])]:
-        examples = data[split]
-        output = np.zeros(len(examples), dtype=np.float64 if task.num_labels == 1 else np.int64)
-        for indices in evaluation_batches(examples.lengths):
-            batch = to(examples.batch(indices), device)
-            labels = batch.pop("labels")
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                logits = model(**batch).logits.float()
-            if split != "heldout":
-                losses.append(example_losses(logits, labels).double().cpu())
-            output[indices] = predictions(task, logits.cpu().numpy())
-        metrics[split] = compute(task, output, examples.labels)
-    model.train(was_training)
+        answers, of_split = predict(task, data[split], model, device, autocast)
+        metrics[split] = compute(task, answers, data[split].labels)
+        if split != "heldout":
+            losses.append(of_split)
     scores = {"score": headline(task, metrics)}
     if "heldout" in data:
         scores["heldout_score"] = headline(task, metrics, ["heldout"])
     return scores | {"loss": float(torch.cat(losses).mean()), "metrics": metrics}
+
+
+@torch.no_grad()
+def predict(
+    task: Task,
+    examples: Tokenised,
+    model: nn.Module,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    passed: Callable[[int], None] = lambda examples: None,
+) -> tuple[np.ndarray, Tensor]:
+    """The model's answers without dropout, shape (N,): label numbers or scores; and the losses of the examples that
+    have labels, float64 on the CPU, in the order of the batches.
+
+    `passed` is called after each batch with its size.
+    """
+    was_training = model.training
+    model.eval()
+    answers = np.zeros(len(examples), dtype=np.float64 if task.num_labels == 1 else np.int64)
+    losses = [torch.empty(0, dtype=torch.float64)]
+    for indices in evaluation_batches(examples.lengths):
+        batch = to(examples.batch(indices), device)
+        labels = batch.pop("labels", None)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            logits = model(**batch).logits.float()
+        if labels is not None:
+            losses.append(example_losses(logits, labels).double().cpu())
+        answers[indices] = predictions(task, logits.cpu().numpy())
+        passed(len(indices))
+    model.train(was_training)
+    return answers, torch.cat(losses)
 
 
 def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -1,14 +1,22 @@
-"""What a person sees while a run trains: a bar on a terminal, a line now and then in a log."""
+"""What a person sees while work goes on: a bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Bar:
-    """Context manager; `update` shows step, loss, score, rate (steps/s) and time left."""
+    """Of a training. Context manager; `update` shows step, loss, score, rate (steps/s) and time left."""
 
     def __init__(self, title: str, total: int, every_seconds: float = 10):
         self.title, self.total, self.every = title, total, every_seconds
@@ -47,3 +55,52 @@ class Bar:
 
     def evaluated(self, metric: str, score: float) -> None:
         self.score = f"  {metric} {score:.4f}"
+
+
+class Stages:
+    """One bar over all stages, with the time left: on a terminal it moves, in a log it speaks now and then."""
+
+    def __init__(self, title: str, total: int, every_seconds: float = 10):
+        self.title, self.total, self.every = title, total, every_seconds
+        self.console = Console(stderr=True)
+        self.done = self.stage_start = self.planned = 0
+        self.stage = ""
+
+    def __enter__(self) -> "Stages":
+        self.start = self.said = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(self.title, total=self.total)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.progress.stop()
+
+    def enter(self, stage: str, planned: int = 0) -> None:
+        """`planned`: the cost that the total holds for a stage whose real cost shows only at its end."""
+        self._correct()
+        self.stage, self.stage_start, self.planned = stage, self.done, planned
+        self.progress.update(self.task, description=f"{self.title}: {stage}")
+
+    def _correct(self) -> None:
+        if self.planned:
+            self.total += (self.done - self.stage_start) - self.planned
+            self.progress.update(self.task, total=self.total)
+
+    def passed(self, forwards: int) -> None:
+        self.done += forwards
+        self.progress.update(self.task, completed=self.done)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.said >= self.every:
+            self.said = now
+            share = min(1.0, self.done / self.total)
+            left = (now - self.start) * (1 / share - 1)
+            print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,77 @@
+"""What exact per-example gradient norms cost beside a normal forward and backward pass over the same batch."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..methods.losses import example_losses
+from ..methods.per_example import PerExampleGradients
+from ..runs.run import peak_memory, prepare
+
+WAYS = ("backward", "exact norms", "exact norms and the gradient")
+
+
+@dataclass
+class Cost:
+    """One way's figures at one batch."""
+
+    name: str
+    seconds: float  # the median over rounds
+    peak_memory_bytes: int  # of a process that does this alone, twice
+
+
+def measure(config: Config, length: int, rounds: int) -> list[Cost]:
+    """All ways in turn on one batch of `train.batch_size` full rows of `length` random tokens."""
+    model, batch = _setting(config, length)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(rounds + 1):
+        print(f"norms: round {turn}/{rounds}", file=sys.stderr, flush=True)
+        for way in WAYS:
+            began = time.perf_counter()
+            _once(model, batch, way)
+            if turn:
+                seconds[way].append(time.perf_counter() - began)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = [pool.apply(_peak, (config, length, way)) for way in WAYS]
+    return [Cost(way, statistics.median(seconds[way]), peak) for way, peak in zip(WAYS, memory, strict=True)]
+
+
+def _setting(config: Config, length: int) -> tuple[nn.Module, dict]:
+    ready = prepare(config)
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.train.batch_size, length)
+    ids = torch.randint(len(ready.tokenizer) // 2, len(ready.tokenizer), shape, generator=generator)
+    labels = torch.randint(2, shape[:1], generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return ready.network.train(), {name: value.to(ready.device) for name, value in batch.items()}
+
+
+def _once(model: nn.Module, batch: dict, way: str) -> None:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    params = [p for p in model.parameters() if p.requires_grad]
+    if way == "backward":
+        losses = example_losses(model(**inputs).logits, batch["labels"])
+        torch.autograd.grad(losses.mean(), params, allow_unused=True)
+    else:
+        gradients = PerExampleGradients(model, params)
+        with gradients.record():
+            losses = example_losses(model(**inputs).logits, batch["labels"])
+        gradients.backward(losses)
+        gradients.squared_norms()
+        if way == "exact norms and the gradient":
+            gradients.weighted_gradient(torch.full_like(losses, 1 / len(losses)))
+    if batch["labels"].is_cuda:
+        torch.cuda.synchronize()
+
+
+def _peak(config: Config, length: int, way: str) -> int:
+    model, batch = _setting(config, length)
+    for _ in range(2):
+        _once(model, batch, way)
+    return peak_memory(batch["labels"].device)

@@ -1,0 +1,40 @@
+"""A finished run that kept its weights, read back from its folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import yaml
+
+from ..config import Config, first_line
+from ..errors import UserError
+from .record import seal
+
+
+def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
+    """The configuration and result of the run in `folder`. `config.model` is its kept model.
+
+    Args:
+        weights: which: "best" or "last".
+
+    Raises:
+        UserError: it is not finished, kept no weights or was edited.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run's folder: it has no config.yaml")
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} is not finished: it has no result.json; the command that started it goes on with it")
+    if not (folder / weights / "config.json").is_file():
+        raise UserError(f"{folder} has no {weights}/: its weights are kept only with checkpoint.keep_weights=true")
+    try:
+        config = Config.load(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
+    if not isinstance(result, dict) or result.get("result_sha256") != seal(result):
+        raise UserError(f"{folder / 'result.json'} was edited: the command that made the run makes it again")
+    path = str(folder / weights)
+    config.model = dataclasses.replace(config.model, path=path, id=None, revision=None, architecture=None)
+    return config, result

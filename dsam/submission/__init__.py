@@ -1,0 +1,1 @@
+"""Answers of finished runs to GLUE's test sets and to AX."""

@@ -1,0 +1,107 @@
+"""A finished run's answers to test sets, given only where its weights give the development score that it recorded."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from .. import glue
+from ..errors import UserError
+from ..runs.run import choose_device
+from ..training import model as models
+from ..training.loop import predict
+from .choose import WEIGHTS, Run
+
+TOLERANCE = 0.02  # of the development score: other hardware turns an answer or two
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run and what it is to answer: all that can be wrong with the data has been found."""
+
+    run: Run
+    tokenizer: PreTrainedTokenizerFast
+    data: dict[str, dict[str, glue.Tokenised]]
+    """By task and split."""
+    fingerprints: dict[str, str]
+    """Of the data, by task."""
+
+    @property
+    def examples(self) -> int:
+        return sum(len(rows) for splits in self.data.values() for rows in splits.values())
+
+
+@dataclass(frozen=True)
+class Answered:
+    """`predictions[task, split]` has shape (N,); `development` is the score that they come to."""
+
+    predictions: dict[tuple[str, str], np.ndarray]
+    development: float
+
+
+def prepare(run: Run, others: Mapping[str, tuple[str, ...]]) -> Prepared:
+    """Reads and tokenises the run's development sets and the splits of `others`, by task.
+
+    Raises:
+        UserError: data that are missing or broken, or a test set that is not the official one.
+    """
+    config, source = run.config, run.config.data
+    wanted = {run.task: glue.get_task(run.task).evaluation_splits}
+    for task, splits in others.items():
+        wanted[task] = wanted.get(task, ()) + splits
+    tokenizer = models.load_tokenizer(config.model)
+    data, fingerprints = {}, {}
+    for name, splits in wanted.items():
+        task = glue.get_task(name)
+        place = {"root": source.root, "revision": source.revision, "splits": splits}
+        rows = glue.load(task, source.source, **place)
+        for split in task.test_splits:
+            if split in rows and len(rows[split]) != task.rows[split]:
+                raise UserError(f"{name} {split}: found {len(rows[split])} rows, expected {task.rows[split]}")
+        fingerprints[name] = glue.fingerprint(task, source.source, **place)
+        data[name] = glue.tokenise(
+            task, rows, tokenizer, config.train.max_length, config.paths.cache, fingerprints[name]
+        )
+    return Prepared(run, tokenizer, data, fingerprints)
+
+
+def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: None) -> Answered:
+    """Calls `passed` with the size of each batch.
+
+    Raises:
+        UserError: weights that cannot be read, or do not give the run's development score.
+    """
+    run, task = prepared.run, glue.get_task(prepared.run.task)
+    device = choose_device(run.config)
+    network = models.build(run.config, task.num_labels, prepared.tokenizer).to(device)
+    autocast = torch.bfloat16 if run.config.train.precision == "bfloat16" else None
+
+    def predictions(name: str, split: str) -> np.ndarray:
+        return predict(glue.get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
+
+    found = {(task.name, split): predictions(task.name, split) for split in task.evaluation_splits}
+    metrics = {}
+    for split in task.evaluation_splits:
+        metrics[split] = glue.compute(task, found[task.name, split], prepared.data[task.name][split].labels)
+    score = glue.headline(task, metrics)
+    if not abs(score - run.score) <= TOLERANCE:
+        raise UserError(
+            f"{run.folder}: {WEIGHTS}/ scores {score:.4f} on the development set where the run recorded "
+            f"{run.score:.4f}: the weights or the data are not those of the run"
+        )
+    for name, splits in prepared.data.items():
+        for split in splits:
+            if (name, split) not in found:
+                found[name, split] = predictions(name, split)
+    return Answered(found, score)
+
+
+def score_on_ax(prepared: Prepared, answered: Answered) -> float | None:
+    """Matthews correlation on AX, GLUE's figure for it; None where its labels are not in the data."""
+    ax = glue.get_task("ax")
+    labels = prepared.data["ax"]["test"].labels
+    if labels is None:
+        return None
+    return glue.compute(ax, answered.predictions["ax", "test"], labels)["matthews_correlation"]

@@ -1,0 +1,75 @@
+"""The benchmark's own arithmetic, on the tiny model: figures are there, add up, and count what they say."""
+
+import json
+
+import pytest
+import torch
+from conftest import command
+
+from dsam.benchmark import norms, scaling, table, throughput
+from dsam.config import CONF, Config
+from dsam.overrides import compose_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    given = ["task=agreement", "model=tiny", "train.batch_size=8", f"paths.cache={tmp_path}", "device.threads=1"]
+    return Config.load(compose_config([*given, f"paths.runs={tmp_path}/runs"], CONF))
+
+
+def test_methods_are_timed_beside_adamw_and_sam(tmp_path):
+    out = tmp_path / "bench.json"
+    arguments = ["task=agreement", "--methods", "adamw", "sam", "--batches", "2", "--rounds", "2", "--out", str(out)]
+    done = command(*arguments, f"paths.cache={tmp_path}/cache", script="benchmark.py")
+    assert done.returncode == 0, done.stderr
+    found = {row["name"]: row for row in json.loads(out.read_text())["measured"]["agreement"]}
+    assert (found["adamw"]["passes"], found["sam"]["passes"]) == (1, 2)
+    assert 1.2 < found["sam"]["seconds"] / found["adamw"]["seconds"] < 4
+    assert all(row["peak_memory_bytes"] > 1e8 for row in found.values())
+    assert "| sam" in out.with_suffix(".md").read_text()
+    wrong = command("--methods", "samm", script="benchmark.py")
+    assert (wrong.returncode, wrong.stderr.strip()) == (2, "error: unknown method 'samm'; did you mean 'sam'?")
+
+
+def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monkeypatch):
+    seen = []
+    forward = throughput.PreTrainedModel.__call__
+
+    def watched(model, *args, **inputs):
+        if "ForSequenceClassification" in type(model).__name__:  # not the encoder inside it
+            seen.append(inputs["attention_mask"])
+        return forward(model, *args, **inputs)
+
+    monkeypatch.setattr(throughput.PreTrainedModel, "__call__", watched, raising=False)
+    found = {f.name: f for f in throughput.measure(config, steps=2, rounds=1)}
+    assert set(found) == set(throughput.CONTENDERS)
+    assert all(f.examples_per_second > 0 for f in found.values())
+    padded, dynamic, ours = (
+        found[name].padded_tokens for name in ("Trainer, padded to the limit", "Trainer, dynamic padding", "dsam")
+    )
+    assert padded == 16 * config.train.max_length > dynamic >= ours
+    masks = [m for m in seen if m.shape == (8, config.train.max_length)]
+    assert len(masks) == 2 * 2  # two steps, a round to warm up and one that counts
+    dynamic_masks = [m for m in seen if m.shape[0] == 8 and m.shape[1] < config.train.max_length]
+    assert sum(m.numel() for m in dynamic_masks) >= dynamic
+    assert {int(m.sum()) for m in masks} <= {int(m.sum()) for m in dynamic_masks}  # the same rows
+
+
+def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
+    found = norms.measure(config, length=8, rounds=1)
+    rows = table.costs(found)
+    assert list(rows["one pass"]) == list(norms.WAYS)
+    assert rows["/ backward"][0] == 1 and (rows["/ backward"] > 0).all()
+    assert (rows["memory / backward"] < 3).all()
+
+
+def test_scaling_rows_are_what_they_say(monkeypatch):
+    monkeypatch.setitem(
+        scaling.SHAPES,
+        "MiniLM-L6",
+        dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+    )
+    found = scaling.measure(["MiniLM-L6"], [(2, 4), (4, 4)], 1, torch.device("cpu"), bf16=False)
+    rows = table.points(found)
+    assert list(rows["batch"]) == [2, 4]
+    assert rows["tokens a second"][1] == pytest.approx(16 / found[1].adamw_seconds)

@@ -1,0 +1,136 @@
+"""What a step costs in counts, which a busy machine cannot blur: forwards, backwards, padded tokens, weight passes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification
+
+from dsam.config import Train
+from dsam.methods import METHODS, ExampleLosses
+from dsam.training.batches import pieces
+
+EXAMPLES, LAYERS = 8, 2
+COUNTS = {  # method, options: (forwards, backwards) over the whole batch, (pieces = 1)
+    ("plain", ()): (1, 1),
+    ("sam", ()): (2, 2),
+    ("asam", ()): (2, 2),
+    ("per_instance", ()): (2, 2),
+    ("m_sam", (("m", 1),)): (2, 2),
+    ("gsam", ()): (2, 2),
+    ("fsam", ()): (2, 2),
+    ("msam", ()): (1, 1),
+    ("sam_on", ()): (2, 2),
+    ("rdrop", ()): (2, 2),
+    ("r3f", ()): (2, 2),
+    ("freelb", ()): (3, 3),
+    ("delta_sam", (("weighting", "uniform"),)): (2, 2),
+    ("delta_sam", (("weighting", "confidence"),)): (2, 2),
+    ("delta_sam", (("weighting", "probe"),)): (3, 2),
+    ("delta_sam", (("weighting", "probe"), ("probes", 2))): (4, 2),
+    ("delta_sam", (("weighting", "curvature"),)): (4, 2),
+    ("delta_sam", (("weighting", "gibbs"),)): (3, 2),
+    ("delta_sam", (("weighting", "gap"),)): (2, 2),
+    ("delta_sam", (("weighting", "relative_gap"),)): (2, 2),
+    ("delta_sam", (("weighting", "gauss_newton"),)): (2, 2),
+    ("delta_sam", (("weighting", "exact_curvature"),)): (4, 4),
+}
+
+
+class Seen(TorchDispatchMode):
+    """Counts `torch._foreach_*` calls over all weights, in units of the weights."""
+
+    def __init__(self, weights: int):
+        super().__init__()
+        self.weights, self.passes = weights, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith("_foreach") and isinstance(args[0], list | tuple):
+            self.passes[func.__name__.split(".")[0]] += sum(t.numel() for t in args[0]) / self.weights
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=16
+    )
+    return BertForSequenceClassification(config).train()
+
+
+def batch(rows=EXAMPLES, length=6):
+    ids = torch.arange(rows * length).view(rows, length) % 27 + 3
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+
+
+def counted(model, method, closures):
+    """(forwards, backwards) of one step, by the examples that pass through the encoder, over the batch's."""
+    through = Counter()
+
+    def forward(module, args, kwargs, output):
+        hidden = output.last_hidden_state
+        through["forwards"] += len(hidden)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: through.update(backwards=len(grad)))
+
+    handle = model.bert.register_forward_hook(forward, with_kwargs=True)
+    try:
+        method.backward(closures)
+    finally:
+        handle.remove()
+    examples = sum(len(closure) for closure in closures)
+    return through["forwards"] / examples, through["backwards"] / examples
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize(("name", "options"), COUNTS)
+def test_a_step_runs_as_many_passes_as_the_table_says(model, name, options, cut):
+    whole, rows = batch(), EXAMPLES // cut
+    closures = [ExampleLosses(model, {k: v[i : i + rows] for k, v in whole.items()}) for i in range(0, EXAMPLES, rows)]
+    method = METHODS[name](model, **dict(options))
+    assert counted(model, method, closures) == pytest.approx(COUNTS[name, options], abs=1e-9)
+    report = method.report
+    assert (report["forwards"], report["backwards"]) == pytest.approx(COUNTS[name, options], abs=1e-9)
+
+
+def test_probes_of_the_top_layers_run_only_those(model):
+    layers = Counter()
+    for k, layer in enumerate(model.bert.encoder.layer):
+        layer.register_forward_hook(lambda *_, k=k: layers.update([k]))
+    METHODS["delta_sam"](model, weighting="probe", layers=1).backward(ExampleLosses(model, batch()))
+    assert layers == {0: 2, 1: 3}
+
+
+def test_perturbing_and_restoring_take_two_passes_over_the_weights(model):
+    weights = sum(p.numel() for p in model.parameters())
+    passes = {}
+    for name in ("plain", "sam"):
+        with Seen(weights) as seen:
+            METHODS[name](model).backward(ExampleLosses(model, batch()))
+        passes[name] = seen.passes
+    # Clipping's norm of the final gradient is in both: SAM has one norm and one sum more, and nothing is copied back.
+    more = passes["sam"] - passes["plain"]
+    assert {name: round(count, 3) for name, count in more.items()} == {"_foreach_norm": 1, "_foreach_add": 1}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "overhead", "tokens"),
+    [
+        ([10] * 32, 64, 320),
+        ([5] * 16 + [50] * 16, 64, 5 * 16 + 50 * 16),  # one cut: 880 + 2 · 64 against 1600 + 64
+        ([5] * 16 + [8] * 16, 64, 8 * 32),  # a cut would save 48 tokens and cost 64
+        ([5] * 16 + [8] * 16, 47, 5 * 16 + 8 * 16),  # 48 saved, 47 paid
+        ([1, 2, 3, 100], None, 400),
+        ([1, 1, 50, 100], 1, 1 + 1 + 50 + 100),
+    ],
+)
+def test_tokens_padded_are_as_few_as_they_can_be(lengths, overhead, tokens):
+    lengths = np.array(lengths)
+    train = Train(epochs=1, batch_size=32, lr=0.1, piece_overhead=overhead)
+    parts = pieces(np.arange(len(lengths)), lengths, train)
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    paid = sum(len(part) * lengths[part].max() for part in parts)
+    assert paid == tokens
