@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan report wandb-sync test lint lock clean
+.PHONY: help reproduce plan paper verify wandb-sync test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -18,14 +18,17 @@ help: ## this list
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-reproduce: .venv/installed ## run EXPERIMENT (what is missing of it), then tables, figures and report
+reproduce: .venv/installed ## run EXPERIMENT (what is missing of it), then what `make paper` makes
 	$(BIN)/python experiments/reproduce.py experiment=$(EXPERIMENT) $(ARGS)
 
 plan: .venv/installed ## print the runs of EXPERIMENT and how many are finished; changes nothing
 	@$(BIN)/python experiments/train.py experiment=$(EXPERIMENT) launcher.plan=true $(ARGS)
 
-report: .venv/installed ## tables, figures and report from the runs that are there
-	$(BIN)/python experiments/report.py experiment=$(EXPERIMENT) $(ARGS)
+paper: .venv/installed ## tables, figures, model card and report from the runs that are there
+	$(BIN)/python experiments/paper.py experiment=$(EXPERIMENT) $(ARGS)
+
+verify: .venv/installed ## whether the tables are what the runs say, and a run gives its weights again (ARGS='--rerun 3')
+	@$(BIN)/python experiments/verify.py experiment=$(EXPERIMENT) $(ARGS)
 
 wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)

@@ -188,12 +188,12 @@ def chosen(arguments: Sequence[str]) -> list[str] | None:
     return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{CHOSEN}"]
 
 
-def report(arguments: Sequence[str]) -> None:
-    """Writes tables, figures and report.html of an experiment's runs and prints the main table and where all lies."""
-    from .results import report as reports
+def paper(arguments: Sequence[str]) -> None:
+    """Writes all that `dsam.results.report` makes of an experiment's runs; prints the main table and where all lies."""
+    from .results import report
 
     name, config = named(arguments)
-    made = reports.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
+    made = report.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
     print(f"\n{made.text}\n")
     for what, where in (
         ("tables", made.tables[0].parent),
@@ -202,3 +202,27 @@ def report(arguments: Sequence[str]) -> None:
         ("runs", config.paths.runs),
     ):
         print(f"{what:8} {where}")
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """Prints what `dsam.results.verify` finds, line by line. Leaves with status 1 where something differs."""
+    from .errors import Parser
+    from .results import verify as verification
+
+    parser = Parser(prog="verify.py", description="Whether an experiment's tables are what its runs say.")
+    parser.add_argument("overrides", nargs="*", help="experiment=NAME, paths.runs=DIR, paths.tables=DIR")
+    parser.add_argument("--rerun", type=int, default=1, metavar="N", help="train so many runs again (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses which")
+    given = parser.parse_intermixed_args(list(arguments))
+    if given.rerun < 0:
+        raise UserError(f"--rerun {given.rerun} must be at least 0")
+    name, config = named(given.overrides)
+    differences = 0
+    for fine, line in verification.check(name, Path(config.paths.runs), Path(config.paths.tables),
+                                         given.rerun, given.seed, config.paths.cache):  # fmt: skip
+        differences += not fine
+        print(line if fine else f"differs: {line}", flush=True)
+    if differences:
+        print(f"{differences} differences")
+        raise SystemExit(1)
+    print("nothing differs")

@@ -1,6 +1,6 @@
 """An experiment from its first run to its report: python experiments/reproduce.py experiment=smoke
 
-Runs what is missing of the sweep, then writes tables, figures and the report; with `fresh_seeds`, those of the chosen
+Runs what is missing of the sweep, then does what paper.py does; with `fresh_seeds`, those of the chosen
 variants as well. Takes what train.py takes.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dsam.command_line import chosen, one_line_errors, report  # noqa: E402
+from dsam.command_line import chosen, one_line_errors, paper  # noqa: E402
 
 if __name__ == "__main__":
     with one_line_errors():
@@ -19,7 +19,7 @@ if __name__ == "__main__":
         sweep = subprocess.run([sys.executable, str(ROOT / "experiments" / "train.py"), *sys.argv[1:]])
         if sweep.returncode not in (0, 1):
             raise SystemExit(sweep.returncode)
-        report(sys.argv[1:])
+        paper(sys.argv[1:])
         if again := chosen(sys.argv[1:]):
-            report(again)
+            paper(again)
         raise SystemExit(sweep.returncode)  # 1: some runs failed, and the tables show which

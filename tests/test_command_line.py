@@ -367,12 +367,12 @@ def test_reproduce_makes_tables_figures_and_report(tmp_path):
     report = (tmp_path / "report.html").read_text()
     assert "dsam" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
-    again = command("experiment=smoke", "train.max_steps=8", *places, script="report.py")
+    again = command("experiment=smoke", "train.max_steps=8", *places, script="paper.py")
     assert again.returncode == 0, again.stderr
 
 
 def test_a_report_without_runs_says_what_to_do(tmp_path):
-    done = command("experiment=smoke", f"paths.runs={tmp_path}/none", script="report.py")
+    done = command("experiment=smoke", f"paths.runs={tmp_path}/none", script="paper.py")
     assert done.returncode == 2
     assert "make reproduce" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -380,7 +380,7 @@ def test_a_report_without_runs_says_what_to_do(tmp_path):
 
 def test_make_help_lists_every_target():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for target in ("reproduce", "plan", "report", "test", "help", "lint", "lock", "clean"):
+    for target in ("reproduce", "plan", "paper", "verify", "test", "help", "lint", "lock", "clean"):
         assert target in shown
 
 

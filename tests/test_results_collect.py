@@ -177,6 +177,15 @@ def test_collecting_an_experiment_keeps_the_other_runs_in_the_index(tmp_path):
     assert len(index.load(tmp_path)) == 2
 
 
+def test_without_the_index_every_result_is_read(tmp_path):
+    finish(tmp_path, plan(), best=0.61)
+    collect(tmp_path)
+    path = tmp_path / index.NAME
+    path.write_text(path.read_text().replace("0.61", "0.99"))
+    assert collect(tmp_path)["best"].tolist() == [0.99] and collect(tmp_path, cached=False)["best"].tolist() == [0.61]
+    assert "0.99" in path.read_text()
+
+
 def test_two_processes_may_collect_at_once(tmp_path):
     for seed in range(50):
         finish(tmp_path, plan(seed=seed))

@@ -18,7 +18,7 @@ TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
 
-def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame:
+def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = True) -> pd.DataFrame:
     """The runs under `runs_dir`, or those that the sweep `experiment` planned: one row each.
 
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
@@ -27,7 +27,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     `evaluations` holds [step, score] pairs, `folder` the path below `runs_dir`. Further columns:
     `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
-    Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged.
+    Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged and `cached`.
     Raises UserError where `runs_dir` or the experiment doesn't exist.
     """
     runs_dir = Path(runs_dir)
@@ -35,11 +35,11 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
         raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first, or name the folder of the runs")
     planned = _planned(runs_dir, experiment)
     folders = list(planned) if experiment else sorted({*planned, *_run_folders(runs_dir)})
-    known = index.load(runs_dir)
+    known = index.load(runs_dir) if cached else {}
     entries = {folder: _entry(runs_dir, folder, known.get(folder)) for folder in folders}
     read = {folder: entry for folder, entry in entries.items() if entry["stamp"]}
     kept = {**known, **read} if experiment else read
-    if kept != known:
+    if cached and kept != known:
         index.save(runs_dir, kept)
     return _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
 

@@ -1,9 +1,7 @@
-"""What the results notebook shows beside the tables: the runs, their provenance, what failed, published figures."""
+"""What the results notebook shows beside the tables: the runs, their figures and provenance, what failed."""
 
 import html
-import json
 import os
-from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 
@@ -13,10 +11,13 @@ from IPython.display import Image
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
-from dsam.results.formatting import DASH
+from dsam.results.facts import Facts, whole_numbers
+from dsam.results.formatting import DASH, percent
 from dsam.results.rendering import Table
 
 ROOT = Path(__file__).parents[2]
+IDENTITY = ["data", "model", "record_version"]  # of what names a run; the rest are its settings
+NUMBERS = ["seed", "score", "best epoch", "last", "seconds"]
 
 
 def runs_from_environment() -> tuple[pd.DataFrame, Path, str | None, str]:
@@ -36,9 +37,8 @@ def overview(frame: pd.DataFrame, experiment: str | None) -> Table:
     """What was run: per model and method the tasks, the seeds and how the runs ended."""
     rows = []
     for (model, method), runs in frame.groupby(["model", "method_label"], sort=False):
-        seeds = sorted(runs["seed"].dropna().unique())
         row = {"model": model, "method": method, "tasks": ", ".join(runs["task"].unique())}
-        row |= {"seeds": ", ".join(map(str, seeds)), "runs": len(runs)}
+        row |= {"seeds": whole_numbers(runs["seed"].dropna().unique()), "runs": len(runs)}
         rows.append(row | {status: (runs["status"] == status).sum() for status in frame["status"].unique()})
     values = pd.DataFrame(rows)
     title = f"Runs of the experiment {experiment}" if experiment else "All runs found"
@@ -57,25 +57,41 @@ def _png(figure) -> bytes:
 
 
 def provenance(frame: pd.DataFrame, runs_dir: Path) -> Table:
-    """Each fact of the runs' provenance.json with its values; where they differ, how many runs had each."""
-    facts, read = defaultdict(lambda: defaultdict(int)), 0
-    for folder in frame.loc[frame["status"].isin(["finished", "diverged"]), "folder"]:
-        try:
-            content = json.loads((runs_dir / folder / "provenance.json").read_text(encoding="utf-8"))
-            flat = {name: str(value) for name, value in pd.json_normalize(content).iloc[0].items()}
-        except (OSError, ValueError, IndexError, NotImplementedError):
-            flat = {"provenance.json": "cannot be read"}
-        read += 1
-        for name, value in flat.items():
-            facts[name][value] += 1
+    """Each fact of the runs' provenance.json with its values; where they differ, how many runs had each.
+
+    Without what the table of settings tells, and without the numbers of processes.
+    """
+    found = Facts.read(frame, runs_dir)
     rows = []
-    for name, values in facts.items():
-        shown = sorted(values, key=values.get, reverse=True)
-        text = shown[0] if len(shown) == 1 and values[shown[0]] == read else None
-        text = text or "; ".join(f"{value} ({values[value]} runs)" for value in shown[:3])
-        rows.append({"fact": name, "value": text + (f"; {len(shown) - 3} more" if len(shown) > 3 else "")})
+    for name in found.values:
+        fact = name.removeprefix("identity.")
+        if fact in IDENTITY or (fact == name and name != "pid"):
+            rows.append({"fact": fact, "value": found.span(name) if name == "started" else found.text(name)})
     values = pd.DataFrame(rows, columns=["fact", "value"])
-    return Table("provenance", f"Provenance of {read} runs", [], values, values)
+    return Table("provenance", f"Provenance of {found.runs} runs", [], values, values)
+
+
+def run_table(frame: pd.DataFrame, runs_dir: Path) -> str:
+    """An HTML table of every run with a link to its folder, which the report's page lets a reader sort and filter."""
+    shown = {
+        "task": frame["task"],
+        "model": frame["model"],
+        "method": frame["method_label"],
+        "seed": frame["seed"].map(lambda seed: DASH if pd.isna(seed) else seed),
+        "status": frame["status"],
+        "score": frame["best"].map(percent),
+        "best epoch": frame["best_epoch"].map(lambda epoch: DASH if pd.isna(epoch) else f"{epoch:g}"),
+        "last": frame["last"].map(percent),
+        "seconds": frame["train.seconds"].map(lambda seconds: DASH if pd.isna(seconds) else f"{seconds:.1f}"),
+    }
+    numbers = [' class="number"' if name in NUMBERS else "" for name in shown]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(shown, numbers, strict=True))
+    rows = []
+    for run, *values in zip(frame.itertuples(), *shown.values(), strict=True):
+        cells = "".join(f"<td{kind}>{html.escape(str(v))}</td>" for kind, v in zip(numbers, values, strict=True))
+        rows.append(f"<tr>{cells}<td>{_link(run, runs_dir, run.id)}</td></tr>")
+    table = f'<table class="sortable"><thead><tr>{head}<th>run</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f'<div class="long" role="region" aria-label="Every run" tabindex="0">{table}</div>'
 
 
 def without_result(frame: pd.DataFrame, runs_dir: Path) -> str:
@@ -85,24 +101,14 @@ def without_result(frame: pd.DataFrame, runs_dir: Path) -> str:
     for run in lost.itertuples():
         reason = run.reason if isinstance(run.reason, str) else ""
         status = "finished without a score" if run.status == "finished" else run.status
-        link = f'<a href="{(runs_dir / run.folder).as_uri()}">{html.escape(run.folder)}</a>'
         seed = DASH if pd.isna(run.seed) else run.seed
         what = html.escape(f"{run.task}, {run.model}, {run.method_label}, seed {seed}: {status}. {reason}")
-        items.append(f"<li>{what} {link}</li>")
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>Every run finished with a score.</p>"
+        items.append(f"<li>{what} {_link(run, runs_dir, run.folder)}</li>")
+    return f'<ul class="long">{"".join(items)}</ul>' if items else "<p>Every run finished with a score.</p>"
 
 
-def published(frame: pd.DataFrame) -> Table:
-    """The figures of results/reference for the tasks of these runs, each with its source."""
-    files = sorted((ROOT / "results" / "reference").glob("*.csv"))
-    values = pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
-    values = values[values["task"].isin(frame["task"].unique())]
-    if values.empty:
-        notes = ["There are none for these tasks."]
-    else:
-        notes = ["Other code and recipes, ×100; they compare only with runs on the official GLUE data."]
-        notes += [
-            f"{model}: {source}" for model, source in values.groupby("model", sort=False)["source"].first().items()
-        ]
-    text = values.drop(columns="source").assign(value=values["value"].map("{:.2f}".format))
-    return Table("published", "Published figures on the GLUE development sets", notes, values, text)
+def _link(run, runs_dir: Path, text: str) -> str:
+    """`text`, leading to the run's folder where there is one."""
+    folder, text = runs_dir / run.folder, html.escape(str(text))
+    there = run.status != "missing" or folder.is_dir()
+    return f'<a href="{folder.as_uri()}">{text}</a>' if there else text

@@ -1,23 +1,27 @@
-"""One experiment to its tables, its figures and a single-file HTML report: the executed results notebook."""
+"""One experiment to all that a paper or a reader needs: tables, figures, README, model card, and one HTML report."""
 
-import html
 import os
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
+import pandas as pd
+from jinja2 import Template
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from dsam.errors import UserError
-from dsam.results import plots, rendering, tables
+from dsam.results import card, plots, rendering, tables
 from dsam.results.collect import collect
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "results.ipynb"
+PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,30 @@ def make(
 
     Raises UserError where the experiment has no finished run.
     """
-    frame = collect(runs_dir, experiment)
+    frame, runs_dir = collect(runs_dir, experiment), Path(runs_dir).resolve()
     if not (frame["status"] == "finished").any():
         counts = ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())
         raise UserError(f"no run of '{experiment}' is finished ({counts or 'none planned'}): run `make reproduce`")
-    built = tables.build(frame, which)
-    written = tables.write(built, Path(tables_dir) / experiment)
-    drawn = plots.write(frame, Path(figures_dir) / experiment, which)
     page = Path(tables_dir).parent / "report.html"
-    page.write_text(_page(experiment, Path(runs_dir).resolve(), page.resolve().parent, which), encoding="utf-8")
+    with ThreadPoolExecutor(1) as beside:
+        # Waits for a process of its own most of the time: the notebook's kernel.
+        body = beside.submit(_page, experiment, runs_dir, page.resolve().parent, which)
+        built = tables.build(frame, which)
+        written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
+        drawn = plots.write(frame, Path(figures_dir) / experiment, which)
+        page.write_text(body.result(), encoding="utf-8")
     return Report(html=page, tables=written, figures=drawn, text=rendering.as_markdown(built.main))
+
+
+def write_tables(
+    built: tables.Tables, frame: pd.DataFrame, experiment: str, runs_dir: Path, folder: Path, which: str = "best"
+) -> list[Path]:
+    """Everything that lies in a run set's folder of tables; returns the paths. The same runs give the same bytes."""
+    paths = tables.write(built, folder)
+    for name, text in card.documents(built, frame, experiment, runs_dir, which, paths).items():
+        paths.append(folder / name)
+        paths[-1].write_text(text, encoding="utf-8", newline="\n")
+    return paths
 
 
 def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
@@ -66,49 +84,5 @@ def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
     )
     exporter.exclude_anchor_links = True
     body, _ = exporter.from_notebook_node(notebook)
-    body = body.replace(runs_dir.as_uri(), Path(os.path.relpath(runs_dir, folder)).as_posix())
-    return PAGE.format(title=html.escape(f"{experiment}: results"), style=STYLE, body=body)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #1b1b1b; font: 16px/1.55 system-ui, Helvetica, Arial, sans-serif; }
-main { max-width: 76rem; margin: 2.5rem auto 5rem; padding: 0 1.25rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid #ddd; }
-p, li { max-width: 46rem; }
-a { color: #0059a5; }
-code { font-size: .9em; }
-img { max-width: 100%; height: auto; margin: .6rem 0; }
-.table, .jp-OutputArea-output, .output_subarea { overflow-x: auto; }
-table { border-collapse: collapse; margin: .4rem 0 .6rem; font-size: .86rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; caption-side: top; }
-thead { border-top: 2px solid #1b1b1b; border-bottom: 1px solid #1b1b1b; }
-tbody { border-bottom: 2px solid #1b1b1b; }
-th, td { padding: .28rem 1.1rem .28rem 0; text-align: left; vertical-align: top; white-space: nowrap; }
-td:last-child { white-space: normal; min-width: 6rem; overflow-wrap: anywhere; }
-tbody tr + tr td { border-top: 1px solid #eee; }
-.notes { margin: .2rem 0 1.2rem; padding-left: 1.1rem; font-size: .82rem; color: #444; }
-@media print {
-  main { max-width: none; margin: 0; }
-  th, td { white-space: normal; }
-  h2 { break-after: avoid; }
-  table, img { break-inside: avoid; }
-}
-"""
+    body = body.replace(runs_dir.as_uri(), quote(Path(os.path.relpath(runs_dir, folder)).as_posix()))
+    return Template(PAGE.read_text(encoding="utf-8"), autoescape=True).render(title=f"{experiment}: results", body=body)

@@ -40,10 +40,15 @@ def identify(config: Config) -> Identity:
         "selection": config.selection,
         "parent": identify(Config.load(config.parent)).id if config.parent else None,
     }
-    canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    name = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    name = digest(contents)
     folder = Path(config.paths.runs) / config.task.name / config.model.name / config.optimizer.name / name
-    return Identity(name, folder, json.loads(canonical))
+    return Identity(name, folder, json.loads(json.dumps(contents)))
+
+
+def digest(contents: dict) -> str:
+    """The name of the run that has these contents."""
+    canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -1,0 +1,216 @@
+"""What goes with an experiment's tables: README.md, how they came to be, and MODEL_CARD.md in Hugging Face's format."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from dsam.glue.hub import DATASET
+from dsam.glue.tasks import TASKS
+from dsam.results import rendering
+from dsam.results.facts import Facts, configurations, whole_numbers
+from dsam.results.settings import PREFIX, selection_note
+from dsam.results.statistics import scored
+from dsam.results.tables import Tables
+
+HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
+HUB_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
+FORMS = {".csv": "every number with all its digits", ".md": "Markdown", ".tex": "LaTeX, for booktabs", ".html": "HTML"}
+RECONSTRUCTION = (
+    "δ-SAM is a reconstruction: its paper (arXiv 2112.08772) has no official code, and only its abstracts and two "
+    "summaries could be read. Its figures here say nothing certain about the paper's own method."
+)
+
+
+def documents(
+    built: Tables, frame: pd.DataFrame, experiment: str, runs_dir: Path, which: str, files: Iterable[Path]
+) -> dict[str, str]:
+    """File name -> text. Told by the runs alone, so that the same runs give the same bytes; `files`: the tables'."""
+    facts, configs = Facts.read(frame, runs_dir), configurations(frame, runs_dir)
+    return {
+        "README.md": _readme(built, frame, experiment, runs_dir, which, files, facts),
+        "MODEL_CARD.md": _model_card(built, frame, experiment, which, facts, configs),
+    }
+
+
+def _readme(built, frame, experiment, runs_dir, which, files, facts) -> str:
+    literal = rendering.escape_markdown
+    rows = {
+        "command": f"`{_command(runs_dir, experiment)}`",
+        "runs": f"{len(frame)} ({_counts(frame)})",
+        "tasks": ", ".join(frame["task"].unique()),
+        "models": ", ".join(frame["model"].unique()),
+        "methods": ", ".join(frame["method_label"].unique()),
+        "seeds": whole_numbers(frame["seed"].dropna().unique()),
+        "selection": selection_note(frame, which),
+        "code": f"commit {facts.text('git.commit')}; files changed since it: {facts.text('git.dirty')}",
+        "versions": ", ".join(f"{n} {facts.text(f'versions.{n}')}" for n in ("python", "torch", "transformers")),
+        "machine": f"{facts.text('device')}, {facts.text('platform')}, threads: {facts.text('threads')}",
+        "started": facts.span("started"),
+        "data": "; ".join(sorted(facts.values.get("identity.data", ()))) or "not recorded",
+        "weights at the start": "; ".join(sorted(facts.values.get("identity.model", ()))) or "not recorded",
+    }
+    what = "\n".join(f"| {name} | {text if name == 'command' else literal(text)} |" for name, text in rows.items())
+    captions = {table.name: table.caption for table in built.each()}
+    listed = [f"| `{table}.csv` `.md` `.tex` `.html` | {literal(text)} |" for table, text in captions.items()]
+    others = [
+        f"| `{path.name}` | {FORMS.get(path.suffix, '')} |" for path in files if path.stem not in (*captions, "cells")
+    ]
+    forms = ", ".join(f"`{suffix}` {text}" for suffix, text in FORMS.items())
+    return f"""# {experiment}
+
+Made from run folders by `make paper EXPERIMENT={experiment}`; not to be edited.
+
+## What was run
+
+| | |
+|:--|:--|
+{what}
+
+## Main table
+
+{rendering.as_markdown(built.main)}
+## Files
+
+| file | what it is |
+|:--|:--|
+{chr(10).join([*listed, *others])}
+| `cells.csv` | every run: which cell it stands in, its folder, what became of it, and its score where that counts |
+| `MODEL_CARD.md` | the run set as a Hugging Face model card |
+
+Forms: {forms}.
+
+A cell of a table leads to its runs: in `cells.csv`, those of its task, method and model. `folder` is the run's below \
+`paths.runs`: `config.yaml` is what it ran with, `metrics.jsonl` every logged line, `provenance.json` code, versions \
+and machine, `result.json` its scores and the sha256 of its final weights.
+
+## To verify
+
+    make verify EXPERIMENT={experiment}
+
+makes the tables again from the runs and compares every byte, checks that no result was edited and that each run is \
+named by the hash of its configuration, and trains one run again, which must give the same weights. Without run \
+folders it makes again what follows from `cells.csv`.
+"""
+
+
+def _model_card(built, frame, experiment, which, facts, configs) -> str:
+    runs = scored(frame, which)
+    official = [task for task in frame["task"].unique() if task in TASKS and "builtin" not in TASKS[task].sources]
+    made_up = [task for task in frame["task"].unique() if task not in official]
+    bases = {model: config.get("model") or {} for (model, _), config in configs.items()}
+    columns = [name for name in frame.columns if name.startswith(f"{which}.") and runs[name].notna().any()]
+    head = {
+        "language": "en",
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": [*(["glue"] if official else []), "sharpness-aware-minimization", *sorted(frame["optimizer"].unique())],
+        "base_model": sorted({base["id"] for base in bases.values() if base.get("id")}),
+        "datasets": [DATASET] if official else [],
+        "metrics": sorted({_hub_metric(name.split(".")[-1]) for name in columns}),
+        "model-index": [
+            {"name": f"{experiment}: {model}, {method}", "results": _results(own, columns, which, official)}
+            for (model, method), own in runs.groupby(["model", "method_label"], sort=False)
+        ],
+    }
+    head = {name: value for name, value in head.items() if value}
+    header = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
+    return f"""---
+{header}---
+
+# {experiment}: {len(frame)} fine-tuning runs
+
+A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with {len(head["model-index"])} methods \
+on {", ".join(frame["task"].unique())}, with {whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in \
+the header is the mean over a method's finished runs. `README.md` says how the numbers came to be and how to verify \
+them.
+
+{rendering.as_markdown(built.main)}
+## Models
+
+{chr(10).join(_base(model, base) for model, base in bases.items()) or "- Not recorded."}
+
+No weights lie here. A run with `checkpoint.keep_weights=true` keeps its own in its folder; `result.json` has the \
+sha256 of every run's last weights. Weights that are published come under the licence of the model that they start from.
+
+## Training
+
+Method by method, in `hyperparameters.md`. {facts.runs} runs took {frame["train.seconds"].sum() / 3600:.2f} hours of \
+training in all, on: {rendering.escape_markdown(facts.text("device"))}.
+
+## Limits
+
+{chr(10).join(f"- {line}" for line in _limits(frame, which, official, made_up))}
+
+## Use
+
+To compare training methods. The models are trained on single English tasks, and nobody looked at how they treat \
+people: they are not for decisions about anyone.
+"""
+
+
+def _limits(frame, which, official, made_up) -> list[str]:
+    lines = [selection_note(frame, which)]
+    if made_up:
+        tasks = ", ".join(made_up)
+        lines.append(f"{tasks}: generated by the project to try its pipeline; scores say nothing about language.")
+    if official:
+        lines.append("Scores are on the development sets of GLUE, not on its test sets.")
+    for limit in ("max_steps", "max_train_examples"):
+        if (short := frame.get(PREFIX + limit, pd.Series(dtype=object)).dropna()).size:
+            lines.append(f"{len(short)} runs were cut short by train.{limit}.")
+    seeds = frame["seed"].nunique()
+    lines.append(f"{seeds} seed{'s' if seeds > 1 else ''} a cell at most: small differences may be chance.")
+    if frame.get(f"{PREFIX}method", pd.Series(dtype=object)).eq("delta_sam").any():
+        lines.append(RECONSTRUCTION)
+    if (lost := frame[frame["status"] != "finished"]).size:
+        lines.append(f"Not in any mean: {_counts(lost)} of {len(frame)} runs.")
+    return lines
+
+
+def _results(runs: pd.DataFrame, columns: list[str], which: str, official: list[str]) -> list[dict]:
+    """The model-index entries of one model and method: by task and split each metric's mean over runs."""
+    epoch = {"best": "best epoch", "last": "last epoch"}[which]
+    results = {}
+    for task, own in runs.groupby("task", sort=False):
+        for column in columns:
+            _, split, metric = column.split(".", 2)
+            if not (values := own[column].dropna()).empty:
+                if task in official:
+                    config = {"type": DATASET, "config": task, "split": HUB_SPLITS.get(split, split)}
+                else:
+                    config = {"type": "dsam-builtin", "config": task, "split": split}
+                name = f"{'GLUE' if task in official else 'dsam built-in'} {task}"
+                entry = results.setdefault(
+                    (task, split),
+                    {"task": {"type": "text-classification", "name": task}, "dataset": {"name": name} | config,
+                     "metrics": []},
+                )  # fmt: skip
+                told = f"{metric}, {epoch}, mean of {len(values)} run{'s' if len(values) > 1 else ''}"
+                entry["metrics"].append({"type": _hub_metric(metric), "value": float(values.mean()), "name": told})
+    return list(results.values())
+
+
+def _hub_metric(name: str) -> str:
+    return HUB_METRICS.get(name, name)
+
+
+def _base(model: str, base: dict) -> str:
+    if not base.get("id"):
+        return f"- {model}: " + (f"the folder {base['path']}." if base.get("path") else "trained from random weights.")
+    copy = f" A local copy was read ({base['path']}); README.md has its fingerprint." if base.get("path") else ""
+    return f"- {model}: [{base['id']}](https://huggingface.co/{base['id']}) at revision {base.get('revision')}.{copy}"
+
+
+def _command(runs_dir: Path, experiment: str) -> str:
+    try:
+        return json.loads((runs_dir / ".sweeps" / f"{experiment}.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "not recorded"
+
+
+def _counts(frame: pd.DataFrame) -> str:
+    return ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())

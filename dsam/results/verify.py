@@ -1,0 +1,211 @@
+"""Whether tables are what the runs say: made again from the runs, the runs' seals and names checked, some run again."""
+
+import csv
+import io
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from dsam.config import Config
+from dsam.errors import UserError
+from dsam.results import report, tables
+from dsam.results.collect import COLUMNS, TRAIN, collect
+from dsam.results.facts import DONE
+from dsam.results.rendering import Table
+from dsam.runs import sweep
+from dsam.runs.identity import digest, identify
+from dsam.runs.record import seal
+
+Finding = tuple[bool, str]  # whether it is as it should be, and the line that says so
+ROW = ("model", "task", "method", "metric", "seed")  # the columns that say which row of a table one is
+MACHINE = ("versions", "device", "device_type", "threads", "platform", "host")
+TOLERANCE = 0.02  # of a score on another machine: rounding differs there, and training lets it grow
+
+
+def check(experiment: str, runs_dir: Path, tables_dir: Path, rerun: int, seed: int, cache: str) -> Iterator[Finding]:
+    """Every finding about <tables_dir>/<experiment> and the runs behind it; `seed` chooses the `rerun` runs.
+
+    Raises UserError where there is nothing to check.
+    """
+    folder = tables_dir / experiment
+    if not (folder / "cells.csv").is_file():
+        raise UserError(f"no tables at '{folder}': run `make paper EXPERIMENT={experiment}` first")
+    if not (runs_dir / ".sweeps" / f"{experiment}.json").is_file():
+        yield True, f"no runs of '{experiment}' under '{runs_dir}': only what follows from cells.csv can be checked"
+        yield from _from_cells(folder)
+        return
+    frame = collect(runs_dir, experiment, cached=False)
+    yield from _records(frame, runs_dir)
+    yield from _tables(frame, experiment, runs_dir, folder)
+    yield from _again(frame, runs_dir, rerun, seed, cache)
+
+
+def _records(frame: pd.DataFrame, runs_dir: Path) -> Iterator[Finding]:
+    done = frame[frame["status"].isin([*DONE, "damaged"])]
+    wrong = 0
+    for run in done.itertuples():
+        reason = run.reason if run.status == "damaged" else _flaw(runs_dir / run.folder)
+        if reason:
+            wrong += 1
+            yield False, f"{run.folder}: {reason}"
+    if not wrong:
+        yield True, f"{len(done)} results: none was edited, and each run is named by the hash of its configuration"
+
+
+def _flaw(folder: Path) -> str | None:
+    """What is wrong with a run's record that can be read, or None."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        identity = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["identity"]
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if result.get("result_sha256") != seal(result):
+            return "result.json has no seal"
+        if not digest(identity) == folder.name == result["id"]:
+            return f"is named {folder.name}, and its configuration is that of {digest(identity)}"
+        told = {
+            "task": config["task"]["name"],
+            "method": config["optimizer"]["method"],
+            "options": config["optimizer"]["options"],
+            **{name: config[name] for name in ("train", "seeds", "selection") if name in config},
+        }
+        if config["model"]["id"] and not config["model"]["path"]:
+            told["model"] = f"{config['model']['id']}@{config['model']['revision']}"
+        for name, value in told.items():
+            if value != identity[name]:
+                return f"config.yaml has {name} {value}, and the run was made with {identity[name]}"
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        return f"its record cannot be read: {error!r}"
+    return None
+
+
+def _tables(frame: pd.DataFrame, experiment: str, runs_dir: Path, folder: Path) -> Iterator[Finding]:
+    with tempfile.TemporaryDirectory() as scratch:
+        made = report.write_tables(tables.build(frame), frame, experiment, runs_dir, Path(scratch))
+        names = {path.name: path for path in made}
+        wrong = [f"{path.name} does not come from these runs" for path in folder.iterdir() if path.name not in names]
+        for name, path in names.items():
+            if not (folder / name).is_file():
+                wrong.append(f"{name} is missing")
+            elif (folder / name).read_bytes() != path.read_bytes():
+                wrong.append(first_difference(name, _text(folder / name), _text(path)))
+    yield from ((False, f"{folder}: {line}") for line in wrong)
+    if not wrong:
+        yield True, f"{len(names)} files of {folder} come out again, byte for byte"
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
+
+
+def first_difference(name: str, there: str, made: str, columns: list[str] | None = None) -> str | None:
+    """A line on where two texts of one file first differ, of a CSV the cell; None where they don't.
+
+    `columns`: look at these of a CSV alone.
+    """
+    if name.endswith(".csv"):
+        old, new = (list(csv.DictReader(io.StringIO(text, newline=""))) for text in (there, made))
+        for a, b in zip(old, new, strict=False):
+            row = ", ".join(b[key] for key in ROW if b.get(key))
+            for column in columns or dict.fromkeys([*b, *a]):
+                if a.get(column) != b.get(column):
+                    values = [repr(c.get(column)) if column in c else "no such column" for c in (a, b)]
+                    return f"{name}, {row}, {column}: {values[0]} there, {values[1]} from the runs"
+        if len(old) != len(new):
+            return f"{name}: {len(old)} rows there, {len(new)} from the runs"
+    else:
+        old, new = there.splitlines(), made.splitlines()
+        for number, (a, b) in enumerate(zip([*old, ""], [*new, ""], strict=False), 1):
+            if a != b:
+                return f"{name}, line {number}: {a[:200]!r} there, {b[:200]!r} from the runs"
+    return None if there == made or columns else f"{name}: not the same bytes"
+
+
+def _from_cells(folder: Path) -> Iterator[Finding]:
+    """The numbers of the tables that follow from the runs' scores: means, spreads, counts, and every comparison."""
+    cells = pd.read_csv(folder / "cells.csv", dtype={"seed": "Int64", "id": str, "model": str, "method": str})
+    frame = cells.rename(columns={"method": "method_label"}).reindex(columns=COLUMNS)
+    frame["best"] = frame["last"] = cells["score"]
+    frame["optimizer"] = frame["method_label"]
+    frame["evaluations"] = [[] for _ in range(len(frame))]
+    frame["degenerate"] = frame["degenerate"].astype("boolean")
+    frame = frame.assign(**{f"train.{name}": float("nan") for name in TRAIN})
+    built = tables.build(frame)
+    for table in (built.main, built.per_task, built.statistics):
+        there, made = folder / f"{table.name}.csv", _csv(table)
+        # Columns that cells.csv knows nothing of are empty when made from it; it doesn't know what is degenerate.
+        known = [c for c in table.values if table.values[c].notna().any() and c != "degenerate"]
+        if not there.is_file():
+            yield False, f"{there} is missing"
+        elif line := first_difference(there.name, _text(there), made, known):
+            yield False, f"{folder}: {line}"
+        else:
+            yield True, f"{there}: {len(table.values)} rows × {len(known)} columns come out again from cells.csv"
+
+
+def _csv(table: Table) -> str:
+    return table.values.to_csv(index=False, lineterminator="\n")
+
+
+def _again(frame: pd.DataFrame, runs_dir: Path, count: int, seed: int, cache: str) -> Iterator[Finding]:
+    """Trains `count` of the finished runs again, in a folder that is thrown away."""
+    finished = sorted(frame.loc[frame["status"] == "finished", "folder"])
+    chosen = random.Random(seed).sample(finished, min(count, len(finished)))
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in chosen:
+            try:
+                config = _same(runs_dir / folder, scratch, cache)
+                original = json.loads((runs_dir / folder / "provenance.json").read_text(encoding="utf-8"))
+                new = identify(config)
+            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+                yield False, f"{folder}: cannot be run again: {error}; --rerun 0 leaves that out"
+                continue
+            if new.id != Path(folder).name:
+                then, now = original["identity"], new.contents
+                other = [f"{n} {then.get(n)}, now {now.get(n)}" for n in now if then.get(n) != now.get(n)]
+                yield False, f"{folder}: with this code and data it is another run: {'; '.join(other)[:500]}"
+                continue
+            failed = sweep.run_all(sweep.plan([config]), config.launcher)
+            if failed:
+                yield False, f"{folder}: run again, it failed: {failed[0].reason}"
+                continue
+            yield _compared(runs_dir / folder, new.folder)
+
+
+def _same(folder: Path, scratch: str, cache: str) -> Config:
+    """The configuration of a run, to be run again below `scratch` with as many threads."""
+    threads = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["threads"]
+
+    def moved(given: dict) -> dict:
+        for ours in ("launcher", "checkpoint", "experiment"):
+            given.pop(ours, None)
+        given["tracking"] = {"mode": "disabled"}
+        given["device"] = given["device"] | {"threads": threads}
+        given["paths"] = {"runs": scratch, "cache": cache}
+        if given.get("parent"):
+            given["parent"] = moved(given["parent"]) | {"checkpoint": {"keep_weights": True}}
+        return given
+
+    return Config.load(moved(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+
+
+def _compared(old: Path, new: Path) -> Finding:
+    """A finished run and the same run made again."""
+    then, now = (json.loads((run / "result.json").read_text(encoding="utf-8")) for run in (old, new))
+    made, remade = (json.loads((run / "provenance.json").read_text(encoding="utf-8")) for run in (old, new))
+    other = [name for name in MACHINE if made.get(name) != remade.get(name)]
+    what = "/".join(old.parts[-4:])
+    scores = [result["best"]["score"] if result["best"] else None for result in (then, now)]
+    if not other and made["device_type"] == "cpu":
+        for name in ("weights_sha256", "evaluations"):
+            if then[name] != now[name]:
+                return False, f"{what}: run again, it has other {name}: score {scores[1]}, recorded {scores[0]}"
+        return True, f"{what}: run again, it has the same weights and scores ({scores[1]:.4f})"
+    why = f"made with another {', '.join(other)}" if other else "made on a GPU"
+    fine = None not in scores and abs(scores[0] - scores[1]) <= TOLERANCE
+    same = "the same bits" if then["weights_sha256"] == now["weights_sha256"] else "other bits, as may be"
+    return fine, f"{what}: {why}; run again, {same}: score {scores[1]}, recorded {scores[0]} (allowed: {TOLERANCE})"

@@ -1,0 +1,165 @@
+"""`make verify` on runs that were really trained: nothing differs, and each kind of tampering is one line."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from dsam import command_line
+from dsam.config import CONF, Config, Launcher
+from dsam.errors import UserError
+from dsam.overrides import compose_config
+from dsam.results import report, tables, verify
+from dsam.results.collect import collect
+from dsam.runs import sweep
+from dsam.runs.record import seal
+
+
+def write(folder):
+    frame = collect(folder / "runs", "sweep", cached=False)
+    report.write_tables(tables.build(frame), frame, "sweep", folder / "runs", folder / "tables" / "sweep")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of a few steps, and their tables."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = [f"paths.{name}={folder}/{name}" for name in ("runs", "cache")]
+    short = ["task=agreement", "tracking=disabled", "train.max_steps=2", "train.max_train_examples=64", *places]
+    runs = sweep.plan([Config.load(compose_config([f"optimizer={o}", *short], CONF)) for o in ("adamw", "sam")])
+    sweep.write_manifest(runs, "sweep", "train.py")
+    assert sweep.run_all(runs, Launcher()) == []
+    write(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    for name in ("runs", "tables"):
+        shutil.copytree(trained / name, tmp_path / name)
+    return tmp_path
+
+
+def found(folder, rerun=0):
+    """(the lines that are as they should be, those that aren't)"""
+    lines = list(verify.check("sweep", folder / "runs", folder / "tables", rerun, 0, str(folder / "cache")))
+    return [line for fine, line in lines if fine], [line for fine, line in lines if not fine]
+
+
+def a_run(folder, method="sam"):
+    return sorted((folder / "runs").glob(f"agreement/tiny/{method}/*/result.json"))[0]
+
+
+def test_what_was_left_alone_verifies_and_trains_to_the_same_weights(trained, capsys):
+    places = [f"paths.{name}={trained}/{name}" for name in ("runs", "tables", "cache")]
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    command_line.verify([*places, "--rerun", "1"])
+    said = capsys.readouterr().out
+    assert "2 results: none was edited" in said and "byte for byte" in said
+    assert "run again, it has the same weights and scores" in said and said.endswith("nothing differs\n")
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before  # it changed nothing
+
+
+def test_a_difference_leaves_with_status_1(copied, capsys):
+    (copied / "tables" / "sweep" / "cost.csv").unlink()
+    with pytest.raises(SystemExit) as left:
+        command_line.verify([f"paths.runs={copied}/runs", f"paths.tables={copied}/tables", "--rerun", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert left.value.code == 1 and said[-1] == "1 differences"
+    assert [line for line in said if line.startswith("differs: ")] == [
+        f"differs: {copied}/tables/sweep: cost.csv is missing"
+    ]
+
+
+def test_an_edited_table_is_named_with_its_cell(copied):
+    main = copied / "tables" / "sweep" / "main.csv"
+    head, first, *rest = main.read_text().splitlines()
+    assert first.startswith("tiny,adamw,")
+    cells = dict(zip(head.split(","), first.split(","), strict=True))
+    right = cells["agreement mean"]
+    main.write_text("\n".join([head, first.replace(right, "0.99"), *rest]) + "\n")
+    (line,) = found(copied)[1]
+    assert line.endswith(f"main.csv, tiny, adamw, agreement mean: '0.99' there, '{right}' from the runs")
+
+
+def test_other_edits_of_the_tables_are_one_line_each(copied):
+    folder = copied / "tables" / "sweep"
+    (folder / "main.tex").write_text((folder / "main.tex").read_text().replace(r"\toprule", r"\hline"))
+    (folder / "cost.md").unlink()
+    (folder / "old.csv").write_text("a\n1\n")
+    lines = "\n".join(sorted(line.split(": ", 1)[1] for line in found(copied)[1]))
+    assert lines.startswith("cost.md is missing\nmain.tex, line ") and len(lines.splitlines()) == 3
+    assert lines.endswith("old.csv does not come from these runs") and "hline" in lines
+
+
+def test_an_edited_result_is_found_sealed_anew_or_not(copied):
+    path = a_run(copied)
+    result = json.loads(path.read_text())
+    result["best"]["score"] = 0.987654
+    path.write_text(json.dumps(result))
+    wrong = found(copied)[1]
+    assert f"{path.parent.relative_to(copied / 'runs')}: result.json was edited" in wrong
+    path.write_text(json.dumps(result | {"result_sha256": seal(result)}))
+    assert any("0.987654" in line for line in found(copied)[1])  # in cells.csv or main.csv
+    write(copied)
+    assert found(copied)[1] == []  # whoever forges result and tables alike ...
+    result["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(result | {"result_sha256": seal(result)}))
+    again = [line for line in found(copied, rerun=2)[1] if "run again" in line]
+    assert len(again) == 1 and "other weights_sha256" in again[0]  # ... is found by running it again
+
+
+def test_a_run_is_named_by_its_configuration(copied):
+    path = a_run(copied).with_name("config.yaml")
+    path.write_text(path.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
+    (line,) = found(copied)[1]
+    assert "config.yaml has train" in line and "'weight_decay': 0.02" in line
+    provenance = path.with_name("provenance.json")
+    content = json.loads(provenance.read_text())
+    canonical = json.dumps(content["identity"], sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(canonical.encode()).hexdigest()[:16] == path.parent.name
+    content["identity"]["train"]["weight_decay"] = 0.02
+    provenance.write_text(json.dumps(content))
+    assert any(f"is named {path.parent.name}, and its configuration is" in line for line in found(copied)[1])
+
+
+def test_on_another_machine_scores_are_compared_and_bits_may_differ(copied):
+    path = a_run(copied)
+    for run in (copied / "runs").glob("*/*/*/*/provenance.json"):
+        run.write_text(json.dumps(json.loads(run.read_text()) | {"platform": "Elsewhere"}))
+    result = json.loads(path.read_text()) | {"weights_sha256": "0" * 64}
+    path.write_text(json.dumps(result | {"result_sha256": seal(result)}))
+    right, wrong = found(copied, rerun=2)
+    again = [line for line in right if "run again" in line]
+    assert len(again) == 2 and sum("other bits, as may be" in line for line in again) == 1
+    assert all("made with another platform" in line for line in again)
+    assert all("README.md" in line for line in wrong)  # which says the platform
+    result["best"]["score"] += 0.1
+    path.write_text(json.dumps(result | {"result_sha256": seal(result)}))
+    assert any("made with another platform" in line for line in found(copied, rerun=2)[1])
+
+
+def test_a_fresh_clone_checks_what_follows_from_the_cells(copied):
+    shutil.rmtree(copied / "runs")
+    right, wrong = found(copied)
+    assert wrong == [] and "only what follows from cells.csv" in right[0] and len(right) == 4
+    cells = copied / "tables" / "sweep" / "cells.csv"
+    head, *rows = cells.read_text().splitlines()
+    rows[0] = rows[0].rsplit(",", 1)[0] + ",0.99"
+    cells.write_text("\n".join([head, *rows]) + "\n")
+    wrong = found(copied)[1]
+    assert any("main.csv, tiny, adamw, agreement mean" in line for line in wrong) and len(wrong) == 3
+
+
+def test_a_rerun_that_would_be_another_run_says_why(copied):
+    provenance = a_run(copied).with_name("provenance.json")
+    config = provenance.with_name("config.yaml")
+    config.write_text(config.read_text().replace("max_steps: 2", "max_steps: 3"))
+    wrong = found(copied, rerun=2)[1]
+    assert any("with this code and data it is another run: train" in line for line in wrong)
+
+
+def test_nothing_to_verify_is_a_mistake_that_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="make paper EXPERIMENT=sweep"):
+        found(tmp_path)
