@@ -27,6 +27,8 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
     `evaluations` holds [step, score] pairs, `folder` the path below `runs_dir`. Further columns:
     `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
+    `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.runs.choose` gives them.
+
     Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged and `cached`.
     Raises UserError where `runs_dir` or the experiment doesn't exist.
     """
@@ -41,7 +43,9 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
     kept = {**known, **read} if experiment else read
     if cached and kept != known:
         index.save(runs_dir, kept)
-    return _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
+    frame = _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
+    frame.attrs["chosen"] = _chosen(runs_dir, experiment) if experiment else []
+    return frame
 
 
 def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
@@ -58,6 +62,11 @@ def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{manifests[name]} cannot be read ({error!r}): start the sweep again") from error
     return planned
+
+
+def _chosen(runs_dir: Path, experiment: str) -> list[dict]:
+    manifest = runs_dir / ".sweeps" / f"{experiment}.json"
+    return json.loads(manifest.read_text(encoding="utf-8")).get("chosen", [])
 
 
 def _run_folders(runs_dir: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dsam.results.formatting import DASH
+from dsam.results.formatting import DASH, percent
 from dsam.results.labels import value_text, without
 from dsam.results.rendering import Table
 from dsam.results.statistics import methods
@@ -40,6 +40,29 @@ def selection_note(frame: pd.DataFrame, which: str = "best") -> str:
     if len(chosen) < 2:
         return RULES[which, chosen.index[0] if len(chosen) else "dev"]
     return " ".join(f"{', '.join(labels)}: {RULES[which, name]}" for name, labels in chosen.items())
+
+
+def chosen_table(rows: list[dict]) -> Table | None:
+    """The variants that the settings were chosen from (rows of `dsam.runs.choose.choose`), or None."""
+    if not rows:
+        return None
+    on = {"dev": "the development set, which flatters", "heldout": "a split of the training set"}[rows[0]["selection"]]
+    values = pd.DataFrame(rows).assign(settings=[_assignments(row["settings"]) for row in rows])
+    scores = [percent(r["mean"]) + (f" ± {percent(r['sd'])}" if r["sd"] is not None else "") for r in rows]
+    text = values[["model", "task", "optimizer", "settings"]].assign(
+        score=scores,
+        runs=[f"{row['runs']}/{row['expected']}" for row in rows],
+        chosen=["yes" if row["chosen"] else DASH for row in rows],
+    )
+    notes = [
+        f"Per task, model and optimizer the highest mean score (×100, best epoch) on {on}. The main table's runs have "
+        "other seeds than these. A variant that lacks a run is not chosen."
+    ]
+    return Table("chosen", "What the settings were chosen from", notes, values, text).without_single_model()
+
+
+def _assignments(settings: dict) -> str:
+    return ", ".join(f"{name}={value_text(value)}" for name, value in settings.items()) or DASH
 
 
 def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Table:

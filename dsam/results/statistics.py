@@ -153,7 +153,7 @@ def probability_of_improvement(method: Cells, baseline: Cells) -> float:
     Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (rliable).
     """
     shares = []
-    for task in method.keys() & baseline.keys():
+    for task in [task for task in method if task in baseline]:
         difference = np.subtract.outer(np.asarray(method[task]), np.asarray(baseline[task]))
         shares.append(np.mean((difference > 0) + 0.5 * (difference == 0)))
     return float(np.mean(shares)) if shares else np.nan

@@ -12,7 +12,7 @@ from dsam.results.formatting import number as formatted
 from dsam.results.published import beside_published
 from dsam.results.rendering import BOLD, UNDERLINED, Table, styled
 from dsam.results.sensitivity import rho_table
-from dsam.results.settings import selection_note, settings_table
+from dsam.results.settings import chosen_table, selection_note, settings_table
 from dsam.results.statistics import baseline_label, compare, methods, scored, summarise, worse_than_best
 
 NAMED_RUNS = 12  # how many runs without a score the main table names before it points to cells.csv
@@ -22,7 +22,8 @@ NAMED_RUNS = 12  # how many runs without a score the main table names before it 
 class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
-    `rho` is None where no method was run with several, `beside_published` where nothing published is comparable.
+    `chosen` is None where no settings were chosen by another sweep, `rho` where no method was run with several,
+    `beside_published` where nothing published is comparable.
     """
 
     main: Table
@@ -30,6 +31,7 @@ class Tables:
     statistics: Table
     cost: Table
     hyperparameters: Table
+    chosen: Table | None
     rho: Table | None
     beside_published: Table | None
     cells: pd.DataFrame
@@ -49,6 +51,7 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
         statistics=_statistics(frame, comparison, which, baseline),
         cost=cost,
         hyperparameters=settings_table(frame, which, baseline),
+        chosen=chosen_table(frame.attrs.get("chosen", [])),
         rho=rho_table(frame, which, baseline),
         beside_published=beside_published(frame, which, baseline),
         cells=cells(frame, which),
