@@ -34,7 +34,7 @@ wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their f
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
 test: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=30
 
 lint: .venv/installed ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
