@@ -124,6 +124,8 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             if first.launcher.measure:
                 estimate.measure(runs)
             sweeps.show_plan(runs, len(first.launcher.slots))
+            if parents := sweeps.plan(sweeps.parents(configs)):
+                print(f"They start from {len(parents)} others, which are done first: {sweeps.counts(parents)}.")
             if fresh:
                 print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
             return
@@ -145,14 +147,19 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             if sweeps.unfinished(parents):
                 print(f"they start from {len(parents)} others: {sweeps.counts(parents)}; those first")
                 failed = run_all(parents, first.launcher)
-            able = sweeps.without_orphans(runs, parents)
-            failed += [r for r in runs if r not in able]
-            failed += run_all(able, first.launcher) if able else []
+                if sweeps.unfinished(parents) and not failed:  # launcher.wait=false
+                    print("the same command submits the runs that start from them, once those are finished")
+                    return []
+            lost = sweeps.orphans(runs, parents)
+            able = [r for r in runs if r not in lost]
+            failed += lost + (run_all(able, first.launcher) if able else [])
             print(f"{len(runs)} runs: {sweeps.counts(runs)}")
             return failed
 
         failed = do(runs, name)
-        if fresh:
+        if fresh and sweeps.unfinished(runs) and not failed:  # launcher.wait=false
+            print("the same command chooses among these runs, once they are finished")
+        elif fresh:
             configs, rows = choose.choose(runs)
             print(choose.described(rows))
             if configs:

@@ -58,10 +58,11 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
         "Trainer, padded to the limit": len(order) * limit,
     }
     tokens["dsam, bfloat16"] = tokens["dsam"]
+    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None  # as Trainer's
     ours = Stepper(ready.network.train(), "plain", {})
     theirs = prepare(config).network
     contenders: dict[str, Callable[[], float]] = {
-        "dsam": lambda: own(ready, ours, order, config, None),
+        "dsam": lambda: own(ready, ours, order, config, autocast),
         "dsam, bfloat16": lambda: own(ready, ours, order, config, torch.bfloat16),
         "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
         "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),

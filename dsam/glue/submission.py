@@ -1,6 +1,7 @@
 """The eleven files that the GLUE server takes (https://gluebenchmark.com/submit): written, packed and checked."""
 
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def _archive(path: Path) -> dict[str, bytes]:
             return {name: archive.read(name) for name in names}
     except FileNotFoundError:
         raise UserError(f"{path} is neither a folder nor a file") from None
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be read as a zip: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""A finished run that kept its weights, read back from its folder."""
+"""A finished run that kept its weights: read back from its folder, or found by its configuration."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import yaml
 
 from ..config import Config, first_line
 from ..errors import UserError
+from .identity import identify
 from .record import seal
 
 
@@ -38,3 +39,11 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
     path = str(folder / weights)
     config.model = dataclasses.replace(config.model, path=path, id=None, revision=None, architecture=None)
     return config, result
+
+
+def kept_weights(config: Config) -> Path:
+    """The folder of a finished run's weights at its best epoch. UserError where it kept none."""
+    folder = identify(config).folder / "best"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: that run kept no weights; move it away to have it trained again")
+    return folder

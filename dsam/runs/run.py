@@ -22,6 +22,7 @@ from ..training.checkpoint import Checkpoints
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
 from .identity import RECORD_VERSION, Identity, identify
+from .kept import kept_weights
 from .provenance import provenance
 from .record import Record
 from .tracking import Tracker
@@ -51,14 +52,6 @@ def run(config: Config) -> dict:
         models.start_from(ready.network, kept_weights(parent))
     with record.worked_on():
         return record.result() or _train(config, identity, record, ready)
-
-
-def kept_weights(config: Config) -> Path:
-    """The folder of a finished run's weights at its best epoch. UserError where it kept none."""
-    folder = identify(config).folder / "best"
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there: that run kept no weights; move it away to have it trained again")
-    return folder
 
 
 def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:

@@ -77,14 +77,16 @@ def parents(configs: list[Config]) -> list[Config]:
     return [Config.load(config.parent) for config in configs if config.parent]
 
 
-def without_orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
-    """The runs that can start; those whose parent did not finish are marked as failed, and say so."""
+def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
+    """The unfinished runs whose parent did not finish: marked as failed, with the parent's reason."""
     lost = {r.identity.id: r for r in unfinished(parents)}
+    found = []
     for r in unfinished(runs):
         parent = lost.get(r.config.parent and identify(Config.load(r.config.parent)).id)
         if parent is not None:
             r.status, r.reason = "failed", f"the run that it starts from failed: {parent.title}: {parent.reason}"
-    return [r for r in runs if r.status != "failed" or not r.reason.startswith("the run that it starts from")]
+            found.append(r)
+    return found
 
 
 def unfinished(runs: list[Planned]) -> list[Planned]:
