@@ -69,7 +69,7 @@ def test_a_finished_run_has_its_figures(tmp_path):
     assert (row["seed"], row["status"], row["best"], row["last"], row["best_epoch"]) == (3, "finished", 0.66, 0.64, 2)
     assert row["train.seconds_per_step"] == 0.4 and row["hyperparameters.rho"] == 0.05
     assert row["best.dev.accuracy"] == 0.66 and row["last.dev.accuracy"] == 0.64
-    assert row["evaluations"] == [[78, 0.5], [156, 0.66], [234, 0.64]]
+    assert row["evaluations"] == [[78, 0.5, 0.6], [156, 0.66, 0.6], [234, 0.64, 0.6]]
     assert row["folder"] == "rte/tiny/sam/sam-0.05-3" and not row["degenerate"]
 
 

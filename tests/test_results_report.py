@@ -316,7 +316,7 @@ def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
     backend = matplotlib.get_backend(auto_select=False)
     paths = plots.write(collect(runs_dir, "smoke"), tmp_path / "figures")
     assert {path.name for path in paths} == {
-        f"{kind}_tiny.{form}" for kind in ("scores", "differences", "curves") for form in ("png", "pdf")
+        f"{kind}_tiny.{form}" for kind in ("scores", "differences", "curves", "loss") for form in ("png", "pdf")
     }
     assert all(path.stat().st_size > 5000 for path in paths)
     assert {name: matplotlib.rcParams[name] for name in before} == before
@@ -325,23 +325,27 @@ def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
 
 def test_figures_of_one_run_and_of_many_methods(tmp_path):
     finish(tmp_path, plan(), best=None)
-    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["curves_tiny"]
+    assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["curves_tiny", "loss_tiny"]
     for rho in range(30):
         finish(tmp_path, plan(rho=rho + 0.5))
     assert [name for name, _, _ in plots.figures(collect(tmp_path))] == [
-        "scores_tiny", "curves_tiny", "rho_tiny",
+        "scores_tiny", "curves_tiny", "loss_tiny", "rho_tiny",
     ]  # fmt: skip
 
 
 def test_the_curves_by_compute_end_at_the_passes_of_a_run(swept):
     frame = collect(swept)
     assert [name for name, _, _ in plots.figures(frame)] == [
-        f"{kind}_bert-base" for kind in ("scores", "differences", "curves", "compute", "rho")
+        f"{kind}_bert-base" for kind in ("scores", "differences", "curves", "compute", "loss", "rho")
     ]
     for by, sam in (("steps", 234), ("passes", 468)):
         (axes,) = plots.curves(frame, by=by).axes
         ends = {line.get_label(): line.get_xdata()[-1] for line in axes.get_lines()}
         assert ends["adamw"] == 234 and ends["sam (rho=0.05)"] == sam
+    (axes,) = plots.curves(frame, by="passes", of="loss").axes
+    lines = [line for line in axes.get_lines() if line.get_label() == "sam (rho=0.05)"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in lines] == [([156, 312, 468], [0.6] * 3)]
+    assert axes.get_title() == "rte\n(development loss)"
 
 
 def test_figures_tell_methods_apart_without_colour(tmp_path):

@@ -24,7 +24,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
     damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
     none was recorded. `degenerate` is whether a finished run's best is no better than the majority answer.
-    `evaluations` holds [step, score] pairs, `folder` the path below `runs_dir`. Further columns:
+    `evaluations` holds [step, score, loss] of each, `folder` the path below `runs_dir`. Further columns:
     `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.runs.choose` gives them.
@@ -114,7 +114,9 @@ def read(path: str | Path) -> dict:
         row = {name: result[name] for name in ("id", "task", "model", "optimizer", "seed", "status", "metric")}
         row["hyperparameters"] = dict(result["hyperparameters"])
         row["majority"] = _number(result.get("majority"))
-        row["evaluations"] = [[point["step"], _number(point["score"])] for point in result["evaluations"]]
+        row["evaluations"] = [
+            [point["step"], _number(point["score"]), _number(point.get("loss"))] for point in result["evaluations"]
+        ]
         row |= {f"train.{name}": _number(value) for name, value in result["train"].items()}
         for which in ("best", "last"):
             point = result[which] or {}

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 NAME = ".index.jsonl"
-VERSION = 2  # raise it whenever collect.read keeps something else of a result.json
+VERSION = 3  # raise it whenever collect.read keeps something else of a result.json
 
 
 def stamp(status: os.stat_result) -> list[int]:

@@ -49,6 +49,9 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
             if runs["train.passes_per_step"].nunique() > 1:
                 text = f"{model}: development score by forward-backward passes, the compute that it took"
                 yield f"compute_{place}", text, curves(runs, which, baseline, by="passes")
+            if runs["evaluations"].map(lambda points: any(loss is not None for *_, loss in points)).any():
+                text = f"{model}: development loss by forward-backward passes"
+                yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
             text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
@@ -107,28 +110,35 @@ def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Fi
     return figure
 
 
-def curves(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw", by: str = "steps") -> Figure:
-    """One panel per task: the development score, thin per run, thick for the mean of the runs that count.
+def curves(
+    frame: pd.DataFrame, which: str = "best", baseline: str = "adamw", by: str = "steps", of: str = "score"
+) -> Figure:
+    """One panel per task: the development score or loss, thin per run, thick for the mean of the runs that count.
 
     `by` says against what: "steps", or "passes", the forward-backward passes that these steps took.
     """
+    scale = 100 if of == "score" else 1
     order = methods(frame, baseline)
     counted = scored(frame, which).index
-    figure, panels = _panels(frame, height=2.6, width=2.6)
+    figure, panels = _panels(frame, height=2.6, width=2.6, title="development loss" if of == "loss" else None)
     for task, axes in panels.items():
         for position, method in enumerate(order):
             runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
             # Runs of one method meet at the same steps, but may differ a little in what a step took.
             passes = runs["train.passes_per_step"].mean() if by == "passes" else 1
-            lines = runs["evaluations"].map(lambda points: pd.Series(dict(points), dtype=float))
+            lines = runs["evaluations"].map(
+                lambda points: pd.Series(
+                    {step: score if of == "score" else loss for step, score, loss in points}, dtype=float
+                )
+            )
             style = _style(position)
             for line in lines:
-                axes.plot(passes * line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
+                axes.plot(passes * line.index, scale * line, color=style["color"], linewidth=0.6, alpha=0.35)
             means = [line for run, line in lines.items() if run in counted]
             if means:
                 # A mean over those runs alone that got this far would jump where one stops.
                 mean = pd.concat(means, axis=1).dropna().mean(axis=1)
-                axes.plot(passes * mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+                axes.plot(passes * mean.index, scale * mean, linewidth=1.6, label=method, **style)
         axes.set_xlabel("step" if by == "steps" else "forward-backward passes", fontsize=9)
     _legend(figure, panels)
     return figure
@@ -171,8 +181,10 @@ def _legend(figure: Figure, panels: dict[str, Axes]) -> None:
                   fontsize=9, handlelength=3.5)  # fmt: skip
 
 
-def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with an empty panel per task, titled with task and metric."""
+def _panels(
+    frame: pd.DataFrame, height: float, width: float, title: str | None = None
+) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with an empty panel per task, titled with the task and its metric or `title`."""
     metrics = frame.groupby("task", sort=False)["metric"].first()
     columns = min(len(metrics), 4 if width < 3 else 2)
     rows = math.ceil(len(metrics) / columns)
@@ -181,8 +193,8 @@ def _panels(frame: pd.DataFrame, height: float, width: float) -> tuple[Figure, d
     for position, (task, metric) in enumerate(metrics.items()):
         axes = figure.add_subplot(rows, columns, position + 1)
         _plain(axes)
-        title = [task, *textwrap.wrap(f"({metric} ×100)", int(11 * width))] if isinstance(metric, str) else [task]
-        axes.set_title("\n".join(title), fontsize=9)
+        below = f"({title})" if title else f"({metric} ×100)" if isinstance(metric, str) else ""
+        axes.set_title("\n".join([task, *textwrap.wrap(below, int(11 * width))]), fontsize=9)
         panels[task] = axes
     return figure, panels
 
