@@ -5,7 +5,8 @@ python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=l
 Settings are those of train.py (device.threads, train.precision, train.batch_size, …). Writes results/benchmark.json
 and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
 exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
-batch, length and model shapes (random weights; no task or model needed). Each writes results/<what>.json and .md.
+batch, length and model shapes (random weights; no task or model needed), --what shares where the time goes beside the
+passes. Each writes results/<what>.json and .md.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.benchmark import norms, scaling, steps, table, throughput
+from dsam.benchmark import norms, scaling, shares, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
@@ -31,6 +32,7 @@ MEASURES = {
         ),
         table.points,
     ),
+    "shares": (lambda config, given: shares.measure(config, given.batches, given.rounds), table.parts),
     "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
 }
 """What can be measured: (how, the rows of its table)."""
@@ -38,7 +40,7 @@ MEASURES = {
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=list(steps.CONTENDERS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=steps.contenders(), metavar="NAME")
     parser.add_argument("--shapes", nargs="+", default=list(scaling.SHAPES), choices=list(scaling.SHAPES))
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
@@ -53,8 +55,8 @@ def main() -> None:
     if min(given.batches, given.rounds) < 1:
         raise UserError("batches and rounds must be at least 1")
     for name in given.methods:
-        if name not in steps.CONTENDERS:
-            raise UserError(f"unknown method '{name}'; {did_you_mean(name, steps.CONTENDERS)}")
+        if name not in steps.contenders():
+            raise UserError(f"unknown method '{name}'; {did_you_mean(name, steps.contenders())}")
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]

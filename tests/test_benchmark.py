@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from conftest import command
+from transformers import BertConfig, BertForSequenceClassification
 
-from dsam.benchmark import norms, scaling, table, throughput
+from dsam.benchmark import norms, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
+from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
 
 
@@ -73,3 +75,32 @@ def test_scaling_rows_are_what_they_say(monkeypatch):
     rows = table.points(found)
     assert list(rows["batch"]) == [2, 4]
     assert rows["tokens a second"][1] == pytest.approx(16 / found[1].adamw_seconds)
+
+
+def test_shares_add_up_to_a_step(config):
+    found = {s.name: s for s in shares.measure(config, batches=2, rounds=1)}
+    step = [s for s in found.values() if s.whole == "a SAM step"]
+    assert sum(s.seconds for s in step) == pytest.approx(step[0].whole_seconds)
+    assert found["SAM's two passes (the rest)"].seconds > 0.5 * step[0].whole_seconds
+    rows = table.parts(list(found.values())).set_index("part")
+    epoch = found["evaluation"]
+    assert rows.loc["evaluation", "%"] == pytest.approx(100 * epoch.seconds / epoch.whole_seconds)
+    assert epoch.whole_seconds > 0.1 and found["importing the libraries, once a sweep"].seconds > 0.5
+
+
+def test_their_sam_takes_the_same_step():
+    """The contender is timed at the same work: it ends at the weights that ours ends at."""
+    pytest.importorskip("pytorch_optimizer")
+    batch = {"input_ids": torch.arange(24).view(4, 6) + 3, "labels": torch.tensor([0, 1, 1, 0])}
+    closures = [slice(0, 3), slice(3, 4)]
+    ends = []
+    for name in ("sam", steps.THEIRS):
+        torch.manual_seed(0)
+        shape = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = BertForSequenceClassification(BertConfig(**shape, **none)).train()
+        step = steps.stepper(model, name)
+        for _ in range(3):
+            step([ExampleLosses(model, {k: v[part] for k, v in batch.items()}) for part in closures])
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (ends[0] - ends[1]).abs().max() < 1e-8  # three steps of lr 1e-6 move a weight by 3e-6

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -33,6 +34,13 @@ CONTENDERS: dict[str, tuple[str, dict]] = {
     "dsam exact_curvature": ("delta_sam", {"weighting": "exact_curvature"}),
 }
 """What is timed: label → (method, options)."""
+THEIRS = "sam of pytorch_optimizer"
+"""Timed beside them where that package is installed (`pip install pytorch_optimizer`; the tests' extras have it)."""
+
+
+def contenders() -> list[str]:
+    """All that can be timed here."""
+    return [*CONTENDERS, *([THEIRS] if find_spec("pytorch_optimizer") else [])]
 
 
 @dataclass
@@ -80,11 +88,50 @@ class Stepper:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes of the latest step, a no-grad forward being a third."""
+        return (self.method.report["forwards"] + 2 * self.method.report["backwards"]) / 3
+
+
+class TheirStepper:
+    """The same step by pytorch_optimizer's SAM around the same AdamW, on the same pieces."""
+
+    passes = 2.0
+
+    def __init__(self, model: nn.Module):
+        from pytorch_optimizer import SAM  # for comparison only: the library does without
+
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = SAM(parameter_groups(model, 0.01), torch.optim.AdamW, rho=0.05, lr=1e-6, fused=True)
+
+    def __call__(self, closures: Sequence[ExampleLosses]) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self._backward(closures)
+        self.optimizer.first_step(zero_grad=True)
+        self._backward(closures)
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.second_step(zero_grad=True)
+        if self.params[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def _backward(self, closures: Sequence[ExampleLosses]) -> None:
+        examples = sum(len(closure) for closure in closures)
+        for closure in closures:
+            (closure().sum() / examples).backward()
+
+
+def stepper(model: nn.Module, name: str) -> Stepper | TheirStepper:
+    """What takes the steps of the contender `name`."""
+    return TheirStepper(model) if name == THEIRS else Stepper(model, *CONTENDERS[name])
+
 
 def measure(config: Config, names: Sequence[str], batches: int, rounds: int) -> list[Timed]:
-    """Times `names` of CONTENDERS in one alternating run after a round that does not count."""
+    """Times `names` of `contenders()` in one alternating run after a round that does not count."""
     model, _, data = batches_of(config, batches)
-    steppers = {name: Stepper(model, *CONTENDERS[name]) for name in names}
+    steppers = {name: stepper(model, name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     passes = {}
     for turn in range(rounds + 1):
@@ -94,8 +141,7 @@ def measure(config: Config, names: Sequence[str], batches: int, rounds: int) -> 
             spent = [steppers[name](closures) for closures in data]
             if turn:
                 seconds[name].append(statistics.mean(spent))
-            report = steppers[name].method.report
-            passes[name] = (report["forwards"] + 2 * report["backwards"]) / 3
+            passes[name] = steppers[name].passes
     memory = {name: memory_of(config, name) for name in names}
     return [Timed(name, statistics.median(seconds[name]), passes[name], memory[name]) for name in names]
 
@@ -108,7 +154,7 @@ def memory_of(config: Config, name: str) -> int:
 
 def _two_steps(config: Config, name: str) -> int:
     model, device, data = batches_of(config, 2)
-    step = Stepper(model, *CONTENDERS[name])
+    step = stepper(model, name)
     for closures in data:
         step(closures)
     return peak_memory(device)

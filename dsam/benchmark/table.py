@@ -13,6 +13,7 @@ from ..runs.provenance import provenance
 from ..runs.record import write_atomically
 from .norms import Cost
 from .scaling import Point
+from .shares import Share
 from .steps import Timed
 from .throughput import Throughput
 
@@ -49,6 +50,13 @@ def speeds(measured: Sequence[Throughput]) -> pd.DataFrame:
     )
 
 
+def parts(measured: Sequence[Share]) -> pd.DataFrame:
+    """One row per part: seconds, and its share of the whole that it is part of."""
+    return pd.DataFrame(
+        {"part": p.name, "seconds": p.seconds, "of": p.whole, "%": 100 * p.seconds / p.whole_seconds} for p in measured
+    )
+
+
 def costs(measured: Sequence[Cost]) -> pd.DataFrame:
     """One row per way: seconds and memory, and their ratios to the first."""
     first = measured[0]
@@ -81,7 +89,7 @@ def points(measured: Sequence[Point]) -> pd.DataFrame:
 
 
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Share]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,

@@ -1,0 +1,131 @@
+"""Where the time of a run goes beside its forward and backward passes: a SAM step's parts, evaluation, the start."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_
+
+from ..config import Config
+from ..methods import ExampleLosses
+from ..methods.perturbation import perturbed, total_norm
+from ..runs.run import make_method, prepare
+from ..training.batches import epoch_order, pieces
+from ..training.loop import evaluate, to
+from .steps import Stepper
+
+
+@dataclass
+class Share:
+    """A part of something longer; medians over rounds."""
+
+    name: str
+    seconds: float
+    whole: str
+    whole_seconds: float
+
+
+def measure(config: Config, batches: int, rounds: int) -> list[Share]:
+    """All parts in turn, `rounds` times after a round that does not count; steps on the first `batches` of an epoch."""
+    run = _Run(config, batches)
+    ways: dict[str, Callable[[], float | None]] = {
+        "SAM step": run.sam_steps,
+        "AdamW step": run.plain_steps,
+        "batch": run.make_batches,
+        "perturb and restore": run.perturb_and_restore,
+        "norm of the ascent": lambda: total_norm(run.gradient),
+        "clip": lambda: clip_grads_with_norm_(run.params, 1.0, run.norm),
+        "AdamW": run.sam.optimizer.step,
+        "evaluation": lambda: evaluate(
+            run.ready.task, run.ready.data, run.ready.network, run.ready.device, run.autocast
+        ),
+        "start": lambda: make_method(config, prepare(config).network),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(rounds + 1):
+        print(f"{config.task.name}: shares, round {turn}/{rounds}", file=sys.stderr, flush=True)
+        for way, once in ways.items():
+            if way == "clip":  # AdamW and clipping work on a step's gradients
+                run.give_gradients()
+            began = time.perf_counter()
+            spent = once()
+            if run.ready.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[way].append(spent if isinstance(spent, float) else time.perf_counter() - began)
+    found = {way: statistics.median(values) for way, values in seconds.items()}
+    epoch = found["AdamW step"] * run.steps_per_epoch
+    step = "a SAM step"
+    return [
+        *(
+            Share(name, found[name], step, found["SAM step"])
+            for name in ("batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")
+        ),
+        Share("SAM's two passes (the rest)", 2 * found["SAM step"] - sum(
+            found[name] for name in ("SAM step", "batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")
+        ), step, found["SAM step"]),
+        Share("evaluation", found["evaluation"], "an epoch of AdamW", epoch),
+        Share("data and model to the first step, warm cache", found["start"], "an epoch of AdamW", epoch),
+        Share("importing the libraries, once a sweep", _imports(rounds), "an epoch of AdamW", epoch),
+    ]  # fmt: skip
+
+
+class _Run:
+    """A run's data and model, its first batches, and steps over them."""
+
+    def __init__(self, config: Config, batches: int):
+        self.config, self.ready = config, prepare(config)
+        self.examples = self.ready.data[self.ready.task.train_splits[0]]
+        self.order = epoch_order(len(self.examples), config.seeds.data, 0)[: batches * config.train.batch_size]
+        self.steps_per_epoch = -(-len(self.examples) // config.train.batch_size)
+        self.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+        model = self.ready.network.train()
+        self.sam, self.plain = Stepper(model, "sam", {}), Stepper(model, "plain", {})
+        self.params = self.sam.params
+        self.gradient = [torch.randn_like(p) for p in self.params]
+        self.norm = total_norm(self.gradient)
+        self.batches = self._batches()
+
+    def _batches(self) -> list[list[ExampleLosses]]:
+        size = self.config.train.batch_size
+        return [
+            [
+                ExampleLosses(self.ready.network, to(self.examples.batch(part), self.ready.device), self.autocast)
+                for part in pieces(self.order[k : k + size], self.examples.lengths, self.config.train)
+            ]
+            for k in range(0, len(self.order), size)
+        ]
+
+    def sam_steps(self) -> float:
+        return statistics.mean(self.sam(closures) for closures in self.batches)
+
+    def plain_steps(self) -> float:
+        return statistics.mean(self.plain(closures) for closures in self.batches)
+
+    def make_batches(self) -> float:
+        began = time.perf_counter()
+        self._batches()
+        return (time.perf_counter() - began) / len(self.batches)
+
+    def perturb_and_restore(self) -> None:
+        with perturbed(self.params, self.gradient, 1e-3):
+            pass
+
+    def give_gradients(self) -> None:
+        for p, g in zip(self.params, self.gradient, strict=True):
+            p.grad = g.clone()
+
+
+def _imports(rounds: int) -> float:
+    """Seconds that `import dsam.runs.run` takes in a fresh interpreter, its start included."""
+    spent = []
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import dsam.runs.run"], check=True)
+        if turn:
+            spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
