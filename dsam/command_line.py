@@ -209,6 +209,9 @@ def paper(arguments: Sequence[str]) -> None:
         ("runs", config.paths.runs),
     ):
         print(f"{what:8} {where}")
+    if made.left_over:
+        names = ", ".join(map(str, made.left_over))
+        print(f"not made from these runs, left from before: {names}; delete what you don't need")
 
 
 def verify(arguments: Sequence[str]) -> None:

@@ -361,6 +361,15 @@ def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
     assert not (tmp_path / "tables").exists()
 
 
+def test_files_of_earlier_runs_are_named(runs_dir, tmp_path):
+    old = [tmp_path / "tables/smoke/rho.csv", tmp_path / "figures/smoke/rho_tiny.png"]
+    for path in old:
+        path.parent.mkdir(parents=True)
+        path.write_text("of an earlier sweep")
+    made = report.make("smoke", runs_dir, tmp_path / "tables", tmp_path / "figures")
+    assert made.left_over == old and all(path.exists() for path in old)
+
+
 def test_the_report_is_one_file_that_needs_no_network(runs_dir):
     results = runs_dir.parent
     shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")

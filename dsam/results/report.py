@@ -33,6 +33,13 @@ class Report:
     figures: list[Path]
     text: str
 
+    @property
+    def left_over(self) -> list[Path]:
+        """Files of earlier runs or other people beside what was written: they do not come from these runs."""
+        written = {*self.tables, *self.figures}
+        folders = dict.fromkeys(path.parent for path in [*self.tables, *self.figures])
+        return [path for folder in folders for path in sorted(folder.iterdir()) if path not in written]
+
 
 def make(
     experiment: str, runs_dir: str | Path, tables_dir: str | Path, figures_dir: str | Path, which: str = "best"
