@@ -136,27 +136,8 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
 
             slurm.require()
             run_all = slurm.run_all
-        name = first.experiment or "sweep"
-
-        def do(runs: list[sweeps.Planned], name: str, chosen: Sequence[dict] = ()) -> list[sweeps.Planned]:
-            parents = sweeps.plan(sweeps.parents([r.config for r in runs]))
-            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
-            sweeps.preflight(sweeps.unfinished([*parents, *runs]))
-            sweeps.write_manifest(runs, name, " ".join(sys.argv), chosen)
-            failed = []
-            if sweeps.unfinished(parents):
-                print(f"they start from {len(parents)} others: {sweeps.counts(parents)}; those first")
-                failed = run_all(parents, first.launcher)
-                if sweeps.unfinished(parents) and not failed:  # launcher.wait=false
-                    print("the same command submits the runs that start from them, once those are finished")
-                    return []
-            lost = sweeps.orphans(runs, parents)
-            able = [r for r in runs if r not in lost]
-            failed += lost + (run_all(able, first.launcher) if able else [])
-            print(f"{len(runs)} runs: {sweeps.counts(runs)}")
-            return failed
-
-        failed = do(runs, name)
+        name, command = first.experiment or "sweep", " ".join(sys.argv)
+        failed = sweeps.work(runs, name, command, run_all)
         if fresh and sweeps.unfinished(runs) and not failed:  # launcher.wait=false
             print("the same command chooses among these runs, once they are finished")
         elif fresh:
@@ -164,7 +145,8 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
             print(choose.described(rows))
             if configs:
                 print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
-                failed += do(sweeps.plan(choose.reseeded(configs, fresh)), name + CHOSEN, rows)
+                again = sweeps.plan(choose.reseeded(configs, fresh))
+                failed += sweeps.work(again, name + CHOSEN, command, run_all, rows)
         for r in failed:
             print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
         if failed:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +174,35 @@ def write_manifest(runs: list[Planned], name: str, command: str, chosen: Sequenc
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.runs=DIR") from None
     return path
+
+
+def work(
+    runs: list[Planned],
+    name: str,
+    command: str,
+    run_all: Callable[[list[Planned], Launcher], list[Planned]],
+    chosen: Sequence[dict] = (),
+) -> list[Planned]:
+    """One sweep from its plan to its end, with the runs that its own start from first; returns what failed.
+
+    `run_all` is this module's or Slurm's; the latter, with launcher.wait=false, returns before the runs are done.
+    """
+    launcher, before = runs[0].config.launcher, plan(parents([r.config for r in runs]))
+    print(f"{len(runs)} runs: {counts(runs)}")
+    preflight(unfinished([*before, *runs]))
+    write_manifest(runs, name, command, chosen)
+    failed = []
+    if unfinished(before):
+        print(f"they start from {len(before)} others: {counts(before)}; those first")
+        failed = run_all(before, launcher)
+        if unfinished(before) and not failed:  # launcher.wait=false
+            print("the same command submits the runs that start from them, once those are finished")
+            return []
+    lost = orphans(runs, before)
+    able = [r for r in runs if r not in lost]
+    failed += lost + (run_all(able, launcher) if able else [])
+    print(f"{len(runs)} runs: {counts(runs)}")
+    return failed
 
 
 def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
