@@ -22,13 +22,15 @@ NAMED_RUNS = 12  # how many runs without a score the main table names before it 
 class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
-    `chosen` is None where no settings were chosen by another sweep, `rho` where no method was run with several,
-    `beside_published` where nothing published is comparable.
+    `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
+    step; None where there is no such run. `chosen` is None where no settings were chosen by another sweep, `rho` where
+    no method was run with several, `beside_published` where nothing published is comparable.
     """
 
     main: Table
     per_task: Table
     statistics: Table
+    equal_compute: Table | None
     cost: Table
     hyperparameters: Table
     chosen: Table | None
@@ -49,6 +51,7 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
         main=_main(frame, summary, comparison, cost, which, baseline),
         per_task=_per_task(frame, summary, which),
         statistics=_statistics(frame, comparison, which, baseline),
+        equal_compute=_equal_compute(frame, which, baseline),
         cost=cost,
         hyperparameters=settings_table(frame, which, baseline),
         chosen=chosen_table(frame.attrs.get("chosen", [])),
@@ -207,7 +210,17 @@ def _per_task(frame, summary, which) -> Table:
     return Table("per_task", caption, [selection_note(frame, which)], values, text).without_single_model()
 
 
-def _statistics(frame, comparison, which, baseline) -> Table:
+def _equal_compute(frame, which, baseline) -> Table | None:
+    longer = frame.get("hyperparameters.steps_factor", pd.Series(1, frame.index)) > 1
+    plain = frame.get("hyperparameters.method", pd.Series("plain", frame.index)) == "plain"
+    names = frame.loc[longer & plain, "optimizer"].unique()
+    others = frame.loc[~(longer & plain) & (frame["optimizer"] != baseline)]
+    if not len(names) or others.empty:
+        return None
+    return _statistics(frame, compare(frame, names[0], which), which, names[0], name="equal_compute")
+
+
+def _statistics(frame, comparison, which, baseline, name="statistics") -> Table:
     text = pd.DataFrame(
         {
             "model": comparison["model"],
@@ -230,4 +243,4 @@ def _statistics(frame, comparison, which, baseline) -> Table:
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
     ]
-    return Table("statistics", f"Methods compared with {baseline}", notes, comparison, text).without_single_model()
+    return Table(name, f"Methods compared with {baseline}", notes, comparison, text).without_single_model()
