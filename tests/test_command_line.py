@@ -393,11 +393,11 @@ def test_every_method_can_be_chosen_on_the_command_line(paths):
 
 
 def test_what_the_model_does_not_allow_is_found_before_any_run_starts(paths, tmp_path):
-    done = command("-m", *SHORT, *paths, "optimizer=dsam", "+optimizer.layers=1,9")
+    done = command("-m", *SHORT, *paths, "optimizer=dsam", "optimizer.layers=1,9")
     assert done.returncode == 2
     assert re.fullmatch(r"error: optimizer=dsam with model=tiny: layers=9: .* has \d+\n", done.stderr)
     assert not (tmp_path / "runs").exists()
-    one = command(*SHORT, *paths, "optimizer=dsam", "+optimizer.layers=9")
+    one = command(*SHORT, *paths, "optimizer=dsam", "optimizer.layers=9")
     assert one.returncode == 2
     assert "layers=9" in one.stderr
     assert not list((tmp_path / "runs").glob("*/*/*/*/config.yaml"))

@@ -1,8 +1,11 @@
 """What README.md tells a reader to type works."""
 
 import re
+import runpy
 import shlex
+import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from torch.optim.lr_scheduler import LambdaLR
@@ -52,3 +55,25 @@ def test_every_command_line_is_one_that_its_script_takes():
             assert make.parse(arguments).model == "minilm"
         else:
             check([a for a in arguments if not a.startswith("-")], ROOT / "conf")
+
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")])
+QUOTED = [
+    (page.name, block.replace("\\\n", " ").strip())
+    for page in PAGES
+    for block in re.findall(r"^    (python experiments/(?:.*\\\n)*.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), QUOTED)
+def test_every_command_that_a_page_quotes_is_one_that_its_script_takes(page, line, monkeypatch):
+    _, script, *arguments = shlex.split(line)
+    settings = [a for a in arguments if re.match(r"[a-z_.]+=", a) and not re.match(r"(cola|rte|mrpc|sst2)=", a)]
+    check([a for a in settings if not a.startswith("task=") or script.endswith("train.py")], ROOT / "conf")
+    if not script.endswith("train.py"):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        assert runpy.run_path(str(ROOT / script))["arguments"]().settings == settings
+
+
+def test_the_pages_quote_commands():
+    assert len(QUOTED) >= 4

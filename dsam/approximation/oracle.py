@@ -27,7 +27,7 @@ class Oracle:
         closure: the batch.
         rhos: radii, > 0.
         parts: its examples' indices cut so that little is padding, for the passes that are taken once per weighting.
-        radius: norm of the random probe in the whole model.
+        radius: norm of the random probe, over the model or the layers probed.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Oracle:
                 dimension = sum(v.numel() for v in noise if v is not None)
             sides = []
             for sign in (1, -1):
-                # Of norm `radius` over the whole model, words that do not occur here included.
+                # Of norm `radius` over what is probed, words that do not occur here included.
                 with torch.no_grad(), perturbed(self.params, noise, sign * self.radius / dimension**0.5):
                     sides.append(self._losses()[None])
             self._probed[layers] = sides[0], sides[1]

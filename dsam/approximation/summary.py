@@ -58,12 +58,14 @@ def summarise(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
-    """One row per weighting: in how many settings (task, phase, ρ) it is nearer to the per-instance gradient than
-    uniform weights, or farther: by cosine and by relative error alike, both intervals beyond 0."""
+    """One row per weighting: in how many of the settings (task, phase, ρ) that have intervals it is nearer to the
+    per-instance gradient than uniform weights, or farther: by cosine and by relative error alike, both
+    intervals beyond 0."""
     shown = summary[summary["measure"].isin(["cosine", "error"]) & (summary["weighting"] != "uniform")]
     rows = []
     for weighting, mine in shown.groupby("weighting", sort=False):
         table = mine.pivot(index=["task", "phase", "rho"], columns="measure", values=["low", "high"])
+        table = table[table.notna().all(axis=1)]
         nearer = (table["low", "cosine"] > 0) & (table["high", "error"] < 0)
         farther = (table["high", "cosine"] < 0) & (table["low", "error"] > 0)
         rows.append(

@@ -21,15 +21,17 @@ class DeltaSAM(SAM):
     **A reconstruction**: no official code exists and only the abstracts and summaries of the paper could be read;
     `weighting.py` gives the standing of each p.
 
-    Costs two passes and the weighting's extra no-grad forwards (about a sixth of SAM each): the probes are compared
-    with the very forward whose backward makes the ascent, with the same dropout masks.
+    Costs two passes and the weighting's extra no-grad forwards (a sixth of SAM each, by count): the probes are compared
+    with the very forward whose backward makes the ascent (under autocast with one more, in float32), with the same
+    dropout masks.
 
     Args:
         rho: radius, ≥ 0.
         weighting: a name from `WEIGHTINGS` or a `Weighting`.
         recompute: with several micro-batches, run each one's forward again instead of holding all their graphs
             until the weights of the whole batch are known: less memory, one more forward pass.
-        weighting_options: the options of the named weighting (power, mix, probes, radius, …).
+        weighting_options: the options of the named weighting (power, mix, probes, radius, layers, …);
+            `optimizer=dsam` has layers=2, here the default is the whole model.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Figures that read in print and without colour vision: scores per seed, differences, curves, scores against rho."""
+"""Figures that read in print and without colour vision: scores per seed, differences, curves, rho."""
 
 import math
 import re
@@ -50,7 +50,9 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                 text = f"{model}: development score by forward-backward passes, the compute that it took"
                 yield f"compute_{place}", text, curves(runs, which, baseline, by="passes")
             if runs["evaluations"].map(lambda points: any(loss is not None for *_, loss in points)).any():
-                text = f"{model}: development loss by forward-backward passes"
+                text = (
+                    f"{model}: development loss by forward-backward passes; thin lines are runs, thick ones their means"
+                )
                 yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
