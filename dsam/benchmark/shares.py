@@ -1,4 +1,4 @@
-"""Where the time of a run goes beside its forward and backward passes: a SAM step's parts, evaluation, the start."""
+"""Where the time of a run goes: a SAM step's parts, and its operators by PyTorch's profiler; evaluation; the start."""
 
 import statistics
 import subprocess
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
+from torch.profiler import ProfilerActivity, profile
 
 from ..config import Config
 from ..methods import ExampleLosses
@@ -17,6 +18,8 @@ from ..runs.run import make_method, prepare
 from ..training.batches import epoch_order, pieces
 from ..training.loop import evaluate, to
 from .steps import Stepper
+
+OPERATORS = 10  # how many are named
 
 
 @dataclass
@@ -71,6 +74,7 @@ def measure(config: Config, batches: int, rounds: int) -> list[Share]:
         Share("evaluation", found["evaluation"], "an epoch of AdamW", epoch),
         Share("data and model to the first step, warm cache", found["start"], "an epoch of AdamW", epoch),
         Share("importing the libraries, once a sweep", _imports(rounds), "an epoch of AdamW", epoch),
+        *_operators(run, found["SAM step"]),
     ]  # fmt: skip
 
 
@@ -118,6 +122,19 @@ class _Run:
     def give_gradients(self) -> None:
         for p, g in zip(self.params, self.gradient, strict=True):
             p.grad = g.clone()
+
+
+def _operators(run: _Run, seconds: float) -> list[Share]:
+    """The operators that take most of a SAM step's own time, as shares of what the profiler saw; `seconds` a step."""
+    on_gpu = run.ready.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as seen:
+        run.sam_steps()
+    which = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, which) for event in seen.key_averages()}
+    total = sum(times.values())
+    most = sorted(times, key=times.get, reverse=True)[:OPERATORS]
+    return [Share(f"operator {name}", seconds * times[name] / total, "a SAM step", seconds) for name in most]
 
 
 def _imports(rounds: int) -> float:
