@@ -387,7 +387,7 @@ def test_the_report_is_one_file_that_needs_no_network(runs_dir):
     made = report.make("smoke", runs_dir, results / "tables", results / "figures")
     page = made.html.read_text(encoding="utf-8")
     assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
-    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 3
+    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 4
     assert "<script src" not in page and "<link" not in page and not re.search(r'src="(?!data:)', page)
     assert "import" not in page and "Traceback" not in page
     assert 'href="runs/rte/tiny/sam/sam-2"' in page and "adamw, seed 2: missing" in page
