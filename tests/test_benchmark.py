@@ -78,7 +78,7 @@ def test_scaling_rows_are_what_they_say(monkeypatch):
 
 
 def test_shares_add_up_to_a_step(config):
-    found = {s.name: s for s in shares.measure(config, batches=2, rounds=1)}
+    found = {s.name: s for s in shares.measure(config, count=2, rounds=1)}
     step = [s for s in found.values() if s.whole == "a SAM step" and not s.name.startswith("operator")]
     operators = [s for s in found.values() if s.name.startswith("operator")]
     assert "operator aten::mm" in found and 0.3 < sum(s.seconds for s in operators) / step[0].whole_seconds < 1

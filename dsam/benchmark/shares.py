@@ -15,11 +15,12 @@ from ..config import Config
 from ..methods import ExampleLosses
 from ..methods.perturbation import perturbed, total_norm
 from ..runs.run import make_method, prepare
-from ..training.batches import epoch_order, pieces
-from ..training.loop import evaluate, to
-from .steps import Stepper
+from ..training.batches import epoch_order
+from ..training.loop import evaluate
+from .steps import Stepper, batches
 
 OPERATORS = 10  # how many are named
+PARTS = ("batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")  # of a step, beside its passes
 
 
 @dataclass
@@ -32,9 +33,10 @@ class Share:
     whole_seconds: float
 
 
-def measure(config: Config, batches: int, rounds: int) -> list[Share]:
-    """All parts in turn, `rounds` times after a round that does not count; steps on the first `batches` of an epoch."""
-    run = _Run(config, batches)
+def measure(config: Config, count: int, rounds: int) -> list[Share]:
+    """All parts in turn, `rounds` times after a round that does not count; steps on the first `count`
+    batches of an epoch."""
+    run = _Run(config, count)
     ways: dict[str, Callable[[], float | None]] = {
         "SAM step": run.sam_steps,
         "AdamW step": run.plain_steps,
@@ -62,30 +64,26 @@ def measure(config: Config, batches: int, rounds: int) -> list[Share]:
                 seconds[way].append(spent if isinstance(spent, float) else time.perf_counter() - began)
     found = {way: statistics.median(values) for way, values in seconds.items()}
     epoch = found["AdamW step"] * run.steps_per_epoch
-    step = "a SAM step"
+    whole = "a SAM step", found["SAM step"]
+    rest = found["SAM step"] - sum(found[name] for name in PARTS)
     return [
-        *(
-            Share(name, found[name], step, found["SAM step"])
-            for name in ("batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")
-        ),
-        Share("SAM's two passes (the rest)", 2 * found["SAM step"] - sum(
-            found[name] for name in ("SAM step", "batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")
-        ), step, found["SAM step"]),
+        *(Share(name, found[name], *whole) for name in PARTS),
+        Share("SAM's two passes (the rest)", rest, *whole),
         Share("evaluation", found["evaluation"], "an epoch of AdamW", epoch),
         Share("data and model to the first step, warm cache", found["start"], "an epoch of AdamW", epoch),
         Share("importing the libraries, once a sweep", _imports(rounds), "an epoch of AdamW", epoch),
         *_operators(run, found["SAM step"]),
-    ]  # fmt: skip
+    ]
 
 
 class _Run:
     """A run's data and model, its first batches, and steps over them."""
 
-    def __init__(self, config: Config, batches: int):
+    def __init__(self, config: Config, count: int):
         self.config, self.ready = config, prepare(config)
-        self.examples = self.ready.data[self.ready.task.train_splits[0]]
-        self.order = epoch_order(len(self.examples), config.seeds.data, 0)[: batches * config.train.batch_size]
-        self.steps_per_epoch = -(-len(self.examples) // config.train.batch_size)
+        examples = len(self.ready.data[self.ready.task.train_splits[0]])
+        self.order = epoch_order(examples, config.seeds.data, 0)[: count * config.train.batch_size]
+        self.steps_per_epoch = -(-examples // config.train.batch_size)
         self.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
         model = self.ready.network.train()
         self.sam, self.plain = Stepper(model, "sam", {}), Stepper(model, "plain", {})
@@ -95,14 +93,7 @@ class _Run:
         self.batches = self._batches()
 
     def _batches(self) -> list[list[ExampleLosses]]:
-        size = self.config.train.batch_size
-        return [
-            [
-                ExampleLosses(self.ready.network, to(self.examples.batch(part), self.ready.device), self.autocast)
-                for part in pieces(self.order[k : k + size], self.examples.lengths, self.config.train)
-            ]
-            for k in range(0, len(self.order), size)
-        ]
+        return list(batches(self.ready, self.config, self.order, self.autocast))
 
     def sam_steps(self) -> float:
         return statistics.mean(self.sam(closures) for closures in self.batches)

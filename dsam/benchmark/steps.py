@@ -4,16 +4,17 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..config import Config
 from ..methods import METHODS, ExampleLosses
-from ..runs.run import peak_memory, prepare
+from ..runs.run import Ready, peak_memory, prepare
 from ..training.batches import epoch_order, pieces
 from ..training.loop import parameter_groups, to
 
@@ -53,19 +54,23 @@ class Timed:
     peak_memory_bytes: int  # of a process that takes a few steps of this method alone
 
 
+def batches(
+    ready: Ready, config: Config, order: np.ndarray, autocast: torch.dtype | None
+) -> Iterator[list[ExampleLosses]]:
+    """The examples `order` in batches, each cut and moved as the training loop does it."""
+    examples, train = ready.data[ready.task.train_splits[0]], config.train
+    for k in range(0, len(order), train.batch_size):
+        parts = pieces(order[k : k + train.batch_size], examples.lengths, train)
+        yield [ExampleLosses(ready.network, to(examples.batch(part), ready.device), autocast) for part in parts]
+
+
 def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, list[list[ExampleLosses]]]:
     """(model in training mode, device, the first `count` batches of an epoch, each cut as a run would cut it)."""
     ready = prepare(config)
-    examples, train = ready.data[ready.task.train_splits[0]], config.train
-    order = epoch_order(len(examples), config.seeds.data, 0)
-    autocast = torch.bfloat16 if train.precision == "bfloat16" else None
-    model = ready.network.train()
-    found = []
-    for k in range(count):
-        indices = order[k * train.batch_size : (k + 1) * train.batch_size]
-        parts = pieces(indices, examples.lengths, train)
-        found.append([ExampleLosses(model, to(examples.batch(part), ready.device), autocast) for part in parts])
-    return model, ready.device, found
+    examples = ready.data[ready.task.train_splits[0]]
+    order = epoch_order(len(examples), config.seeds.data, 0)[: count * config.train.batch_size]
+    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+    return ready.network.train(), ready.device, list(batches(ready, config, order, autocast))
 
 
 class Stepper:

@@ -19,11 +19,9 @@ from transformers import (
 )
 
 from ..config import Config
-from ..methods import ExampleLosses
 from ..runs.run import Ready, prepare
 from ..training.batches import epoch_order, pieces
-from ..training.loop import to
-from .steps import Stepper
+from .steps import Stepper, batches
 
 CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
 """`Trainer, padded to the limit` is what its GLUE example does by default (pad_to_max_length)."""
@@ -79,11 +77,9 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
 
 def own(ready: Ready, step: Stepper, order: np.ndarray, config: Config, autocast: torch.dtype | None) -> float:
     """Seconds for the examples `order` in the way of `dsam.training.loop`."""
-    examples, batch = ready.data[ready.task.train_splits[0]], config.train.batch_size
     began = time.perf_counter()
-    for k in range(0, len(order), batch):
-        parts = pieces(order[k : k + batch], examples.lengths, config.train)
-        step([ExampleLosses(step.model, to(examples.batch(part), ready.device), autocast) for part in parts])
+    for closures in batches(ready, config, order, autocast):
+        step(closures)
     return time.perf_counter() - began
 
 
