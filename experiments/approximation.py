@@ -2,7 +2,8 @@
 
 python experiments/approximation.py --tasks cola rte mrpc sst2 --model-path DIR --data-root DIR
 
-Resumable: the same command measures only what measurements.csv does not hold. Writes summary.md and a figure beside it.
+Resumable: the same command measures only what measurements.csv, and of each weighting's extra time times.csv, does not
+hold. Writes summary.md and a figure beside them.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.approximation import study, summary
+from dsam.approximation import study, summary, times
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError
@@ -60,7 +61,9 @@ def main() -> None:
     configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
     measurements = given.out / "measurements.csv"
     study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-    for path in summary.write(measurements, given.out, looked_at):
+    timed = given.out / "times.csv"
+    times.measure(configs, given.batch_size, timed)
+    for path in summary.write(measurements, given.out, looked_at, timed):
         print(path)
 
 

@@ -9,7 +9,7 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import Oracle, flat
-from dsam.approximation.summary import MEASURES, confirmation, interval, overview, summarise
+from dsam.approximation.summary import MEASURES, as_markdown, confirmation, interval, overview, summarise
 from dsam.methods import make_weighting
 
 RHOS = [1e-3, 0.05]
@@ -92,6 +92,19 @@ def test_intervals_are_paired_and_cover():
     assert 0.5 < row["low"] < 0.535 < row["high"] < 0.58
 
 
+def test_each_weighting_has_its_tasks_extra_time():
+    rows = [
+        {"task": task, "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.5)}
+        for task in ("a", "b")
+        for b in range(2)
+        for w in ("uniform", "gap", "hindsight")
+    ]
+    times = pd.DataFrame({"task": ["a", "b"], "weighting": "gap", "extra": [0.254, -0.01]})
+    lines = as_markdown(summarise(pd.DataFrame(rows)), times=times).splitlines()
+    ends = [line.split("|")[-2].strip() for line in lines if line.startswith(("| gap ", "| hindsight "))]
+    assert [end for end in ends if "%" in end or end == "–"] == ["+25%", "–", "-1%", "–"]
+
+
 def test_the_confirmation_leaves_out_what_was_looked_at():
     nearer_later = [
         {"task": task, "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.0)}
@@ -126,11 +139,16 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
     first = command(*arguments, "--batches", "1", *settings, script="approximation.py")
     assert first.returncode == 0, first.stderr
     before = (tmp_path / "out" / "measurements.csv").read_text()
+    timed = (tmp_path / "out" / "times.csv").read_text()
+    extra = pd.read_csv(tmp_path / "out" / "times.csv").set_index("weighting")["extra"]
+    assert extra["uniform"] == 0
+    assert extra["exact_curvature"] > extra["confidence^0.5"]  # two passes more against none
     again = command(*arguments, "--batches", "2", *settings, script="approximation.py")
     assert again.returncode == 0, again.stderr
     assert "2 batches: 1 measured already" in again.stdout
     after = (tmp_path / "out" / "measurements.csv").read_text()
     assert after.startswith(before)
+    assert (tmp_path / "out" / "times.csv").read_text() == timed
     table = pd.read_csv(tmp_path / "out" / "measurements.csv")
     assert set(table["batch"]) == {0, 1}
     assert (table.groupby("batch")["weighting"].nunique() >= 12).all()

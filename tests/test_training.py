@@ -58,6 +58,9 @@ def test_pieces_by_hand():
     cut = pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=50))
     assert [sorted(p) for p in cut] == [[0, 2], [1, 3]]  # 220 tokens + 2 × 50 against 400 + 50
     assert len(pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=200))) == 1
+    # In bfloat16 a piece counts four times: 220 + 2 × 4 × 50 against 400 + 4 × 50.
+    in_bfloat16 = dataclasses.replace(TRAIN, piece_overhead=50, precision="bfloat16")
+    assert len(pieces(np.arange(4), lengths, in_bfloat16)) == 1
 
 
 def test_orders_are_permutations_that_differ_by_epoch_and_seed():

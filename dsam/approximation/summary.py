@@ -85,9 +85,11 @@ def confirmation(measured: pd.DataFrame, looked_at: Mapping[str, int]) -> pd.Dat
     return overview(summarise(measured[measured["batch"] >= measured["task"].map(looked_at).fillna(0)]))
 
 
-def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None) -> str:
+def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None, times: pd.DataFrame | None = None) -> str:
     """The overview, and that of the confirmation; then a table per task, phase and ρ, bold where the interval of the
-    difference lies beyond 0 on the better side."""
+    difference lies beyond 0 on the better side, with each weighting's extra time from `times` (task, weighting, extra).
+    """
+    extra = {} if times is None else times.set_index(["task", "weighting"])["extra"].to_dict()
     parts = [
         "Differences to uniform weights (SAM), paired by batch, with 95 % bootstrap intervals. Settings in which "
         "a weighting is nearer to the per-instance gradient, or farther, by cosine and relative error alike, both "
@@ -105,6 +107,9 @@ def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None) ->
                 row[measure.replace("_", " ")] = _cell(by.loc[measure], better, weighting == "uniform")
             for measure in ("rise", "guardedness_mean", "guardedness_min", "ess"):
                 row[measure.replace("_", " ")] = f"{by.loc[measure, 'mean']:.3g}"
+            if extra:
+                spent = extra.get((task, weighting))
+                row["extra time"] = "–" if spent is None else f"{spent:+.0%}"
             rows.append(row)
         title = f"### {task} at {phase} % of the fine-tuning, ρ = {rho:g}"
         parts.append(f"{title}\n\n{pd.DataFrame(rows).to_markdown(index=False)}")
@@ -156,19 +161,22 @@ def figure(summary: pd.DataFrame) -> Figure:
     return drawn
 
 
-def write(measurements: Path, folder: Path, looked_at: Mapping[str, int] | None = None) -> list[Path]:
+def write(
+    measurements: Path, folder: Path, looked_at: Mapping[str, int] | None = None, times: Path | None = None
+) -> list[Path]:
     """summary.csv, summary.md and approximation.png/.pdf beside each other; returns their paths.
 
-    With `looked_at` ({task: batches that candidates were chosen by}) the rest is shown apart, as a confirmation.
+    With `looked_at` ({task: batches that candidates were chosen by}) the rest is shown apart, as a confirmation; with
+    `times` (a CSV) every weighting has its extra time beside SAM's.
     """
     measured = pd.read_csv(measurements)
     summary = summarise(measured)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]
     summary.to_csv(paths[0], index=False, float_format="%.6g")
-    paths[1].write_text(
-        as_markdown(summary, confirmation(measured, looked_at) if looked_at else None), encoding="utf-8"
-    )
+    confirmed = confirmation(measured, looked_at) if looked_at else None
+    extra = pd.read_csv(times) if times is not None else None
+    paths[1].write_text(as_markdown(summary, confirmed, extra), encoding="utf-8")
     drawn = figure(summary)
     drawn.savefig(paths[2], dpi=160)
     drawn.savefig(paths[3])

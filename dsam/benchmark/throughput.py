@@ -1,5 +1,6 @@
 """Examples per second of plain fine-tuning, beside Hugging Face's Trainer on the same batches, in turn."""
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..config import Config
+from ..config import Config, Train
 from ..runs.run import Ready, prepare
 from ..training.batches import epoch_order, pieces
 from .steps import Stepper, batches
@@ -47,21 +48,23 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
     limit = config.train.max_length
-    cut = [pieces(order[k : k + batch], examples.lengths, config.train) for k in range(0, len(order), batch)]
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bfloat16"))
     tokens = {
-        "dsam": sum(len(part) * int(examples.lengths[part].max()) for parts in cut for part in parts),
+        "dsam": padded_tokens(order, examples.lengths, config.train),
+        "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train),
         "Trainer, dynamic padding": sum(
             len(lengths[k : k + batch]) * int(lengths[k : k + batch].max()) for k in range(0, len(order), batch)
         ),
         "Trainer, padded to the limit": len(order) * limit,
     }
-    tokens["dsam, bfloat16"] = tokens["dsam"]
     autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None  # as Trainer's
     ours = Stepper(ready.network.train(), "plain", {})
+    ready_half = prepare(half)
+    ours_half = Stepper(ready_half.network.train(), "plain", {})
     theirs = prepare(config).network
     contenders: dict[str, Callable[[], float]] = {
         "dsam": lambda: own(ready, ours, order, config, autocast),
-        "dsam, bfloat16": lambda: own(ready, ours, order, config, torch.bfloat16),
+        "dsam, bfloat16": lambda: own(ready_half, ours_half, order, half, torch.bfloat16),
         "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
         "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),
     }
@@ -73,6 +76,12 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
             if turn:
                 seconds[name].append(spent)
     return [Throughput(name, len(order) / statistics.median(seconds[name]), tokens[name]) for name in CONTENDERS]
+
+
+def padded_tokens(order: np.ndarray, lengths: np.ndarray, train: Train) -> int:
+    """Tokens, padding included, that the batches of `order` come to as a run cuts them."""
+    batches = [order[k : k + train.batch_size] for k in range(0, len(order), train.batch_size)]
+    return sum(len(part) * int(lengths[part].max()) for batch in batches for part in pieces(batch, lengths, train))
 
 
 def own(ready: Ready, step: Stepper, order: np.ndarray, config: Config, autocast: torch.dtype | None) -> float:

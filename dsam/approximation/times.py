@@ -1,0 +1,62 @@
+"""What each of the study's weightings takes beside SAM: whole backward passes, in turn on the study's batches."""
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ..config import Config
+from ..methods import SAM, DeltaSAM
+from ..runs.record import write_atomically
+from ..runs.run import prepare
+from .study import WEIGHTINGS, Cell, batch_of
+
+ROUNDS, BATCHES = 5, 3
+
+
+def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
+    """Times the tasks that `path` does not hold yet, dropout on, and writes its rows: task, weighting, seconds (the
+    median over rounds of the mean over batches), and extra, the share by which they exceed SAM's."""
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame({"task": []})
+    for config in configs:
+        if config.task.name not in set(done["task"]):
+            rows = pd.DataFrame(of_task(config, batch_size))
+            done = pd.concat([done, rows]) if len(done) else rows
+            write_atomically(path, done.to_csv(index=False, float_format="%.4g"))
+
+
+def of_task(config: Config, batch_size: int) -> list[dict]:
+    """One alternating run over all weightings, after a round that does not count."""
+    ready = prepare(config)
+    model, examples = ready.network.train(), ready.data[ready.task.train_splits[0]]
+    closures = [
+        batch_of(Cell(config.task.name, 0, k), model, examples, ready.device, batch_size, config.train)[0]
+        for k in range(BATCHES)
+    ]
+    methods = {
+        label: SAM(model) if name == "uniform" else DeltaSAM(model, weighting=name, **options)
+        for label, (name, options) in WEIGHTINGS.items()
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in methods}
+    for turn in range(ROUNDS + 1):
+        print(f"{config.task.name}: times, round {turn}/{ROUNDS}", file=sys.stderr, flush=True)
+        labels = list(methods)
+        for label in [*labels[turn % len(labels) :], *labels[: turn % len(labels)]]:
+            began = time.perf_counter()
+            for closure in closures:
+                methods[label].backward(closure)
+                model.zero_grad()
+            if ready.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[label].append((time.perf_counter() - began) / len(closures))
+    medians = {label: statistics.median(values) for label, values in seconds.items()}
+    sam = medians["uniform"]
+    return [
+        {"task": config.task.name, "weighting": label, "seconds": spent, "extra": spent / sam - 1}
+        for label, spent in medians.items()
+    ]
