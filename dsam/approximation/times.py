@@ -15,7 +15,7 @@ from ..runs.record import write_atomically
 from ..runs.run import prepare
 from .study import WEIGHTINGS, Cell, batch_of
 
-ROUNDS, BATCHES = 5, 3
+ROUNDS, BATCHES = 3, 2
 
 
 def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
