@@ -119,7 +119,7 @@ def prepare(config: Config) -> Ready:
     tokenizer = models.load_tokenizer(config.model)
     network = models.build(config, task.num_labels, tokenizer).to(device)
     if device.type == "cpu" and config.train.precision == "bfloat16":
-        network.set_attn_implementation("eager")  # with dropout SDPA has no fused kernel here, and takes a tenth longer
+        network.set_attn_implementation("eager")  # SDPA with dropout took 3 to 10 % longer: docs/speed.md
     source = config.data
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
