@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_optimizer import SAM as ReferenceSAM
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
 from dsam.methods import WEIGHTINGS as ALL_WEIGHTINGS
+from dsam.methods import ExampleLosses
 
 # Those that look inside the model or at the logits have their own tests in test_exact_weightings.py.
 WEIGHTINGS = {n: w for n, w in ALL_WEIGHTINGS.items() if not w.exact and not w.needs_logits}
@@ -206,6 +208,52 @@ def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, recomp
         gradients.append([loss, *(p.grad for p in model.parameters())])
     for one, divided in zip(*gradients, strict=True):
         torch.testing.assert_close(one, divided, rtol=1e-6 if name.startswith("dsam") else 1e-12, atol=1e-9)
+
+
+def classifier():
+    torch.manual_seed(3)
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    return BertForSequenceClassification(config).double()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_pieces_whose_word_gradients_are_summed_by_rows_equal_the_undivided_batch(name, recompute):
+    """Words repeat within and across pieces, padding is among them, and there is a gradient from before."""
+    ids = torch.randint(0, 12, (9, 5), generator=torch.Generator().manual_seed(0))
+    whole = {"input_ids": ids, "labels": ids[:, 0] % 2}
+    options = {"recompute": recompute} if name.startswith("dsam") else {}
+    gradients, kinds = [], []
+    for cuts in ([9], [4, 2, 3]):
+        model = classifier()
+        words = model.get_input_embeddings()
+        words.register_forward_hook(lambda table, _, __: kinds.append((len(cuts), table.sparse)))  # noqa: B023
+        words.weight.grad = torch.ones_like(words.weight)
+        model.train()
+        pieces = zip(*(value.split(cuts) for value in whole.values()), strict=True)
+        closures = [ExampleLosses(model, dict(zip(whole, piece, strict=True))) for piece in pieces]
+        ALL[name](model, 0.1, **options).backward(closures)
+        assert not words.sparse
+        gradients.append([p.grad for p in model.parameters()])
+    assert (1, True) not in kinds and (3, True) in kinds
+    for one, divided in zip(*gradients, strict=True):
+        assert one.layout == divided.layout == torch.strided
+        torch.testing.assert_close(one, divided, rtol=1e-6, atol=1e-7)  # the losses are float32
+
+
+def test_a_wrapped_models_word_gradients_stay_dense():
+    """DistributedDataParallel and torch.compile expect the kind of gradient that they saw first."""
+    ids = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids[:, 0]}
+    inner = classifier()
+    assert ExampleLosses(inner, batch).words is inner.get_input_embeddings()
+    assert ExampleLosses(torch.compile(inner, backend="eager"), batch).words is None
+    wrapped = nn.Module()  # as DistributedDataParallel: it does not pass on what the model inside can
+    wrapped.module = inner
+    assert ExampleLosses(wrapped, batch).words is None
+    inner.bert.encoder.compile(backend="eager")
+    assert ExampleLosses(inner, batch).words is None
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteGradient
+from .gradients import dense, sparse_gradient
 from .perturbation import RandomState, total_norm
 
 Closure = Callable[[], Tensor]
@@ -113,13 +114,14 @@ class Method:
     def _gradient(self, closures: list[Closure], params: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
         """(losses (B,), gradient of their mean with respect to `params`), leaving `.grad` alone."""
         seen, total = [], None
-        for k in range(len(closures)):
-            losses = self._forward(closures, k, ascent=True)
-            total = self._add_gradient(
-                total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures)
-            )
-            seen.append(losses.detach())
-        losses = torch.cat(seen)
+        with self._summing(closures):
+            for k in range(len(closures)):
+                losses = self._forward(closures, k, ascent=True)
+                total = self._add_gradient(
+                    total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures)
+                )
+                seen.append(losses.detach())
+        losses, total = torch.cat(seen), [dense(g) for g in total]
         if len(closures) > 1:
             torch._foreach_div_([g for g in total if g is not None], len(losses))
         return losses, total
@@ -145,17 +147,20 @@ class Method:
         if earlier is not None:  # the batch's size is known only after its last piece: sum, then divide once
             for p in self.params:
                 p.grad = None
-        for k in range(len(closures)):
-            with around(closures, k) if around is not None else nullcontext():
-                losses = self._forward(closures, k)
-                seen.append(losses.detach())
-                if weights is not None:
-                    loss = (losses * weights[start : start + len(losses)]).sum()
-                else:
-                    loss = losses.mean() if earlier is None else losses.sum()
-                start += len(losses)
-                (scaler.scale(loss) if scaler is not None else loss).backward()
-            self.report["backwards"] += 1 / len(closures)
+        with self._summing(closures):
+            for k in range(len(closures)):
+                with around(closures, k) if around is not None else nullcontext():
+                    losses = self._forward(closures, k)
+                    seen.append(losses.detach())
+                    if weights is not None:
+                        loss = (losses * weights[start : start + len(losses)]).sum()
+                    else:
+                        loss = losses.mean() if earlier is None else losses.sum()
+                    start += len(losses)
+                    (scaler.scale(loss) if scaler is not None else loss).backward()
+                self.report["backwards"] += 1 / len(closures)
+        for p in self.params:
+            p.grad = dense(p.grad)
         losses = torch.cat(seen)
         if earlier is not None:
             torch._foreach_div_([p.grad for p in self.params if p.grad is not None], len(losses))
@@ -163,6 +168,11 @@ class Method:
                 if grad is not None:
                     p.grad = grad if p.grad is None else p.grad.add_(grad)
         return losses.mean()
+
+    @staticmethod
+    def _summing(closures: list[Closure]):
+        """Around the passes over a batch's pieces, whose gradients `dense` then makes whole."""
+        return sparse_gradient(getattr(closures[0], "words", None) if len(closures) > 1 else None)
 
     @contextmanager
     def _buffers_kept(self):

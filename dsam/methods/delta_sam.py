@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Closure
+from .gradients import dense
 from .layers import TopLayers
 from .per_example import PerExampleGradients
 from .perturbation import perturbed, total_norm
@@ -57,6 +58,12 @@ class DeltaSAM(SAM):
     def _ascent_gradient(self, closures: list[Closure]):
         if self.weighting.exact:
             return self._exact_ascent_gradient(closures)
+        with self._summing(closures):
+            losses, total = self._weighted_gradient(closures)
+        return losses, [dense(g) for g in total]
+
+    def _weighted_gradient(self, closures: list[Closure]):
+        """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""
         hold = len(closures) == 1 or not self.recompute
         held = []
         for k in range(len(closures)):

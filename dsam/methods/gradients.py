@@ -65,6 +65,27 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
             buffer.data = value
 
 
+@contextmanager
+def sparse_gradient(table: nn.Embedding | None) -> Iterator[None]:
+    """Inside, the table's gradients are sparse, so that the pieces of a batch are summed by the rows they use.
+
+    A dense one is cleared and added once per piece: 47 MB for BERT's vocabulary at width 384.
+    """
+    before = table.sparse if table is not None else None
+    try:
+        if table is not None:
+            table.sparse = True
+        yield
+    finally:
+        if table is not None:
+            table.sparse = before
+
+
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """A sparse gradient with all rows of its table, those that several pieces used summed; others as they are."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
 def wide(x: Tensor) -> Tensor:
     """In at least float32, in which inner products are accumulated."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

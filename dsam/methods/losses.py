@@ -55,6 +55,15 @@ class ExampleLosses:
         return len(self.labels)
 
     @property
+    def words(self) -> nn.Embedding | None:
+        """The table of word embeddings where its gradient may be sparse: not below wrappers that expect a dense one."""
+        wrapped = hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl for m in self.model.modules())
+        if wrapped or not hasattr(self.model, "get_input_embeddings"):  # torch.compile; DistributedDataParallel
+            return None
+        words = self.model.get_input_embeddings()
+        return words if type(words) is nn.Embedding and not words.scale_grad_by_freq else None
+
+    @property
     def embedding_shape(self) -> tuple[int, int, int]:
         """(B, T, d) of what `model.get_input_embeddings()` puts out."""
         ids = self.inputs["input_ids"]
