@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan paper verify wandb-sync test lint lock clean
+.PHONY: help reproduce plan paper verify pack unpack wandb-sync test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -29,6 +29,12 @@ paper: .venv/installed ## tables, figures, model card and report from the runs t
 
 verify: .venv/installed ## whether the tables are what the runs say, and a run gives its weights again (ARGS='--rerun 3')
 	@$(BIN)/python experiments/verify.py experiment=$(EXPERIMENT) $(ARGS)
+
+pack: .venv/installed ## keep the runs' records (no weights) in one file to commit, results/records/EXPERIMENT.zip
+	@$(BIN)/python experiments/records.py pack experiment=$(EXPERIMENT) $(ARGS)
+
+unpack: .venv/installed ## run folders from that file, where they are missing: the tables can be made and gone on with
+	@$(BIN)/python experiments/records.py unpack experiment=$(EXPERIMENT) $(ARGS)
 
 wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)

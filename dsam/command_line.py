@@ -196,6 +196,23 @@ def paper(arguments: Sequence[str]) -> None:
         print(f"not made from these runs, left from before: {names}; delete what you don't need")
 
 
+def records(arguments: Sequence[str]) -> None:
+    """`pack`: the runs' records into <paths.records>/<experiment>.zip; `unpack`: run folders from it."""
+    from .runs import archive
+
+    what, *given = arguments or [""]
+    if what not in ("pack", "unpack"):
+        raise UserError(f"records.py takes pack or unpack, then experiment=NAME; got '{what}'")
+    name, config = named(given)
+    runs_dir, path = Path(config.paths.runs), Path(config.paths.records) / f"{name}.zip"
+    if what == "pack":
+        held, missing = archive.pack(runs_dir, name, path)
+        print(f"{path}: {held} runs, {path.stat().st_size / 1e6:.2f} MB; {missing} of the sweep have no result")
+    else:
+        written, there = archive.unpack(path, runs_dir)
+        print(f"{runs_dir}: {written} runs written from {path}, {there} were there already")
+
+
 def verify(arguments: Sequence[str]) -> None:
     """Prints what `dsam.results.verify` finds, line by line. Leaves with status 1 where something differs."""
     from .errors import Parser
@@ -211,7 +228,8 @@ def verify(arguments: Sequence[str]) -> None:
     name, config = named(given.overrides)
     differences = 0
     for fine, line in verification.check(name, Path(config.paths.runs), Path(config.paths.tables),
-                                         given.rerun, given.seed, config.paths.cache):  # fmt: skip
+                                         given.rerun, given.seed, config.paths.cache,
+                                         Path(config.paths.records)):  # fmt: skip
         differences += not fine
         print(line if fine else f"differs: {line}", flush=True)
     if differences:

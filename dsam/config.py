@@ -108,6 +108,7 @@ class Paths:
     cache: str = ".cache/dsam"
     tables: str = "results/tables"
     figures: str = "results/figures"
+    records: str = "results/records"
 
 
 @dataclass

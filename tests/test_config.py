@@ -36,7 +36,10 @@ def test_every_experiment_composes_each_of_its_runs(experiment):
     assert with_hydra.hydra.mode.name == "MULTIRUN"
     sweeps = [f"{k}={v}" for k, v in with_hydra.hydra.sweeper.params.items()]
     assert overrides.check(sweeps, CONF) == sweeps
-    parsed = {o.key_or_group: list(o.sweep_string_iterator()) for o in OverridesParser.create().parse_overrides(sweeps)}
+    parsed = {
+        o.key_or_group: list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.value()]
+        for o in OverridesParser.create().parse_overrides(sweeps)
+    }
     for task in parsed["task"]:
         for optimizer in parsed["optimizer"]:
             loaded = config(

@@ -61,6 +61,22 @@ def test_what_was_left_alone_verifies_and_trains_to_the_same_weights(trained, ca
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before  # it changed nothing
 
 
+def test_without_run_folders_the_packed_records_are_checked(copied, capsys):
+    places = [f"paths.{name}={copied}/{name}" for name in ("runs", "tables", "cache", "records")]
+    command_line.records(["pack", *places])
+    shutil.rmtree(copied / "runs")
+    capsys.readouterr()
+    command_line.verify([*places, "--rerun", "1"])
+    said = capsys.readouterr().out
+    assert "the 2 of" in said and "byte for byte" in said and "has the same weights and scores" in said
+    assert said.endswith("nothing differs\n") and not (copied / "runs").exists()
+    main = copied / "tables" / "sweep" / "cost.csv"
+    main.write_text(main.read_text().replace("adamw", "adamv", 1))
+    with pytest.raises(SystemExit):
+        command_line.verify([*places, "--rerun", "0"])
+    assert "differs: " in capsys.readouterr().out
+
+
 def test_a_difference_leaves_with_status_1(copied, capsys):
     (copied / "tables" / "sweep" / "cost.csv").unlink()
     with pytest.raises(SystemExit) as left:

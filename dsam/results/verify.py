@@ -17,7 +17,7 @@ from dsam.results import report, tables
 from dsam.results.collect import COLUMNS, TRAIN, collect
 from dsam.results.facts import DONE
 from dsam.results.rendering import Table
-from dsam.runs import sweep
+from dsam.runs import archive, sweep
 from dsam.runs.identity import digest, identify
 from dsam.runs.record import seal
 
@@ -27,14 +27,31 @@ MACHINE = ("versions", "device", "device_type", "threads", "platform", "host")
 TOLERANCE = 0.02  # of a score on another machine: rounding differs there, and training lets it grow
 
 
-def check(experiment: str, runs_dir: Path, tables_dir: Path, rerun: int, seed: int, cache: str) -> Iterator[Finding]:
+def check(
+    experiment: str,
+    runs_dir: Path,
+    tables_dir: Path,
+    rerun: int,
+    seed: int,
+    cache: str,
+    records_dir: Path = Path("results/records"),
+) -> Iterator[Finding]:
     """Every finding about <tables_dir>/<experiment> and the runs behind it; `seed` chooses the `rerun` runs.
+
+    Without run folders, those that <records_dir>/<experiment>.zip holds.
 
     Raises UserError where there is nothing to check.
     """
     folder = tables_dir / experiment
     if not (folder / "cells.csv").is_file():
         raise UserError(f"no tables at '{folder}': run `make paper EXPERIMENT={experiment}` first")
+    packed = records_dir / f"{experiment}.zip"
+    if not (runs_dir / ".sweeps" / f"{experiment}.json").is_file() and packed.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            written, _ = archive.unpack(packed, Path(scratch))
+            yield True, f"no runs of '{experiment}' under '{runs_dir}': the {written} of {packed} are checked"
+            yield from check(experiment, Path(scratch), tables_dir, rerun, seed, cache, records_dir)
+        return
     if not (runs_dir / ".sweeps" / f"{experiment}.json").is_file():
         yield True, f"no runs of '{experiment}' under '{runs_dir}': only what follows from cells.csv can be checked"
         yield from _from_cells(folder)

@@ -1,0 +1,130 @@
+"""`make pack` and `make unpack`: an experiment's records go through one committed file and come back as they were."""
+
+import io
+import json
+import shutil
+import zipfile
+
+import pytest
+from conftest import command
+
+from dsam.errors import UserError
+from dsam.runs import archive
+
+
+def a_sweep(runs, name="study", seeds=range(3), unfinished=()):
+    """Run folders as a sweep leaves them, weights and all."""
+    folders = [f"rte/tiny/sam/{seed:016x}" for seed in seeds]
+    for seed, folder in zip(seeds, folders, strict=True):
+        run = runs / folder
+        (run / "best").mkdir(parents=True)
+        (run / "best" / "model.safetensors").write_bytes(b"weights")
+        (run / "config.yaml").write_text(f"seed: {seed}\n")
+        (run / "metrics.jsonl").write_text('{"step": 10}\n')
+        (run / "provenance.json").write_text("{}")
+        if seed in unfinished:
+            (run / "failure.json").write_text('{"reason": "out of memory"}')
+        else:
+            (run / "result.json").write_text(json.dumps({"id": folder[-16:], "score": seed, "name": "δ"}))
+    (runs / ".sweeps").mkdir(exist_ok=True)
+    manifest = {"experiment": name, "runs": [{"folder": folder} for folder in folders]}
+    (runs / ".sweeps" / f"{name}.json").write_text(json.dumps(manifest))
+    return folders
+
+
+def files(runs):
+    return {str(p.relative_to(runs)): p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+
+
+def test_records_come_back_byte_for_byte_and_weights_stay_behind(tmp_path):
+    runs, packed, back = tmp_path / "runs", tmp_path / "records" / "study.zip", tmp_path / "back"
+    a_sweep(runs, unfinished=[2])
+    assert archive.pack(runs, "study", packed) == (2, 1)
+    assert archive.unpack(packed, back) == (2, 0)
+    assert files(back) == {name: data for name, data in files(runs).items() if "best/" not in name}
+    first = packed.read_bytes()
+    shutil.copytree(back, tmp_path / "elsewhere")  # other times of the files
+    archive.pack(tmp_path / "elsewhere", "study", packed)
+    assert packed.read_bytes() == first
+
+
+def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
+    packed = tmp_path / "study.zip"
+    a_sweep(tmp_path / "monday", seeds=[0, 1])
+    a_sweep(tmp_path / "tuesday", seeds=[1, 2])
+    archive.pack(tmp_path / "monday", "study", packed)
+    assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0)
+    archive.unpack(packed, tmp_path / "both")
+    assert len(list((tmp_path / "both").glob("rte/tiny/sam/*/result.json"))) == 3
+
+
+def test_unpacking_leaves_alone_what_is_there(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, three = a_sweep(runs)
+    archive.pack(runs, "study", packed)
+    (runs / one / "result.json").write_text("mine")
+    (runs / two / "result.json").unlink()
+    (runs / ".sweeps" / "study.json").write_text("mine")
+    before = files(runs)
+    assert archive.unpack(packed, runs) == (1, 2)
+    after = files(runs)
+    assert {name for name in after if after[name] != before.get(name)} == {f"{two}/result.json"}
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside/a/b/result.json",
+        "/etc/a/b/c/result.json",
+        "a/b/c/d/model.safetensors",
+        "x.txt",
+        "a/../b/c/result.json",
+    ],
+)
+def test_an_archive_writes_nothing_that_is_no_record(tmp_path, name):
+    zipped(tmp_path / "bad.zip", {"rte/tiny/sam/0/result.json": "{}", name: "x"})
+    with pytest.raises(UserError, match="no run's record"):
+        archive.unpack(tmp_path / "bad.zip", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_or_missing_archive_is_one_line(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    a_sweep(runs)
+    archive.pack(runs, "study", packed)
+    whole = packed.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:60] + b"\0\0\0\0\0\0" + whole[66:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"study.zip cannot be read"):
+            archive.unpack(packed, tmp_path / "new")
+        with pytest.raises(UserError, match=r"study.zip cannot be read"):
+            archive.pack(runs, "study", packed)  # and does not lose what may still be saved
+        assert packed.read_bytes() == damaged
+    with pytest.raises(UserError, match="no records at"):
+        archive.unpack(tmp_path / "none.zip", tmp_path / "new")
+    with pytest.raises(UserError, match="no sweep 'other'"):
+        archive.pack(runs, "other", tmp_path / "other.zip")
+    assert zipfile.is_zipfile(io.BytesIO(whole)) and not (tmp_path / "other.zip").exists()
+
+
+def test_the_command_line(tmp_path):
+    a_sweep(tmp_path / "runs", name="smoke")
+    places = [f"paths.runs={tmp_path}/runs", f"paths.records={tmp_path}/records"]
+    done = command("pack", "experiment=smoke", *places, script="records.py")
+    assert done.returncode == 0 and "smoke.zip: 3 runs" in done.stdout and "0 of the sweep" in done.stdout
+    shutil.rmtree(tmp_path / "runs")
+    done = command("unpack", "experiment=smoke", *places, script="records.py")
+    assert done.returncode == 0 and "3 runs written" in done.stdout and "0 were there" in done.stdout
+    for wrong, said in (
+        (["pakc"], "takes pack or unpack"),
+        ([], "takes pack or unpack"),
+        (["pack", "experiment=smok"], "smoke"),
+    ):
+        done = command(*wrong, *places[:1], script="records.py")
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
