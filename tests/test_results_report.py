@@ -359,6 +359,21 @@ def test_the_curves_by_compute_end_at_the_passes_of_a_run(swept):
     assert axes.get_title() == "rte\n(development loss)"
 
 
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_a_legend_stays_inside_and_leaves_the_panels_their_height(tmp_path, tasks):
+    for task in ("cola", "rte", "mrpc", "sst2")[:tasks]:
+        for rho in (0.005, 0.02, 0.05):
+            finish(tmp_path, plan(task=task, optimizer="per_instance", rho=rho))
+    frame = collect(tmp_path)
+    for figure in (plots.curves(frame), plots.curves(frame, of="loss")):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        shown, whole = legend.get_window_extent(), figure.bbox
+        assert whole.x0 <= shown.x0 and shown.x1 <= whole.x1 and whole.y0 <= shown.y0
+        assert all(axes.get_window_extent().height / figure.dpi > 1.2 for axes in figure.axes)
+        assert all(axes.get_window_extent().y0 > shown.y1 for axes in figure.axes)
+
+
 def test_figures_tell_methods_apart_without_colour(tmp_path):
     looks = [plots._style(position) for position in range(28)]
     assert len({(look["marker"], look["linestyle"]) for look in looks[:7]}) == 7

@@ -122,7 +122,7 @@ def curves(
     scale = 100 if of == "score" else 1
     order = methods(frame, baseline)
     counted = scored(frame, which).index
-    figure, panels = _panels(frame, height=2.6, width=2.6, title="development loss" if of == "loss" else None)
+    figure, panels = _panels(frame, height=2.2, width=2.6, title="development loss" if of == "loss" else None)
     for task, axes in panels.items():
         for position, method in enumerate(order):
             runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
@@ -151,7 +151,7 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
     # As the figures of a sweep without these variants would show the methods.
     order = list(dict.fromkeys(without(label, "rho") for label in methods(frame, baseline)))
     varied = sensitivity[sensitivity["rho"].notna()]
-    figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.6, width=2.6)
+    figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.2, width=2.6)
     for task, axes in panels.items():
         for row in sensitivity[(sensitivity["task"] == task) & sensitivity["rho"].isna()].itertuples():
             axes.axhspan(100 * row.low, 100 * row.high, color="#dddddd", linewidth=0, zorder=0)
@@ -166,7 +166,7 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
         axes.set_xscale("log")
         ticks = sorted(varied.loc[varied["task"] == task, "rho"].unique())
         if len(ticks) <= 10:
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40 if len(ticks) > 5 else 0)
             axes.minorticks_off()
         axes.set_xlabel("ρ", fontsize=9)
     _legend(figure, panels)
@@ -174,13 +174,19 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
 
 
 def _legend(figure: Figure, panels: dict[str, Axes]) -> None:
-    """One legend for all panels, below them."""
+    """One legend for all panels, below them, in as many columns as fit; the figure grows by what it takes."""
     labelled = {
         label: line for axes in panels.values() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    # Long enough a sample of a line to tell dashes apart.
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False,
-                  fontsize=9, handlelength=3.5)  # fmt: skip
+    for columns in (3, 2, 1):
+        # Long enough a sample of a line to tell dashes apart.
+        legend = figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=columns,
+                               frameon=False, fontsize=9, handlelength=3.5)  # fmt: skip
+        size = legend.get_window_extent()
+        if size.width <= figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+            return
+        legend.remove()
 
 
 def _panels(
