@@ -5,10 +5,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import command
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_one
 
 from dsam import SAM, ExampleLosses, GroupSAM
-from dsam.approximation.oracle import Oracle, flat
+from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat
 from dsam.approximation.summary import MEASURES, as_markdown, confirmation, interval, overview, summarise
 from dsam.methods import make_weighting
 
@@ -59,9 +61,36 @@ def test_uniform_is_measured_as_sam_and_the_best_in_hindsight_is_a_distribution(
         )
         assert rows[rho, "uniform"]["error"] == pytest.approx(float((sam - target).norm() / target.norm()), rel=1e-5)
         assert rows[rho, "uniform"]["ess"] == pytest.approx(B, rel=1e-5)
-        assert 1 <= rows[rho, "hindsight"]["ess"] <= B + 1e-6
-    # To first order the fit minimises the correction's distance over all weights, uniform among them, up to length.
-    assert rows[RHOS[0], "hindsight"]["correction_cosine"] >= rows[RHOS[0], "uniform"]["correction_cosine"] - 1e-3
+        assert all(1 <= rows[rho, name]["ess"] <= B + 1e-6 for name in HINDSIGHT)
+    # To first order the fits minimise over all weights, uniform among them, what they are named for.
+    small = {name: rows[RHOS[0], name] for name in (*HINDSIGHT, "uniform")}
+    assert small["hindsight (direction)"]["correction_cosine"] >= small["uniform"]["correction_cosine"] - 1e-3
+    assert small["hindsight (step)"]["correction_error"] <= small["uniform"]["correction_error"] + 1e-3
+    assert small["hindsight (step)"]["correction_error"] <= small["hindsight (direction)"]["correction_error"] + 1e-3
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_no_weights_beat_those_in_hindsight_at_what_they_fit(seed, size):
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(size, 8))
+    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    h = rng.normal(size=(8, 8))
+    h, wanted, sam = (h + h.T) @ g.T, rng.normal(size=8), rng.uniform(0.1, 3, size)
+    given_to_fits = (h.T @ h, h.T @ wanted, g @ g.T, sam)
+
+    def cosine(c):
+        return h @ c @ wanted / (np.linalg.norm(h @ c) * np.linalg.norm(wanted)) if (h @ c).any() else 0.0
+
+    def error(c):
+        return np.linalg.norm(h @ c / np.linalg.norm(c @ g) - wanted)
+
+    others = [sam, *np.eye(size), *rng.exponential(size=(300, size)) * (rng.random((300, size)) < 0.6)]
+    others = [c for c in others if c.any()]
+    direction, step = best_direction(*given_to_fits), best_step(*given_to_fits)
+    assert min(direction.min(), step.min()) >= 0
+    assert cosine(direction) >= max(0, *map(cosine, others)) - 1e-6
+    assert error(step) <= min(map(error, others)) + 1e-6
 
 
 def test_one_example_is_its_own_batch():

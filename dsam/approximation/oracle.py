@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
 from torch import Tensor, nn
 
 from ..methods import ExampleLosses, Probe, Weighting
@@ -103,21 +103,21 @@ class Oracle:
         )
 
     def measure(self, weightings: Mapping[str, Weighting], headroom: bool = False) -> list[dict]:
-        """One row per ρ and weighting, and with `headroom` one for the best weights in hindsight.
+        """One row per ρ and weighting, and with `headroom` for the best weights in hindsight, of both kinds.
 
         cosine, error: of the gradient at w + ε with the per-instance one, and of their differences to the gradient
         at w (`correction_…`); rise: mean loss rise over the mean per-instance rise; guardedness: over examples, each
         one's rise over its own worst case's; ess: effective sample size.
         """
-        products = self._products() if headroom else None
+        fits = self._fits() if headroom else {}
         rows = []
-        for name in [*weightings, *(["hindsight"] if headroom else [])]:
+        for name in [*weightings, *(HINDSIGHT if headroom else [])]:
             p = ascent = None
             for rho in self.rhos:
                 if name in weightings:
                     new = weightings[name](self.losses, self.probe(rho, weightings[name].layers))
                 else:
-                    new = self._hindsight(products, rho)
+                    new = self._weights(HINDSIGHT[name](*fits[rho]))
                 if p is None or not torch.equal(new, p):  # most weights do not depend on ρ
                     p, ascent = new, self.examples.weighted_gradient(new.to(self.losses))
                 with perturbed(self.params, ascent, float(rho / total_norm(ascent))):
@@ -177,20 +177,54 @@ class Oracle:
                 rows.append(flat(torch._foreach_sub(self._gradient(self.parts)[1], self.mean)) / rho)
         return torch.stack(rows)
 
-    def _hindsight(self, products: Tensor, rho: float) -> Tensor:
-        """Weights p_j ∝ c_j/‖g_j‖ of the non-negative c with Σ c_j H ĝ_j nearest to the per-instance correction / ρ.
+    def _fits(self) -> dict[float, tuple[np.ndarray, ...]]:
+        """For each ρ what the fits in hindsight take: the inner products of the H ĝ_j with each other (B, B) and with
+        the per-instance correction / ρ (B,), those of the ĝ_j (B, B), and the c of uniform weights (B,)."""
+        products = self._products()
+        each = (products @ products.T).double().cpu().numpy()
+        unit = (self.gram / torch.outer(self.norms, self.norms)).double().cpu().numpy()
+        wanted = {rho: (products @ flat(self.wanted[rho])).double().cpu().numpy() / rho for rho in self.rhos}
+        sam = self.norms.double().cpu().numpy()
+        return {rho: (each, right, unit, sam) for rho, right in wanted.items()}
 
-        Only the direction of Σ c_j ĝ_j counts, as in a step; its length is left free in the fit.
-        """
-        wanted = flat(self.wanted[rho]) / rho
-        # Normal equations as a small square-root problem: B columns however many parameters.
-        gram = (products @ products.T).double().cpu().numpy()
-        right = (products @ wanted).double().cpu().numpy()
-        values, vectors = np.linalg.eigh(gram)
-        root = np.sqrt(np.clip(values, 1e-12 * values.max(), None))
-        c, _ = nnls(root[:, None] * vectors.T, vectors.T @ right / root)
-        c = torch.from_numpy(c).to(self.norms) / self.norms
-        return c / c.sum() if c.sum() > 0 else self.uniform
+    def _weights(self, c: np.ndarray) -> Tensor:
+        """p_j ∝ c_j/‖g_j‖, so that Σ p_j g_j points along Σ c_j ĝ_j."""
+        p = torch.from_numpy(c).to(self.norms) / self.norms
+        return p / p.sum() if p.sum() > 0 else self.uniform
+
+
+def best_direction(each: np.ndarray, right: np.ndarray, *_) -> np.ndarray:
+    """The c ≥ 0 whose Σ c_j H ĝ_j is nearest to the per-instance correction / ρ: non-negative least squares.
+
+    Its length is free in the fit, so that these are the weights whose correction has the best direction.
+    """
+    # Normal equations as a small square-root problem: B columns however many parameters.
+    values, vectors = np.linalg.eigh(each)
+    root = np.sqrt(np.clip(values, 1e-12 * values.max(), None))
+    return nnls(root[:, None] * vectors.T, vectors.T @ right / root)[0]
+
+
+def best_step(each: np.ndarray, right: np.ndarray, unit: np.ndarray, sam: np.ndarray) -> np.ndarray:
+    """The c ≥ 0 whose H Σ c_j ĝ_j / ‖Σ c_j ĝ_j‖ is nearest to the per-instance correction / ρ.
+
+    The length is that of a step, ρ: to first order these are the weights whose gradient has the least error. The
+    best local minimum from several starts, SAM's own c among them, on which it can therefore only gain.
+    """
+
+    def error(c: np.ndarray) -> tuple[float, np.ndarray]:
+        square = c @ unit @ c
+        along, across = right @ c / square**0.5, c @ each @ c / square
+        slope = (each @ c - across * (unit @ c)) / square - right / square**0.5 + along * (unit @ c) / square
+        return across - 2 * along, 2 * slope
+
+    size = len(right)
+    starts = [sam, np.ones(size), best_direction(each, right) + 1e-3, *(np.eye(size) + 0.1)]
+    found = [minimize(error, c / c.max(), jac=True, method="L-BFGS-B", bounds=[(0, None)] * size) for c in starts]
+    return min(found, key=lambda result: result.fun).x
+
+
+HINDSIGHT = {"hindsight (direction)": best_direction, "hindsight (step)": best_step}
+"""Weights that know the answer, by what they fit."""
 
 
 def with_used_words(closure: ExampleLosses) -> ExampleLosses:
