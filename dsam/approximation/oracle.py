@@ -213,6 +213,8 @@ def best_step(each: np.ndarray, right: np.ndarray, unit: np.ndarray, sam: np.nda
 
     def error(c: np.ndarray) -> tuple[float, np.ndarray]:
         square = c @ unit @ c
+        if square < 1e-12:  # of entries at most about 1: no direction to step along
+            return 1e9 * np.trace(each), np.zeros(size)
         along, across = right @ c / square**0.5, c @ each @ c / square
         slope = (each @ c - across * (unit @ c)) / square - right / square**0.5 + along * (unit @ c) / square
         return across - 2 * along, 2 * slope
