@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model-path", help="a local model folder; default: the tiny model")
     parser.add_argument("--data-root", help="official GLUE files; default: the built-in tasks")
     parser.add_argument("--phases", nargs="+", type=int, default=[25, 100], help="per cent of one epoch's fine-tuning")
-    parser.add_argument("--rho", nargs="+", type=float, default=[0.005, 0.02, 0.05])
+    parser.add_argument("--rho", nargs="+", type=float, default=[0.005, 0.02, 0.1])
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
