@@ -37,3 +37,8 @@ def glue_root():
     if not GLUE.is_dir():
         pytest.skip("the real GLUE files are not beside this checkout")
     return GLUE
+
+
+def pytest_collection_modifyitems(items):
+    """Slurm's tests mostly wait: begun first, they wait while the others run."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
