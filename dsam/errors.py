@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import signal
+import zipfile
+import zlib
 from collections.abc import Iterable
 
 LONGEST = 1000  # characters of an error's line
@@ -31,6 +33,10 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from the checkpoint")
         self.signum = signum
+
+
+UNREADABLE_ZIP = (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError)
+"""What reading a damaged or foreign zip can raise."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

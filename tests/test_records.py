@@ -1,15 +1,19 @@
 """`make pack` and `make unpack`: an experiment's records go through one committed file and come back as they were."""
 
-import io
 import json
 import shutil
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import command
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsam.errors import UserError
 from dsam.runs import archive
+from dsam.runs.record import Record
 
 
 def a_sweep(runs, name="study", seeds=range(3), unfinished=()):
@@ -71,6 +75,33 @@ def test_unpacking_leaves_alone_what_is_there(tmp_path):
     assert {name for name in after if after[name] != before.get(name)} == {f"{two}/result.json"}
 
 
+def test_a_run_that_is_being_worked_on_or_came_no_further_is_left_alone(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, three = a_sweep(runs, unfinished=[2])
+    archive.pack(runs, "study", packed)
+    for folder in (one, two, three):
+        (runs / folder / "result.json").unlink(missing_ok=True)
+        (runs / folder / "metrics.jsonl").write_text("going on")
+    with Record(runs / one).worked_on():
+        assert archive.unpack(packed, runs) == (1, 1)
+        assert (runs / one / "metrics.jsonl").read_text() == "going on" and not (runs / one / "result.json").exists()
+    assert (runs / two / "result.json").exists()
+    assert (runs / three / "metrics.jsonl").read_text() == "going on"
+
+
+def test_packing_again_keeps_a_finished_run_and_forgets_why_it_failed_before(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, _ = a_sweep(runs, unfinished=[1])
+    assert archive.pack(runs, "study", packed) == (2, 1)
+    (runs / one / "result.json").unlink()  # begun anew here, and not finished
+    (runs / two / "failure.json").unlink()
+    (runs / two / "result.json").write_text("{}")
+    assert archive.pack(runs, "study", packed) == (3, 0)
+    archive.unpack(packed, tmp_path / "back")
+    assert (tmp_path / "back" / one / "result.json").exists()
+    assert not (tmp_path / "back" / two / "failure.json").exists()
+
+
 def zipped(path, members):
     with zipfile.ZipFile(path, "w") as file:
         for name, data in members.items():
@@ -110,7 +141,25 @@ def test_a_damaged_or_missing_archive_is_one_line(tmp_path):
         archive.unpack(tmp_path / "none.zip", tmp_path / "new")
     with pytest.raises(UserError, match="no sweep 'other'"):
         archive.pack(runs, "other", tmp_path / "other.zip")
-    assert zipfile.is_zipfile(io.BytesIO(whole)) and not (tmp_path / "other.zip").exists()
+    assert not (tmp_path / "other.zip").exists()
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+@settings(max_examples=150, deadline=None)
+def test_a_flipped_byte_is_one_line_or_changes_nothing(place, bits):
+    with tempfile.TemporaryDirectory() as scratch:
+        runs, packed = Path(scratch, "runs"), Path(scratch, "study.zip")
+        a_sweep(runs, seeds=range(1))
+        archive.pack(runs, "study", packed)
+        data = bytearray(packed.read_bytes())
+        data[int(place * len(data))] ^= bits
+        packed.write_bytes(data)
+        try:
+            archive.unpack(packed, Path(scratch, "new"))
+        except UserError:
+            return
+        originals = set(files(runs).values())
+        assert all(contents in originals for contents in files(Path(scratch, "new")).values())
 
 
 def test_the_command_line(tmp_path):

@@ -1,14 +1,13 @@
 """The eleven files that the GLUE server takes (https://gluebenchmark.com/submit): written, packed and checked."""
 
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UNREADABLE_ZIP, UserError
 from .tasks import TASKS, Task
 
 HEADER = "index\tprediction"
@@ -111,7 +110,7 @@ def _archive(path: Path) -> dict[str, bytes]:
             return {name: archive.read(name) for name in names}
     except FileNotFoundError:
         raise UserError(f"{path} is neither a folder nor a file") from None
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE_ZIP as error:
         raise UserError(f"{path} cannot be read as a zip: {error}") from None
 
 

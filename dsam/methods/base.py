@@ -49,7 +49,7 @@ class Method:
         self.ranks = None  # dsam.integrations.distributed sets it where the ascent is that of all processes together
 
     def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """Adds the step's gradient to `.grad` and returns the mean loss at w (0-dim, detached).
+        """Adds the step's gradient to `.grad`, dense, and returns the mean loss at w (0-dim, detached).
 
         Args:
             closure: returns the batch's losses, shape (B,); or a sequence of such closures, one for each

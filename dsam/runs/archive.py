@@ -1,97 +1,112 @@
 """The records of an experiment's runs in one file that can be committed: what its tables are made of, no weights."""
 
+import io
 import json
-import os
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from ..errors import UserError
+from ..errors import UNREADABLE_ZIP, UserError
+from . import lease
 from .record import write_atomically
 
 RESULT = "result.json"
-FILES = (RESULT, "config.yaml", "provenance.json", "metrics.jsonl", "failure.json")
+FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "failure.json", RESULT)  # as they are unpacked
 MANIFEST = ".sweeps"
 
 
 def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
     """Writes the sweep's manifest and its runs' records to the zip `path`, beside the runs that are in it already.
 
-    The same records give the same bytes. Returns (runs in the file, runs of the sweep that have no result).
+    A finished run in the file is replaced by a finished one alone. The same records give the same bytes. Returns
+    (runs with a result in the file, runs of the sweep that it has no result of).
 
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
     """
     manifest = runs_dir / MANIFEST / f"{experiment}.json"
+    held = _read(path) if path.exists() else {}
     try:
-        contents = _members(path) if path.exists() else {}
-        contents[f"{MANIFEST}/{experiment}.json"] = manifest.read_bytes()
-        folders = [run["folder"] for run in json.loads(contents[f"{MANIFEST}/{experiment}.json"])["runs"]]
-        for folder in folders:
-            for name in FILES:
-                if (runs_dir / folder / name).is_file():
-                    contents[f"{folder}/{name}"] = (runs_dir / folder / name).read_bytes()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a kill leaves the file of before.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with zipfile.ZipFile(temporary, "w") as archive:
-                for name in sorted(contents):
-                    entry = zipfile.ZipInfo(name)  # of 1980: no time of ours in the bytes
-                    entry.external_attr = 0o644 << 16
-                    archive.writestr(entry, contents[name], zipfile.ZIP_DEFLATED, 9)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        sweep = manifest.read_bytes()
+        folders = [run["folder"] for run in json.loads(sweep)["runs"]]
     except FileNotFoundError:
-        raise UserError(
-            f"no sweep '{experiment}' under '{runs_dir}': `make reproduce EXPERIMENT={experiment}`"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
+        hint = f"`make reproduce EXPERIMENT={experiment}` starts it"
+        raise UserError(f"no sweep '{experiment}' under '{runs_dir}': {hint}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} cannot be read ({error!r}): start the sweep again") from None
+    try:
+        for folder in folders:
+            record = {name: (runs_dir / folder / name) for name in FILES if (runs_dir / folder / name).is_file()}
+            if RESULT in record or RESULT not in held.get(folder, {}):
+                held[folder] = {name: file.read_bytes() for name, file in record.items()}
+        held[MANIFEST] = {f"{experiment}.json": sweep}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _zipped(held))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.records=DIR") from None
-    missing = sum(f"{folder}/{RESULT}" not in contents for folder in folders)
-    return sum(name.endswith(f"/{RESULT}") for name in contents), missing
+    finished = {folder for folder, record in held.items() if RESULT in record}
+    return len(finished), len(set(folders) - finished)
 
 
 def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
-    """Writes the runs of the zip `path` that have no result under `runs_dir`, and the manifest if there is none.
+    """Writes the runs of the zip `path` that are not under `runs_dir`, or have no result there and one in the file.
 
-    Returns (runs written, runs that were there already and stay as they are). A run's result comes last, so that one
-    that a kill left half written counts as unfinished.
+    What is there stays as it is: finished runs, runs that are being worked on, and the manifest. A run's result is
+    written last, so that one that a kill left half written counts as unfinished. Returns (finished runs written,
+    finished runs left alone).
 
     Raises:
         UserError: the file is missing or damaged, or the runs cannot be written.
     """
     if not path.is_file():
         raise UserError(f"no records at '{path}': `make pack` writes them")
-    contents = _members(path)
-    folders = {str(PurePosixPath(name).parent) for name in contents if name.endswith(f"/{RESULT}")}
-    there = {folder for folder in folders if (runs_dir / folder / RESULT).exists()}
+    held = _read(path)
+    manifest = held.pop(MANIFEST, {})
+    finished = {folder for folder, record in held.items() if RESULT in record}
+    written = set()
     try:
-        for name in sorted(contents, key=lambda name: (name.endswith(f"/{RESULT}"), name)):
-            target = runs_dir / name
-            if str(PurePosixPath(name).parent) in there or (name.startswith(MANIFEST) and target.exists()):
+        for folder, record in held.items():
+            there = runs_dir / folder
+            if folder in finished:
+                if (there / RESULT).exists() or lease.alive(lease.path_in(there)):
+                    continue
+                written.add(folder)
+            elif there.exists():
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, contents[name].decode("utf-8"))
+            there.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                if name in record:
+                    write_atomically(there / name, record[name])
+        for name, contents in manifest.items():
+            (runs_dir / MANIFEST).mkdir(parents=True, exist_ok=True)
+            if not (runs_dir / MANIFEST / name).exists():
+                write_atomically(runs_dir / MANIFEST / name, contents)
     except OSError as error:
         raise UserError(f"cannot write {runs_dir}: {error.strerror or error}; set paths.runs=DIR") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    return len(folders - there), len(there)
+    return len(written), len(finished - written)
 
 
-def _members(path: Path) -> dict[str, bytes]:
-    """File -> contents. UserError where the archive is damaged or holds what no run has."""
+def _zipped(held: dict[str, dict[str, bytes]]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        for folder in sorted(held):
+            for name in sorted(held[folder]):
+                entry = zipfile.ZipInfo(f"{folder}/{name}")  # of 1980: no time of ours in the bytes
+                entry.external_attr = 0o644 << 16
+                file.writestr(entry, held[folder][name], zipfile.ZIP_DEFLATED, 9)
+    return stream.getvalue()
+
+
+def _read(path: Path) -> dict[str, dict[str, bytes]]:
+    """Folder -> file -> contents. UserError where the archive is damaged or holds what no run has."""
+    held: dict[str, dict[str, bytes]] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            contents = {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist():
+                parts = name.split("/")  # <task>/<model>/<optimizer>/<id>/<file>: nothing is written elsewhere
+                run = len(parts) == 5 and parts[-1] in FILES and not any(p in ("", ".", "..") for p in parts)
+                if not run and not (len(parts) == 2 and parts[0] == MANIFEST and parts[1].endswith(".json")):
+                    raise UserError(f"{path} holds '{name}', which is no run's record")
+                held.setdefault(str(PurePosixPath(name).parent), {})[parts[-1]] = file.read(name)
+    except UNREADABLE_ZIP as error:
         raise UserError(f"{path} cannot be read ({error}): take it from version control again") from None
-    for name in contents:
-        parts = name.split("/")  # <task>/<model>/<optimizer>/<id>/<file>: nothing may be written elsewhere
-        run = len(parts) == 5 and parts[-1] in FILES and not any(p in ("", ".", "..") or "\\" in p for p in parts)
-        if not run and not (len(parts) == 2 and parts[0] == MANIFEST and parts[1].endswith(".json")):
-            raise UserError(f"{path} holds '{name}', which is no run's record")
-    return contents
+    return held
