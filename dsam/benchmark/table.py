@@ -1,7 +1,6 @@
 """The benchmark's JSON and its Markdown table."""
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -99,25 +98,14 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         "settings": settings,
-        "provenance": provenance(device, {}) | {"processor": processor()},
+        "provenance": provenance(device, {}),
         "measured": {task: [asdict(timed) for timed in found] for task, found in measured.items()},
     }
     write_atomically(path, json.dumps(contents, indent=1) + "\n")
-    parts = [
-        f"Device: {contents['provenance']['processor'] if device.type == 'cpu' else contents['provenance']['device']}"
-    ]
+    parts = [f"Device: {contents['provenance']['device']}"]
     parts += [f"{name}: {value}" for name, value in settings.items()]
     text = "\n".join(f"- {part}" for part in parts) + "\n"
     for task, found in measured.items():
         table = as_rows(found).to_markdown(index=False, floatfmt=".3f")
         text += f"\n## {task}\n\n{table}\n"
     write_atomically(path.with_suffix(".md"), text)
-
-
-def processor() -> str:
-    """The CPU's name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -22,6 +22,7 @@ from transformers import (
 from ..config import Config, Train
 from ..runs.run import Ready, prepare
 from ..training.batches import epoch_order, pieces
+from ..training.model import build
 from .steps import Stepper, batches
 
 CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
@@ -61,7 +62,7 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     ours = Stepper(ready.network.train(), "plain", {})
     ready_half = prepare(half)
     ours_half = Stepper(ready_half.network.train(), "plain", {})
-    theirs = prepare(config).network
+    theirs = build(config, ready.task.num_labels, ready.tokenizer).to(ready.device)  # with transformers' attention
     contenders: dict[str, Callable[[], float]] = {
         "dsam": lambda: own(ready, ours, order, config, autocast),
         "dsam, bfloat16": lambda: own(ready_half, ours_half, order, half, torch.bfloat16),

@@ -113,16 +113,15 @@ class Method:
 
     def _gradient(self, closures: list[Closure], params: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
         """(losses (B,), gradient of their mean with respect to `params`), leaving `.grad` alone."""
-        seen, total = [], None
+        seen, total, size = [], None, _size(closures)
         with self._summing(closures):
             for k in range(len(closures)):
                 losses = self._forward(closures, k, ascent=True)
-                total = self._add_gradient(
-                    total, losses.mean() if len(closures) == 1 else losses.sum(), params, len(closures)
-                )
+                total = self._add_gradient(total, _share(losses, size, len(closures)), params, len(closures))
                 seen.append(losses.detach())
         losses, total = torch.cat(seen), [dense(g) for g in total]
-        if len(closures) > 1:
+        _check_size(size, losses)
+        if size is None and len(closures) > 1:
             torch._foreach_div_([g for g in total if g is not None], len(losses))
         return losses, total
 
@@ -142,9 +141,10 @@ class Method:
 
         `around(closures, k)`, if given, is a context in which piece k runs.
         """
-        seen, start = [], 0
-        earlier = [p.grad for p in self.params] if len(closures) > 1 and weights is None else None
-        if earlier is not None:  # the batch's size is known only after its last piece: sum, then divide once
+        seen, start, size = [], 0, _size(closures)
+        divide = size is None and len(closures) > 1 and weights is None
+        earlier = [p.grad for p in self.params] if divide else None
+        if earlier is not None:
             for p in self.params:
                 p.grad = None
         with self._summing(closures):
@@ -155,13 +155,14 @@ class Method:
                     if weights is not None:
                         loss = (losses * weights[start : start + len(losses)]).sum()
                     else:
-                        loss = losses.mean() if earlier is None else losses.sum()
+                        loss = _share(losses, size, len(closures))
                     start += len(losses)
                     (scaler.scale(loss) if scaler is not None else loss).backward()
                 self.report["backwards"] += 1 / len(closures)
         for p in self.params:
             p.grad = dense(p.grad)
         losses = torch.cat(seen)
+        _check_size(size, losses)
         if earlier is not None:
             torch._foreach_div_([p.grad for p in self.params if p.grad is not None], len(losses))
             for p, grad in zip(self.params, earlier, strict=True):
@@ -193,6 +194,21 @@ class Method:
 
     def load_state_dict(self, state: dict) -> None:
         self.generator.set_state(state["generator"])
+
+
+def _size(closures: Sequence[Closure]) -> int | None:
+    """The batch's size, if the closures say it before they run; else gradients are divided after the last piece."""
+    return sum(map(len, closures)) if all(hasattr(closure, "__len__") for closure in closures) else None
+
+
+def _share(losses: Tensor, size: int | None, pieces: int) -> Tensor:
+    """What a piece adds to the batch's mean loss; its sum where the batch's size is not known yet."""
+    return losses.mean() if pieces == 1 else losses.sum() if size is None else losses.sum() / size
+
+
+def _check_size(size: int | None, losses: Tensor) -> None:
+    if size not in (None, len(losses)):
+        raise ValueError(f"the closures' len() adds up to {size} examples, but they returned {len(losses)} losses")
 
 
 class Plain(Method):

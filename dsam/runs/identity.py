@@ -10,7 +10,7 @@ from .. import glue
 from ..config import Config
 from ..training.model import fingerprint as model_fingerprint
 
-RECORD_VERSION = 5  # raised when the same configuration comes to mean other numbers
+RECORD_VERSION = 6  # raised when the same configuration comes to mean other numbers
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,24 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
+def processor() -> str:
+    """The CPU's name as the kernel gives it, with its units for bfloat16: machines of one name differ in them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        units = sorted({"avx512_bf16", "amx_bf16"} & set(about.get("flags", "").split()))
+        return f"{about['model name']} ({', '.join(units) or 'no bfloat16 units'})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def provenance(device: torch.device, identity: dict) -> dict:
     """Everything that a reader needs to tell why two runs differ."""
     return {
         "git": git(),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "host": platform.node(),

@@ -19,6 +19,7 @@ from ..methods import METHODS, Method
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
+from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
 from .identity import RECORD_VERSION, Identity, identify
@@ -118,8 +119,8 @@ def prepare(config: Config) -> Ready:
     task = glue.get_task(config.task.name)
     tokenizer = models.load_tokenizer(config.model)
     network = models.build(config, task.num_labels, tokenizer).to(device)
-    if device.type == "cpu" and config.train.precision == "bfloat16":
-        network.set_attn_implementation("eager")  # SDPA with dropout took 3 to 10 % longer: docs/speed.md
+    if device.type == "cpu":
+        use_fast_dropout(network)
     source = config.data
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)

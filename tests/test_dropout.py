@@ -1,0 +1,136 @@
+"""The CPU's dropout: the same random variable as PyTorch's, in a network that is otherwise what it was."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_config import config
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from dsam.runs.run import prepare
+from dsam.training.dropout import Dropout, attention, dropout, use_fast_dropout
+
+N = 4_000_000
+
+
+def within_chance(share, p, draws):
+    return abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.03])
+def test_each_element_is_zeroed_with_probability_p_and_the_others_scaled(p):
+    torch.manual_seed(0)
+    out = dropout(torch.ones(N), p)
+    rounded = round(p * 65536) / 65536
+    assert abs(rounded - p) < 2**-17
+    assert within_chance(float((out == 0).double().mean()), rounded, N)
+    torch.testing.assert_close(out[out != 0].unique(), torch.tensor([1 / (1 - rounded)]), rtol=1e-6, atol=0)
+
+
+def test_the_four_elements_of_one_draw_are_alike_and_independent():
+    """A draw of less than 64 bits would show in its last quarter; one that is used twice, in a pair."""
+    torch.manual_seed(1)
+    zero = (dropout(torch.ones(N), 0.1) == 0).double().view(-1, 4)
+    for lane in range(4):
+        assert within_chance(float(zero[:, lane].mean()), 0.1, N // 4)
+        for other in range(lane):
+            assert within_chance(float((zero[:, lane] * zero[:, other]).mean()), 0.01, N // 4)
+    after = (zero[1:] * zero[:-1]).mean()
+    assert within_chance(float(after), 0.01, N)
+
+
+@given(size=st.integers(0, 70), p=st.sampled_from([0.0, 0.1, 0.9, 1.0]), half=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_shape_type_and_gradient(size, p, half):
+    x = torch.full((size,), 3.0, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
+    out = dropout(x, p)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    out.sum().backward()
+    torch.testing.assert_close(out, x.grad * 3, rtol=1e-2, atol=0)
+    if p in (0.0, 1.0):
+        assert (out == (3 if p == 0 else 0)).all()
+
+
+def test_a_tensor_that_is_not_contiguous_keeps_its_layout_of_elements():
+    x = torch.arange(1.0, 25).view(4, 6).t()
+    out = dropout(x, 0.5)
+    assert set((out / x).unique().tolist()) == {0.0, 2.0}
+
+
+def test_masks_replay_from_the_generators_state_whatever_the_threads():
+    x, state = torch.ones(100_003), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    masks = []
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            torch.set_rng_state(state)
+            masks.append(dropout(x, 0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], dropout(x, 0.1))
+
+
+@pytest.fixture
+def networks():
+    """(in transformers' plain attention, the same weights with our dropout)"""
+    torch.manual_seed(0)
+    settings = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_labels=3)
+    settings.attention_probs_dropout_prob, settings.hidden_dropout_prob = 0.3, 0.1
+    theirs = BertForSequenceClassification(settings)
+    ours = copy.deepcopy(theirs)
+    theirs.set_attn_implementation("eager")
+    use_fast_dropout(ours)
+    return theirs, ours
+
+
+def batch():
+    ids = torch.randint(1, 50, (5, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[2, 4:] = mask[4, 1:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_without_dropout_the_network_is_what_it_was(networks):
+    theirs, ours = (network.eval() for network in networks)
+    torch.testing.assert_close(ours(**batch()).logits, theirs(**batch()).logits, rtol=1e-5, atol=1e-7)
+
+
+def test_in_training_it_is_transformers_own_attention_with_these_masks(networks, monkeypatch):
+    theirs, ours = (network.train() for network in networks)
+    torch.manual_seed(3)
+    one = ours(**batch()).logits
+    gradient = torch.autograd.grad(one.square().sum(), list(ours.parameters()), allow_unused=True)
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, p, training, inplace=False: dropout(x, p))
+    torch.manual_seed(3)
+    two = theirs(**batch()).logits
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(two.square().sum(), list(theirs.parameters()), allow_unused=True)
+    for a, b in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(4)
+    assert not torch.allclose(ours(**batch()).logits, one, atol=1e-3)
+
+
+def test_attention_drops_whole_shares_only_in_training():
+    module = nn.Module()
+    query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)
+    value = torch.ones(1, 2, 4, 8)
+    out, shares = attention(module.train(), query, key, value, None, dropout=0.5)
+    assert set(shares.flatten().tolist()) == {0.0, 0.5}  # a quarter each, kept ones twice that
+    torch.testing.assert_close(out, shares.sum(-1).transpose(1, 2)[..., None].expand(1, 4, 2, 8))
+    assert (attention(module.eval(), query, key, value, None, dropout=0.5)[1] == 0.25).all()
+
+
+def test_a_run_on_a_cpu_uses_it_and_keeps_nothing_of_it_in_a_models_folder(tmp_path):
+    network = prepare(config(f"paths.cache={tmp_path}")).network
+    assert not any(type(m) is nn.Dropout for m in network.modules())
+    assert any(isinstance(m, Dropout) for m in network.modules())
+    assert network.config._attn_implementation == "dsam"
+    network.save_pretrained(tmp_path / "kept")
+    assert "dsam" not in json.dumps(json.loads((tmp_path / "kept" / "config.json").read_text()))
