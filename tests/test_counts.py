@@ -40,15 +40,15 @@ COUNTS = {  # method, options: (forwards, backwards) over the whole batch, (piec
 
 
 class Seen(TorchDispatchMode):
-    """Counts `torch._foreach_*` calls over all weights, in units of the weights."""
+    """Counts the numbers that `torch._foreach_*` calls go over."""
 
-    def __init__(self, weights: int):
+    def __init__(self):
         super().__init__()
-        self.weights, self.passes = weights, Counter()
+        self.passes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.__name__.startswith("_foreach") and isinstance(args[0], list | tuple):
-            self.passes[func.__name__.split(".")[0]] += sum(t.numel() for t in args[0]) / self.weights
+            self.passes[func.__name__.split(".")[0]] += sum(t.numel() for t in args[0])
         return func(*args, **kwargs or {})
 
 
@@ -104,16 +104,21 @@ def test_probes_of_the_top_layers_run_only_those(model):
     assert layers == {0: 2, 1: 3}
 
 
-def test_perturbing_and_restoring_take_two_passes_over_the_weights(model):
+def test_perturbing_and_restoring_take_two_passes_over_the_weights_that_the_batch_uses(model):
     weights = sum(p.numel() for p in model.parameters())
+    words, used = model.get_input_embeddings().weight, 4  # of its rows
+    closure = ExampleLosses(model, batch() | {"input_ids": batch()["input_ids"] % used + 1})
     passes = {}
-    for name in ("plain", "sam"):
-        with Seen(weights) as seen:
-            METHODS[name](model).backward(ExampleLosses(model, batch()))
+    for name in ("plain", "sam", "asam"):
+        with Seen() as seen:
+            METHODS[name](model).backward(closure)
         passes[name] = seen.passes
-    # Clipping's norm of the final gradient is in both: SAM has one norm and one sum more, and nothing is copied back.
+    # Clipping's norm of the final gradient is in each: SAM has one norm and one sum more, and nothing is copied back.
+    table, rows = words.numel(), used * words.shape[1]
     more = passes["sam"] - passes["plain"]
-    assert {name: round(count, 3) for name, count in more.items()} == {"_foreach_norm": 1, "_foreach_add": 1}
+    assert more == {"_foreach_norm": weights - table + rows, "_foreach_add": weights - table}  # the rows by themselves
+    scaled = passes["asam"] - passes["plain"]  # by tensors as large as the weights, so by all of them
+    assert scaled["_foreach_norm"] == 2 * weights and scaled["_foreach_mul"] == 2 * weights
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
+from dsam.methods import METHODS, ExampleLosses
 from dsam.methods import WEIGHTINGS as ALL_WEIGHTINGS
-from dsam.methods import ExampleLosses
+from dsam.methods.perturbation import perturbed, total_norm
 
 # Those that look inside the model or at the logits have their own tests in test_exact_weightings.py.
 WEIGHTINGS = {n: w for n, w in ALL_WEIGHTINGS.items() if not w.exact and not w.needs_logits}
@@ -210,6 +211,13 @@ def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, recomp
         torch.testing.assert_close(one, divided, rtol=1e-6 if name.startswith("dsam") else 1e-12, atol=1e-9)
 
 
+FAMILY = ("gsam", "looksam", "fsam", "ae_sam", "esam", "sam_on", "m_sam", "per_instance")
+
+
+class DenseWords(ExampleLosses):
+    words = None
+
+
 def classifier():
     torch.manual_seed(3)
     sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -219,28 +227,52 @@ def classifier():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in ALL] + [(name, {"recompute": True}) for name in ALL if name.startswith("dsam")],
+    [(name, {}) for name in ALL]
+    + [(name, {"recompute": True}) for name in ALL if name.startswith("dsam")]
+    + [(name, {}) for name in FAMILY],
 )
 def test_pieces_whose_word_gradients_are_summed_by_rows_equal_the_undivided_batch(name, options):
     """Words repeat within and across pieces, padding is among them, and there is a gradient from before."""
     ids = torch.randint(0, 12, (9, 5), generator=torch.Generator().manual_seed(0))
     whole = {"input_ids": ids, "labels": ids[:, 0] % 2}
     gradients, kinds = [], []
-    for cuts in ([9], [4, 2, 3]):
+    for kind, cuts in ((DenseWords, [9]), (ExampleLosses, [9]), (ExampleLosses, [4, 2, 3])):
         model = classifier()
         words = model.get_input_embeddings()
-        words.register_forward_hook(lambda table, _, __: kinds.append((len(cuts), table.sparse)))  # noqa: B023
+        words.register_forward_hook(lambda table, _, __: kinds.append((kind, len(cuts), table.sparse)))  # noqa: B023
         words.weight.grad = torch.ones_like(words.weight)
         model.train()
         pieces = zip(*(value.split(cuts) for value in whole.values()), strict=True)
-        closures = [ExampleLosses(model, dict(zip(whole, piece, strict=True))) for piece in pieces]
-        ALL[name](model, 0.1, **options).backward(closures)
+        closures = [kind(model, dict(zip(whole, piece, strict=True))) for piece in pieces]
+        before = copy.deepcopy(model.state_dict())
+        method = ALL[name](model, 0.1, **options) if name in ALL else METHODS[name](model, 0.1)
+        method.backward(closures)
         assert not words.sparse
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         gradients.append([p.grad for p in model.parameters()])
-    assert (1, True) not in kinds and (3, True) in kinds
-    for one, divided in zip(*gradients, strict=True):
-        assert one.layout == divided.layout == torch.strided
-        torch.testing.assert_close(one, divided, rtol=1e-6, atol=1e-7)  # the losses are float32
+    assert (DenseWords, 1, True) not in kinds and (ExampleLosses, 3, True) in kinds
+    assert ((ExampleLosses, 1, True) in kinds) == (name == "sam" or name.startswith("dsam"))
+    for dense, one, divided in zip(*gradients, strict=True):
+        assert dense.layout == one.layout == divided.layout == torch.strided
+        torch.testing.assert_close(dense, one, rtol=1e-6, atol=1e-7)  # the losses are float32
+        torch.testing.assert_close(dense, divided, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])
+def test_a_sparse_direction_moves_its_rows_alone_and_they_come_back_whatever_happens(scale):
+    torch.manual_seed(0)
+    table, bias = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(3))
+    step = torch.sparse_coo_tensor([[5, 1, 5]], torch.randn(3, 3), (7, 3), check_invariants=True).coalesce()
+    other = torch.randn(3)
+    before = table.detach().clone(), bias.detach().clone()
+    with perturbed([table, bias], [step.to_dense(), other], scale):
+        expected = table.detach().clone(), bias.detach().clone()
+    with pytest.raises(KeyboardInterrupt), perturbed([table, bias], [step, other], scale):
+        torch.testing.assert_close((table.data, bias.data), expected)
+        assert torch.equal(table[[0, 2, 3, 4, 6]], before[0][[0, 2, 3, 4, 6]])
+        raise KeyboardInterrupt
+    assert torch.equal(table, before[0]) and torch.equal(bias, before[1])
+    torch.testing.assert_close(total_norm([step, other]), total_norm([step.to_dense(), other]))
 
 
 def test_a_wrapped_models_word_gradients_stay_dense(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteGradient
-from .gradients import dense, sparse_gradient
+from .gradients import dense, sparse_gradient, whole
 from .perturbation import RandomState, total_norm
 
 Closure = Callable[[], Tensor]
@@ -111,15 +111,20 @@ class Method:
         self._sizes[k] = len(losses)
         return losses
 
-    def _gradient(self, closures: list[Closure], params: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
-        """(losses (B,), gradient of their mean with respect to `params`), leaving `.grad` alone."""
+    def _gradient(
+        self, closures: list[Closure], params: Sequence[nn.Parameter], *, by_rows: bool = False
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(losses (B,), gradient of their mean with respect to `params`), leaving `.grad` alone.
+
+        `by_rows`: that of the word embeddings may stay sparse, coalesced: `total_norm` and `perturbed` take it.
+        """
         seen, total, size = [], None, _size(closures)
-        with self._summing(closures):
+        with self._summing(closures, by_rows):
             for k in range(len(closures)):
                 losses = self._forward(closures, k, ascent=True)
                 total = self._add_gradient(total, _share(losses, size, len(closures)), params, len(closures))
                 seen.append(losses.detach())
-        losses, total = torch.cat(seen), [dense(g) for g in total]
+        losses, total = torch.cat(seen), whole(total, by_rows)
         _check_size(size, losses)
         if size is None and len(closures) > 1:
             torch._foreach_div_([g for g in total if g is not None], len(losses))
@@ -171,9 +176,9 @@ class Method:
         return losses.mean()
 
     @staticmethod
-    def _summing(closures: list[Closure]):
-        """Around the passes over a batch's pieces, whose gradients `dense` then makes whole."""
-        return sparse_gradient(getattr(closures[0], "words", None) if len(closures) > 1 else None)
+    def _summing(closures: list[Closure], by_rows: bool = False):
+        """Around the passes over a batch's pieces, whose gradients `dense` or `whole` then makes whole."""
+        return sparse_gradient(getattr(closures[0], "words", None) if by_rows or len(closures) > 1 else None)
 
     @contextmanager
     def _buffers_kept(self):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Closure
-from .gradients import dense
+from .gradients import whole
 from .layers import TopLayers
 from .per_example import PerExampleGradients
 from .perturbation import perturbed, total_norm
@@ -58,9 +58,9 @@ class DeltaSAM(SAM):
     def _ascent_gradient(self, closures: list[Closure]):
         if self.weighting.exact:
             return self._exact_ascent_gradient(closures)
-        with self._summing(closures):
+        with self._summing(closures, self._rows_suffice()):
             losses, total = self._weighted_gradient(closures)
-        return losses, [dense(g) for g in total]
+        return losses, whole(total, self._rows_suffice())
 
     def _weighted_gradient(self, closures: list[Closure]):
         """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""

@@ -86,6 +86,11 @@ def dense(gradient: Tensor | None) -> Tensor | None:
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
+def whole(gradients: Gradients, by_rows: bool = False) -> list[Tensor | None]:
+    """Each of the gradients dense; or, `by_rows`, sparse ones coalesced instead: every row that is used once."""
+    return [g.coalesce() if by_rows and g is not None and g.is_sparse else dense(g) for g in gradients]
+
+
 def wide(x: Tensor) -> Tensor:
     """In at least float32, in which inner products are accumulated."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

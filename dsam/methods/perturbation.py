@@ -10,8 +10,11 @@ Gradients = Sequence[Tensor | None]
 
 
 def total_norm(tensors: Gradients) -> Tensor:
-    """Euclidean norm over all tensors together, as a float32 (or wider) scalar on the first one's device."""
-    present = [t for t in tensors if t is not None]
+    """Euclidean norm over all tensors together, as a float32 (or wider) scalar on the first one's device.
+
+    Sparse ones are coalesced.
+    """
+    present = [t.values() if t.is_sparse else t for t in tensors if t is not None]
     if not present:
         return torch.zeros(())
     return torch.nn.utils.get_total_norm(present)
@@ -23,11 +26,17 @@ def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Ten
 
     The perturbed weights are new tensors and the parameters point at them for a while, so that the originals are
     never written: nothing is copied back, `w + ε − ε ≠ w` cannot happen, and a graph recorded at w stays valid.
-    Where the direction is None the parameter is left alone.
+    Where the direction is None the parameter is left alone. Of an embedding table whose direction is sparse (and
+    coalesced) only those rows are written, and copied back: the backward pass of a lookup does not read its table.
     """
-    moved = [(p, d) for p, d in zip(params, direction, strict=True) if d is not None]
+    given = [(p, d) for p, d in zip(params, direction, strict=True) if d is not None]
+    moved = [(p, d) for p, d in given if not d.is_sparse]
+    tables = [(p.data, d.indices()[0], d.values()) for p, d in given if d.is_sparse]
+    rows_before = [table[rows] for table, rows, _ in tables]
     originals = [p.data for p, _ in moved]
     try:
+        for table, rows, step in tables:
+            table.index_add_(0, rows, step * scale)
         if moved:
             if isinstance(scale, Tensor):
                 there = torch._foreach_mul([d for _, d in moved], scale)
@@ -39,6 +48,8 @@ def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Ten
             torch.clear_autocast_cache()  # else an enclosing autocast would go on using casts of the old weights
         yield
     finally:
+        for (table, rows, _), before in zip(tables, rows_before, strict=True):
+            table.index_copy_(0, rows, before)
         for (p, _), w in zip(moved, originals, strict=True):
             p.data = w
         torch.clear_autocast_cache()

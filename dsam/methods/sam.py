@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Closure, Method
+from .gradients import dense
 from .perturbation import perturbed, total_norm
 
 
@@ -19,6 +20,9 @@ class SAM(Method):
     """
 
     passes = 2.0
+    by_rows = True
+    """Whether what becomes of the ascent's gradient here also works on a sparse one of the word embeddings, of which
+    half of a small encoder's weights would else be written as zeros, read for the norm and perturbed by nothing."""
 
     def __init__(self, params, rho: float = 0.05, **options):
         super().__init__(params, **options)
@@ -35,7 +39,7 @@ class SAM(Method):
         direction, norm = self._direction(gradient)
         if scaler is not None and not torch.isfinite(norm):
             for p, g in zip(self.params, gradient, strict=True):
-                p.grad = g  # the scaler finds it, skips the step and lowers its scale
+                p.grad = dense(g)  # the scaler finds it, skips the step and lowers its scale
             return loss
         self._require_finite(norm, loss)
         scale = self.rho / norm if norm > 0 else torch.zeros_like(norm)
@@ -46,7 +50,10 @@ class SAM(Method):
 
     def _ascent_gradient(self, closures: list[Closure]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """(losses at w (B,), the gradient along which to ascend)."""
-        return self._gradient(closures, self.params)
+        return self._gradient(closures, self.params, by_rows=self._rows_suffice())
+
+    def _rows_suffice(self) -> bool:
+        return self.by_rows and self.ranks is None  # processes reduce dense gradients
 
     def _direction(self, gradient: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Tensor]:
         """(d, n) such that ε = ρ d/n."""
@@ -58,6 +65,8 @@ class ASAM(SAM):
 
     Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600, eq. 7. ρ is about ten times SAM's.
     """
+
+    by_rows = False
 
     def __init__(self, params, rho: float = 0.5, eta: float = 0.01, **options):
         super().__init__(params, rho, **options)
