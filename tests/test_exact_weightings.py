@@ -228,6 +228,38 @@ def test_probes_of_the_top_layers_are_those_of_a_whole_pass(pieces, recompute, l
     assert method.report["forwards"] == pytest.approx(2 + share + recompute * (pieces > 1))
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_probe_of_the_whole_model_moves_the_words_of_the_batch_alone(pieces):
+    model = bert()
+    whole = ExampleLosses(model, batch())
+    parts = [whole.subset(list(range(4))), whole.subset(list(range(4, B)))] if pieces == 2 else [whole]
+    weighting = Seen(radius=0.7)
+    DeltaSAM(model, RHO, weighting, seed=3).backward(parts)
+
+    words, used = model.get_input_embeddings().weight, whole.inputs["input_ids"].unique()
+    generator = torch.Generator().manual_seed(3)
+    noise = []
+    for p in model.parameters():
+        noise.append(torch.zeros_like(p) if p is words else torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        if p is words:
+            noise[-1][used] = torch.randn((len(used), p.shape[1]), generator=generator, dtype=p.dtype)
+    unused = words.numel() - len(used) * words.shape[1]
+    assert unused > 0
+    length = torch.sqrt(sum(v.square().sum() for v in noise) + unused)  # each counts 1, its expected square
+    with perturbed(list(model.parameters()), noise, float(0.7 / length)), torch.no_grad():
+        torch.testing.assert_close(weighting.probe.plus[0], torch.cat([part() for part in parts]), rtol=1e-5, atol=1e-6)
+    assert weighting.probe.dimension == sum(p.numel() for p in model.parameters())
+
+
+def test_words_that_another_layer_is_tied_to_are_all_probed():
+    model = bert()
+    closure = ExampleLosses(model, batch())
+    assert closure.words is model.get_input_embeddings()
+    model.decoder = nn.Linear(2, 2)
+    model.decoder.weight = model.get_input_embeddings().weight
+    assert closure.words is None
+
+
 def test_top_layers_refuse_what_is_not_there():
     with pytest.raises(ValueError, match="layers=3: BertForSequenceClassification has 2"):
         DeltaSAM(bert(), RHO, "probe", layers=3)

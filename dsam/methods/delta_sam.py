@@ -1,5 +1,6 @@
 """δ-SAM: one perturbation for the batch, in which the examples count as a weighting says."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -103,7 +104,7 @@ class DeltaSAM(SAM):
         self._look(recorded, pieces, closures, probe)
         weights = self.weighting(losses, probe)
         self._report_weights(weights)
-        return losses, _weighted(recorded, weights.split([len(piece) for piece in pieces]))
+        return losses, _weighted(recorded, weights.split([len(piece) for piece in pieces]), self._rows_suffice())
 
     def _look(self, recorded: list[PerExampleGradients], pieces: list[Tensor], closures, probe: Probe) -> None:
         """Fills in the exact fields that the weighting reads."""
@@ -111,7 +112,7 @@ class DeltaSAM(SAM):
         probe.norms = torch.cat([g.squared_norms() for g in recorded]).sqrt()
         if "cosines" in exact:
             examples = sum(len(piece) for piece in pieces)
-            mean = _weighted(recorded, [torch.full_like(piece, 1 / examples) for piece in pieces])
+            mean = _weighted(recorded, [torch.full_like(piece, 1 / examples) for piece in pieces], by_rows=True)
             products = torch.cat([g.dots(mean) for g in recorded])
             probe.cosines = products / (probe.norms * total_norm(mean)).clamp_min(torch.finfo(products.dtype).tiny)
         if "gram" in exact:
@@ -150,8 +151,8 @@ class DeltaSAM(SAM):
             losses = self._losses(closures)  # float32 on both sides of the difference
         plus, minus = [], []
         for _ in range(self.weighting.probes):
-            noise = self._noise(params)
-            scale = self.weighting.radius / float(total_norm(noise))
+            noise, not_drawn = self._noise(params, closures)
+            scale = self.weighting.radius / math.sqrt(float(total_norm(noise)) ** 2 + not_drawn)
             with perturbed(params, noise, scale):
                 plus.append(self._losses(closures))
             if self.weighting.sides == 2:
@@ -171,20 +172,42 @@ class DeltaSAM(SAM):
                 found.append(self._forward(closures, k, ascent=True, precise=True, share=share).float())
         return torch.cat(found)
 
-    def _noise(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """A random direction in the parameters, unscaled."""
-        like = [{"size": p.shape, "generator": self.generator, "device": p.device, "dtype": p.dtype} for p in params]
-        if self.weighting.noise == "rademacher":
-            return [torch.randint(0, 2, **options).mul_(2).sub_(1) for options in like]
-        return [torch.randn(**options) for options in like]
+    def _noise(self, params: list[nn.Parameter], closures: list[Closure]) -> tuple[list[Tensor], int]:
+        """(a random direction in the parameters, of unit variance; how many of its elements are not drawn).
+
+        Of the word embeddings only the rows that the batch looks up are drawn, a sparse tensor: the others change no
+        loss, and count with their expected square.
+        """
+        draw = rademacher if self.weighting.noise == "rademacher" else torch.randn
+        words, direction, not_drawn = getattr(closures[0], "words", None), [], 0
+        for p in params:
+            like = {"generator": self.generator, "device": p.device, "dtype": p.dtype}
+            if words is not None and p is words.weight:
+                rows = torch.cat([closure.inputs["input_ids"].flatten() for closure in closures]).unique()
+                values = draw((len(rows), p.shape[1]), **like)
+                found = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
+                not_drawn += p.numel() - values.numel()
+            else:
+                found = draw(p.shape, **like)
+            direction.append(found)
+        return direction, not_drawn
 
 
-def _weighted(recorded: list[PerExampleGradients], weights) -> list[Tensor]:
-    """Σ over pieces of Σ_i weights[piece][i] g_i."""
-    total = recorded[0].weighted_gradient(weights[0])
+def rademacher(shape, *, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Independent signs ±1, 64 from each 64-bit draw."""
+    n = math.prod(shape)
+    draws = torch.empty((n + 63) // 64, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+    signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(dtype)
+    return signs.mul_(2).sub_(1).flatten()[:n].view(shape)
+
+
+def _weighted(recorded: list[PerExampleGradients], weights, by_rows: bool) -> list[Tensor]:
+    """Σ over pieces of Σ_i weights[piece][i] g_i; `by_rows`: that of the word embeddings may be sparse."""
+    total = recorded[0].weighted_gradient(weights[0], by_rows=True)
     for gradients, piece in zip(recorded[1:], weights[1:], strict=True):
-        torch._foreach_add_(total, gradients.weighted_gradient(piece))
-    return total
+        torch._foreach_add_(total, gradients.weighted_gradient(piece, by_rows=True))
+    return whole(total, by_rows)
 
 
 def curvature_along_own_gradients(

@@ -56,12 +56,16 @@ class ExampleLosses:
 
     @property
     def words(self) -> nn.Embedding | None:
-        """The table of word embeddings where its gradient may be sparse: not below wrappers that expect a dense one."""
+        """The table of word embeddings where only the rows of `input_ids` matter and its gradient may be sparse: it is
+        not tied to another layer, nor below wrappers that expect a dense gradient."""
         wrapped = hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl for m in self.model.modules())
         if wrapped or not hasattr(self.model, "get_input_embeddings"):  # torch.compile; DistributedDataParallel
             return None
         words = self.model.get_input_embeddings()
-        return words if type(words) is nn.Embedding and not words.scale_grad_by_freq else None
+        if type(words) is not nn.Embedding or words.scale_grad_by_freq:
+            return None
+        owners = [m for m in self.model.modules() if any(p is words.weight for p in m._parameters.values())]
+        return words if len(owners) == 1 else None
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:

@@ -148,5 +148,6 @@ class Rows(NamedTuple):
         return torch.stack([self.per_example(product) for product in products])
 
     def weighted_sum(self, weights: Tensor, size: int) -> Tensor:
+        """Σ_i weights[i] g_i, sparse: (size, n)."""
         values = self.values * weights.to(self.values.dtype)[self.examples, None]
-        return torch.ops.aten.embedding_dense_backward(values, self.ids, size, -1, False)
+        return torch.sparse_coo_tensor(self.ids[None], values, (size, values.shape[1]), check_invariants=False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .gradients import wide
+from .gradients import dense, wide
 from .outer_products import OuterProducts, Rows
 
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
@@ -188,7 +188,7 @@ class PerExampleGradients:
                         total += outputs.mul_(products.left(k)).sum((1, 2))
             for k, rows in self._rows.items():
                 if direction[k] is not None:
-                    total += rows.per_example((rows.values * direction[k][rows.ids]).sum(1))
+                    total += rows.per_example((rows.values * dense(direction[k].index_select(0, rows.ids))).sum(1))
         return total
 
     @torch.no_grad()
@@ -210,10 +210,11 @@ class PerExampleGradients:
         return total
 
     @torch.no_grad()
-    def weighted_gradient(self, weights: Tensor) -> list[Tensor]:
+    def weighted_gradient(self, weights: Tensor, by_rows: bool = False) -> list[Tensor]:
         """Σ_i weights[i] g_i, aligned with `params` and in their dtypes; zeros for an unused parameter.
 
-        `weights` (B,) may be any real numbers. Half-precision products are rounded as autograd's own are.
+        `weights` (B,) may be any real numbers. Half-precision products are rounded as autograd's own are. `by_rows`:
+        an untied embedding's is sparse.
         """
         sums: list[Tensor | None] = [None] * len(self.params)
         with _full_precision():
@@ -222,11 +223,11 @@ class PerExampleGradients:
                     sums[k] = value
             for k, rows in self._rows.items():
                 value = rows.weighted_sum(weights, len(self.params[k]))
-                sums[k] = value if sums[k] is None else sums[k] + value
+                sums[k] = value if by_rows and sums[k] is None else dense(value) + (0 if sums[k] is None else sums[k])
             for k, vector in self._vectors.items():
                 sums[k] = weights.to(vector.dtype) @ vector
         return [
-            torch.zeros_like(p) if value is None else value.to(p.dtype).view_as(p)
+            torch.zeros_like(p) if value is None else (value if value.is_sparse else value.view_as(p)).to(p.dtype)
             for p, value in zip(self.params, sums, strict=True)
         ]
 
