@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import config
@@ -115,6 +116,38 @@ def test_in_training_it_is_transformers_own_attention_with_these_masks(networks,
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.manual_seed(4)
     assert not torch.allclose(ours(**batch()).logits, one, atol=1e-3)
+
+
+IDS = torch.randint(3, 50, (5, 9), generator=torch.Generator().manual_seed(2))
+SIZES = {"vocab_size": 50, "num_labels": 2, "pad_token_id": 0}
+OTHERS = {
+    "T5": SIZES | {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0},
+    "Llama": SIZES
+    | {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "GPT2": SIZES | {"n_embd": 24, "n_layer": 2, "n_head": 3},
+    "DebertaV2": SIZES | {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_another_kind_of_model_adds_to_its_attention_stays(name):
+    """Relative positions, shared keys, causal masks, an attention of its own."""
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{name}Config")(**OTHERS[name])
+    ids = IDS.clone()
+    if name == "T5":
+        settings.eos_token_id = 1
+        ids[:, -1] = 1
+    theirs = getattr(transformers, f"{name}ForSequenceClassification")(settings).eval()
+    ours = copy.deepcopy(theirs)
+    use_fast_dropout(ours)
+    logits = ours(input_ids=ids).logits
+    torch.testing.assert_close(logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    theirs(input_ids=ids).logits.sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
 
 
 def test_attention_drops_whole_shares_only_in_training():

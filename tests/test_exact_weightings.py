@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import DeltaSAM, ExampleLosses
 from dsam.methods import WEIGHTINGS, Probe, make_weighting
+from dsam.methods.per_example import PerExampleGradients
 from dsam.methods.perturbation import perturbed
 from dsam.methods.weighting import LossChange
 
@@ -249,6 +250,66 @@ def test_a_probe_of_the_whole_model_moves_the_words_of_the_batch_alone(pieces):
     with perturbed(list(model.parameters()), noise, float(0.7 / length)), torch.no_grad():
         torch.testing.assert_close(weighting.probe.plus[0], torch.cat([part() for part in parts]), rtol=1e-5, atol=1e-6)
     assert weighting.probe.dimension == sum(p.numel() for p in model.parameters())
+
+
+def test_ranks_draw_the_same_probe_whatever_their_words():
+    found = []
+    for ids in (batch()["input_ids"], batch()["input_ids"].flip(1) // 2):
+        method = DeltaSAM(model := bert(), RHO, "probe", seed=3)
+        method.ranks = object()  # as dsam.integrations.distributed marks it
+        closure = ExampleLosses(model, batch() | {"input_ids": ids})
+        found.append((*method._noise(method.params, [closure])[0], method.generator.get_state()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("weighting", ["probe", "gap"])
+def test_embeddings_in_place_of_ids_have_no_words(weighting):
+    model = bert()
+    given = batch()
+    embedded = model.get_input_embeddings()(given.pop("input_ids")).detach()
+    closure = ExampleLosses(model, given | {"inputs_embeds": embedded})
+    assert closure.words is None
+    DeltaSAM(model, RHO, weighting).backward(closure)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_table_that_one_piece_does_not_use(order):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.kinds, self.head = nn.Embedding(9, 4), nn.Embedding(3, 4), nn.Linear(4, 2)
+
+        def forward(self, ids, kinds=None):
+            return self.head(self.words(ids).mean(1) + (0 if kinds is None else self.kinds(kinds)))
+
+    ids, labels, kinds = torch.arange(12).view(4, 3) % 9, torch.tensor([0, 1, 1, 0]), torch.tensor([1, 2])
+    gradients = []
+    for by_rows in (True, False):
+        model = Model()
+        pieces = [
+            lambda m=model: nn.functional.cross_entropy(m(ids[:2]), labels[:2], reduction="none"),
+            lambda m=model: nn.functional.cross_entropy(m(ids[2:], kinds), labels[2:], reduction="none"),
+        ]
+        # Without rows: a subclass, which gets dense gradients.
+        method = (DeltaSAM if by_rows else type("Sub", (DeltaSAM,), {}))(model, RHO, "gap")
+        method.backward([pieces[k] for k in order])
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_half_precision_rows_are_summed_before_they_are_rounded():
+    torch.manual_seed(0)
+    table = nn.Embedding(3, 8).bfloat16()
+    ids = torch.zeros(200, 1, dtype=torch.long)
+    gradients = PerExampleGradients(table)
+    with gradients.record(batch_size=200):
+        losses = (table(ids).float() * torch.randn(200, 1, 8)).sum((1, 2))
+    gradients.backward(losses)
+    weights = torch.full((200,), 1 / 200)
+    by_rows = gradients.weighted_gradient(weights, by_rows=True)[0]
+    torch.testing.assert_close(by_rows.to_dense(), gradients.weighted_gradient(weights)[0], rtol=8e-3, atol=0)
 
 
 def test_words_that_another_layer_is_tied_to_are_all_probed():

@@ -289,6 +289,19 @@ def test_a_sparse_direction_moves_its_rows_alone_and_they_come_back_whatever_hap
     torch.testing.assert_close(total_norm([step, other]), total_norm([step.to_dense(), other]))
 
 
+def test_a_subclass_of_sam_gets_dense_gradients():
+    class Tilted(SAM):
+        def _direction(self, gradient):
+            self.layouts = {g.layout for g in gradient}
+            return super()._direction(gradient)
+
+    ids = torch.ones(2, 3, dtype=torch.long)
+    closure = ExampleLosses(model := classifier(), {"input_ids": ids, "labels": ids[:, 0]})
+    method = Tilted(model, 0.1)
+    method.backward(closure)
+    assert method.layouts == {torch.strided}
+
+
 def test_a_wrapped_models_word_gradients_stay_dense(tmp_path):
     """DistributedDataParallel and torch.compile expect the kind of gradient that they saw first."""
     ids = torch.ones(2, 3, dtype=torch.long)

@@ -102,6 +102,17 @@ def test_packing_again_keeps_a_finished_run_and_forgets_why_it_failed_before(tmp
     assert not (tmp_path / "back" / two / "failure.json").exists()
 
 
+def test_packing_without_a_run_that_is_in_the_file_keeps_it(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, _ = a_sweep(runs, unfinished=[1])
+    archive.pack(runs, "study", packed)
+    before = packed.read_bytes()
+    for folder in (one, two):
+        shutil.rmtree(runs / folder)
+    assert archive.pack(runs, "study", packed) == (2, 1)
+    assert packed.read_bytes() == before
+
+
 def zipped(path, members):
     with zipfile.ZipFile(path, "w") as file:
         for name, data in members.items():

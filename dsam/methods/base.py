@@ -118,7 +118,7 @@ class Method:
 
         `by_rows`: that of the word embeddings may stay sparse, coalesced: `total_norm` and `perturbed` take it.
         """
-        seen, total, size = [], None, _size(closures)
+        seen, total, size = [], None, _batch_size(closures)
         with self._summing(closures, by_rows):
             for k in range(len(closures)):
                 losses = self._forward(closures, k, ascent=True)
@@ -146,7 +146,7 @@ class Method:
 
         `around(closures, k)`, if given, is a context in which piece k runs.
         """
-        seen, start, size = [], 0, _size(closures)
+        seen, start, size = [], 0, _batch_size(closures)
         divide = size is None and len(closures) > 1 and weights is None
         earlier = [p.grad for p in self.params] if divide else None
         if earlier is not None:
@@ -201,7 +201,7 @@ class Method:
         self.generator.set_state(state["generator"])
 
 
-def _size(closures: Sequence[Closure]) -> int | None:
+def _batch_size(closures: Sequence[Closure]) -> int | None:
     """The batch's size, if the closures say it before they run; else gradients are divided after the last piece."""
     return sum(map(len, closures)) if all(hasattr(closure, "__len__") for closure in closures) else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Closure
-from .gradients import whole
+from .gradients import dense, whole
 from .layers import TopLayers
 from .per_example import PerExampleGradients
 from .perturbation import perturbed, total_norm
@@ -35,6 +35,8 @@ class DeltaSAM(SAM):
         weighting_options: the options of the named weighting (power, mix, probes, radius, layers, …);
             `optimizer=dsam` has layers=2, here the default is the whole model.
     """
+
+    by_rows = True
 
     def __init__(
         self,
@@ -180,6 +182,8 @@ class DeltaSAM(SAM):
         """
         draw = rademacher if self.weighting.noise == "rademacher" else torch.randn
         words, direction, not_drawn = getattr(closures[0], "words", None), [], 0
+        if self.ranks is not None:  # whose batches differ, but not their probes
+            words = None
         for p in params:
             like = {"generator": self.generator, "device": p.device, "dtype": p.dtype}
             if words is not None and p is words.weight:
@@ -206,7 +210,10 @@ def _weighted(recorded: list[PerExampleGradients], weights, by_rows: bool) -> li
     """Σ over pieces of Σ_i weights[piece][i] g_i; `by_rows`: that of the word embeddings may be sparse."""
     total = recorded[0].weighted_gradient(weights[0], by_rows=True)
     for gradients, piece in zip(recorded[1:], weights[1:], strict=True):
-        torch._foreach_add_(total, gradients.weighted_gradient(piece, by_rows=True))
+        more = gradients.weighted_gradient(piece, by_rows=True)
+        # Dense where one is: a piece that makes no use of a table has zeros for it.
+        total = [t if t.is_sparse == m.is_sparse else dense(t) for t, m in zip(total, more, strict=True)]
+        torch._foreach_add_(total, more)
     return whole(total, by_rows)
 
 

@@ -20,8 +20,6 @@ class FSAM(SAM):
         decay: λ, in [0, 1).
     """
 
-    by_rows = False
-
     def __init__(self, params, rho: float = 0.05, sigma: float = 1.0, decay: float = 0.9, **options):
         super().__init__(params, rho, **options)
         if not sigma >= 0:

@@ -17,8 +17,6 @@ class GSAM(SAM):
         alpha: weight of the orthogonal part, ≥ 0; 0 is SAM.
     """
 
-    by_rows = False
-
     def __init__(self, params, rho: float = 0.05, alpha: float = 0.4, **options):
         super().__init__(params, rho, **options)
         if not alpha >= 0:

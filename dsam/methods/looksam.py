@@ -22,8 +22,6 @@ class LookSAM(SAM):
 
     passes = 1.2
 
-    by_rows = False
-
     def __init__(self, params, rho: float = 0.05, k: int = 5, alpha: float = 0.7, **options):
         super().__init__(params, rho, **options)
         if not k >= 1:

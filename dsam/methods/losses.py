@@ -58,8 +58,9 @@ class ExampleLosses:
     def words(self) -> nn.Embedding | None:
         """The table of word embeddings where only the rows of `input_ids` matter and its gradient may be sparse: it is
         not tied to another layer, nor below wrappers that expect a dense gradient."""
-        wrapped = hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl for m in self.model.modules())
-        if wrapped or not hasattr(self.model, "get_input_embeddings"):  # torch.compile; DistributedDataParallel
+        if "input_ids" not in self.inputs or not hasattr(self.model, "get_input_embeddings"):  # DistributedDataParallel
+            return None
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in self.model.modules()):  # torch.compile
             return None
         words = self.model.get_input_embeddings()
         if type(words) is not nn.Embedding or words.scale_grad_by_freq:

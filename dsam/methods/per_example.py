@@ -227,7 +227,9 @@ class PerExampleGradients:
             for k, vector in self._vectors.items():
                 sums[k] = weights.to(vector.dtype) @ vector
         return [
-            torch.zeros_like(p) if value is None else (value if value.is_sparse else value.view_as(p)).to(p.dtype)
+            torch.zeros_like(p)
+            if value is None
+            else (value.coalesce() if value.is_sparse else value.view_as(p)).to(p.dtype)  # summed before it is rounded
             for p, value in zip(self.params, sums, strict=True)
         ]
 

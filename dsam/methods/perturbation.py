@@ -12,7 +12,7 @@ Gradients = Sequence[Tensor | None]
 def total_norm(tensors: Gradients) -> Tensor:
     """Euclidean norm over all tensors together, as a float32 (or wider) scalar on the first one's device.
 
-    Sparse ones are coalesced.
+    Sparse ones must be coalesced.
     """
     present = [t.values() if t.is_sparse else t for t in tensors if t is not None]
     if not present:
@@ -24,10 +24,10 @@ def total_norm(tensors: Gradients) -> Tensor:
 def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Tensor = 1.0) -> Iterator[None]:
     """Inside, every parameter holds w + scale · direction; afterwards, whatever happened, exactly w again.
 
-    The perturbed weights are new tensors and the parameters point at them for a while, so that the originals are
-    never written: nothing is copied back, `w + ε − ε ≠ w` cannot happen, and a graph recorded at w stays valid.
-    Where the direction is None the parameter is left alone. Of an embedding table whose direction is sparse (and
-    coalesced) only those rows are written, and copied back: the backward pass of a lookup does not read its table.
+    The perturbed weights are new tensors and the parameters point at them for a while: the originals are not written,
+    `w + ε − ε ≠ w` cannot happen, and a graph recorded at w stays valid. Where the direction is None the parameter is
+    left alone. Only where it is sparse (and coalesced), that of an embedding table, are its rows written in place and
+    their copies put back: the backward pass of a lookup does not read its table.
     """
     given = [(p, d) for p, d in zip(params, direction, strict=True) if d is not None]
     moved = [(p, d) for p, d in given if not d.is_sparse]

@@ -20,9 +20,7 @@ class SAM(Method):
     """
 
     passes = 2.0
-    by_rows = True
-    """Whether what becomes of the ascent's gradient here also works on a sparse one of the word embeddings, of which
-    half of a small encoder's weights would else be written as zeros, read for the norm and perturbed by nothing."""
+    by_rows = True  # not inherited: see _rows_suffice
 
     def __init__(self, params, rho: float = 0.05, **options):
         super().__init__(params, **options)
@@ -53,7 +51,12 @@ class SAM(Method):
         return self._gradient(closures, self.params, by_rows=self._rows_suffice())
 
     def _rows_suffice(self) -> bool:
-        return self.by_rows and self.ranks is None  # processes reduce dense gradients
+        """Whether the ascent's gradient of the word embeddings, half of a small encoder's weights, may stay sparse.
+
+        It may where only `total_norm` and `perturbed` meet it. A subclass may make more of it, so that it must say so
+        itself; processes reduce dense gradients.
+        """
+        return vars(type(self)).get("by_rows", False) and self.ranks is None
 
     def _direction(self, gradient: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Tensor]:
         """(d, n) such that ε = ρ d/n."""
@@ -65,8 +68,6 @@ class ASAM(SAM):
 
     Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600, eq. 7. ρ is about ten times SAM's.
     """
-
-    by_rows = False
 
     def __init__(self, params, rho: float = 0.5, eta: float = 0.01, **options):
         super().__init__(params, rho, **options)

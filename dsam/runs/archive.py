@@ -36,7 +36,7 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
     try:
         for folder in folders:
             record = {name: (runs_dir / folder / name) for name in FILES if (runs_dir / folder / name).is_file()}
-            if RESULT in record or RESULT not in held.get(folder, {}):
+            if RESULT in record or (record and RESULT not in held.get(folder, {})):
                 held[folder] = {name: file.read_bytes() for name, file in record.items()}
         held[MANIFEST] = {f"{experiment}.json": sweep}
         path.parent.mkdir(parents=True, exist_ok=True)
