@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.profiler import ProfilerActivity, profile
 
 from ..config import Config
-from ..methods import ExampleLosses
+from ..methods import SAM, ExampleLosses
 from ..methods.perturbation import perturbed, total_norm
 from ..runs.run import make_method, prepare
 from ..training.batches import epoch_order
@@ -42,7 +42,7 @@ def measure(config: Config, count: int, rounds: int) -> list[Share]:
         "AdamW step": run.plain_steps,
         "batch": run.make_batches,
         "perturb and restore": run.perturb_and_restore,
-        "norm of the ascent": lambda: total_norm(run.gradient),
+        "norm of the ascent": lambda: total_norm(run.ascent),
         "clip": lambda: clip_grads_with_norm_(run.params, 1.0, run.norm),
         "AdamW": run.sam.optimizer.step,
         "evaluation": lambda: evaluate(
@@ -91,6 +91,9 @@ class _Run:
         self.gradient = [torch.randn_like(p) for p in self.params]
         self.norm = total_norm(self.gradient)
         self.batches = self._batches()
+        keeping = _Keeping(model)
+        keeping.backward(self.batches[0])
+        self.ascent = keeping.ascent
 
     def _batches(self) -> list[list[ExampleLosses]]:
         return list(batches(self.ready, self.config, self.order, self.autocast))
@@ -107,12 +110,22 @@ class _Run:
         return (time.perf_counter() - began) / len(self.batches)
 
     def perturb_and_restore(self) -> None:
-        with perturbed(self.params, self.gradient, 1e-3):
+        with perturbed(self.params, self.ascent, 1e-3):
             pass
 
     def give_gradients(self) -> None:
         for p, g in zip(self.params, self.gradient, strict=True):
             p.grad = g.clone()
+
+
+class _Keeping(SAM):
+    """Keeps the gradient along which it ascends."""
+
+    by_rows = True
+
+    def _direction(self, gradient):
+        self.ascent = gradient
+        return super()._direction(gradient)
 
 
 def _operators(run: _Run, seconds: float) -> list[Share]:
