@@ -103,7 +103,8 @@ def test_a_preempted_job_is_requeued_and_its_runs_end_as_undisturbed_ones(cluste
 
 
 def test_a_job_short_of_time_asks_to_be_requeued_and_the_same_command_finds_it(cluster, tmp_path, paths):
-    arguments = [*LONG, *paths, "launcher=slurm", "launcher.partition=low", "seed=2"]
+    # So long that it is not over before a second command has come to wait for it.
+    arguments = [*LONG[:-1], "train.epochs=48", *paths, "launcher=slurm", "launcher.partition=low", "seed=2"]
     left = command(*arguments, "launcher.wait=false", env=cluster)
     assert left.returncode == 0, left.stderr
     job = re.search(r"Slurm array (\d+)", left.stdout)[1]
