@@ -167,8 +167,9 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
 def _marks_note(seeds: int) -> str:
     note = (
         "Bold: the best mean of a task. Underlined (italic in Markdown): not significantly worse than it (one-sided "
-        "paired t-test over the seeds, level 5 % divided by the number of other methods; fewer than 3 pairs: never). "
-        "If differences are about normal, the truly best method is among the marked with 95 % confidence. "
+        "paired t-test over the seeds, level 5 % divided by the number of other methods; with fewer than 3 pairs "
+        "nothing is called worse). If differences are about normal, the truly best method is among the marked with "
+        "95 % confidence. "
         "One with a lower mean whose seeds scatter more can be marked where a steadier one is not."
     )
     if 1 < seeds < 6:
