@@ -5,8 +5,9 @@ python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=l
 Settings are those of train.py (device.threads, train.precision, train.batch_size, …). Writes results/benchmark.json
 and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
 exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
-batch, length and model shapes (random weights; no task or model needed), --what shares where the time goes beside the
-passes. Each writes results/<what>.json and .md.
+batch, length and model shapes (random weights; no task or model needed; a figure as well), --what shares where the
+time goes beside the passes, --what packing how many runs an hour the device does, by how many at once. Each writes
+results/<what>.json and .md, as the figures come.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsam.benchmark import norms, scaling, shares, steps, table, throughput
+from dsam.benchmark import norms, packing, scaling, shares, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
@@ -28,11 +29,15 @@ MEASURES = {
     "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
     "scaling": (
         lambda config, given: scaling.measure(
-            given.shapes, scaling.POINTS, given.rounds, choose_device(config), config.train.precision == "bfloat16"
+            given.shapes, given.points, given.rounds, choose_device(config), config.train.precision == "bfloat16"
         ),
         table.points,
     ),
     "shares": (lambda config, given: shares.measure(config, given.batches, given.rounds), table.parts),
+    "packing": (
+        lambda config, given: packing.measure(config, given.at_once, given.batches, given.rounds),
+        table.packed,
+    ),
     "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
 }
 """What can be measured: (how, the rows of its table)."""
@@ -42,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=steps.contenders(), metavar="NAME")
     parser.add_argument("--shapes", nargs="+", default=list(scaling.SHAPES), choices=list(scaling.SHAPES))
+    parser.add_argument("--points", nargs="+", type=point, default=scaling.POINTS, metavar="BATCHxLENGTH")
+    parser.add_argument("--at-once", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="for packing")
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
     parser.add_argument("--what", choices=list(MEASURES), default="benchmark")
@@ -50,25 +57,42 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def point(text: str) -> tuple[int, int]:
+    """32x128: 32 rows of 128 tokens."""
+    batch, length = map(int, text.split("x"))
+    if not (batch >= 1 and 1 <= length <= 512):
+        raise ValueError
+    return batch, length
+
+
 def main() -> None:
     given = arguments()
-    if min(given.batches, given.rounds) < 1:
-        raise UserError("batches and rounds must be at least 1")
+    if min(given.batches, given.rounds, *given.at_once) < 1:
+        raise UserError("batches, rounds and the runs at once must be at least 1")
     for name in given.methods:
         if name not in steps.contenders():
             raise UserError(f"unknown method '{name}'; {did_you_mean(name, steps.contenders())}")
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]
-    measured = {}
+    out = given.out or Path("results") / f"{given.what}.json"
+    measured: dict[str, list] = {}
     for task in tasks[-1] if tasks else ["agreement"]:
         config = Config.load(compose_config(check([f"task={task}", *rest], CONF), CONF))
-        measured[task] = measure(config, given)
-    device = choose_device(config)
-    settings = {"model": config.model.name, "threads": config.device.threads, "batches": given.batches}
-    settings |= {"rounds": given.rounds} | dataclasses.asdict(config.train)
-    out = given.out or Path("results") / f"{given.what}.json"
-    table.write(measured, as_rows, device, settings, out)
+        device = choose_device(config)
+        settings = {"threads": config.device.threads, "rounds": given.rounds}
+        if given.what == "scaling":
+            task, settings = "full rows of random tokens", settings | {"precision": config.train.precision}
+        else:
+            settings |= {"model": config.model.name, "batches": given.batches} | dataclasses.asdict(config.train)
+        for found in measure(config, given):  # what comes late must not cost what is there
+            measured.setdefault(task, []).append(found)
+            table.write(measured, as_rows, device, settings, out)
+        if given.what == "scaling":
+            drawn = scaling.figure(measured[task])
+            drawn.savefig(out.with_suffix(".png"), dpi=200)
+            drawn.savefig(out.with_suffix(".pdf"), metadata={"CreationDate": None})
+            break  # it has no task
     print(out.with_suffix(".md").read_text(encoding="utf-8"))
 
 

@@ -2,13 +2,26 @@
 
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from ..methods import ExampleLosses
+from ..results.plots import COLOURS, MARKERS
+from ..training.dropout import use_fast_dropout
 from .steps import Stepper
 
 SHAPES = {
@@ -18,6 +31,7 @@ SHAPES = {
 }
 POINTS = ((8, 64), (16, 64), (32, 64), (32, 16), (32, 32), (32, 128))
 """(batch, length): each varied with the other fixed."""
+PEAK_SIZE = 4096  # of the square matrices whose product shows what the device can do
 
 
 @dataclass
@@ -29,33 +43,81 @@ class Point:
     length: int
     adamw_seconds: float
     sam_seconds: float
+    adamw_flops: float  # of an AdamW step's matrix products, forward and backward; a multiply-add is two
+    peak_flops_per_second: float  # of a large product of matrices, at this precision in this run
 
 
 def measure(
     shapes: Sequence[str], points: Sequence[tuple[int, int]], rounds: int, device: torch.device, bf16: bool
-) -> list[Point]:
+) -> Iterator[Point]:
     """AdamW and SAM in turn at every point, after a round that does not count."""
-    found = []
+    dtype = torch.bfloat16 if bf16 else torch.float32
     for shape in shapes:
         model = _model(shape).to(device).train()
+        if device.type == "cpu":  # as a run does
+            use_fast_dropout(model)
         steps = {"adamw": Stepper(model, "plain", {}), "sam": Stepper(model, "sam", {})}
         for batch, length in points:
             print(f"{shape}: {batch} × {length} tokens", file=sys.stderr, flush=True)
             ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-            closures = [ExampleLosses(model, inputs, torch.bfloat16 if bf16 else None)]
+            closures = [ExampleLosses(model, inputs, dtype if bf16 else None)]
             seconds: dict[str, list[float]] = {name: [] for name in steps}
+            counter = FlopCounterMode(display=False)
             for turn in range(rounds + 1):
                 for name, step in steps.items():
-                    spent = step(closures)
+                    with counter if (turn, name) == (0, "adamw") else nullcontext():
+                        spent = step(closures)
                     if turn:
                         seconds[name].append(spent)
             medians = {name: statistics.median(values) for name, values in seconds.items()}
-            found.append(Point(shape, batch, length, medians["adamw"], medians["sam"]))
-    return found
+            peak = peak_rate(device, dtype)
+            yield Point(shape, batch, length, medians["adamw"], medians["sam"], counter.get_total_flops(), peak)
 
 
-def _model(shape: str):
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a product of two square matrices: the median of five, after one."""
+    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype) for _ in range(2))
+    spent = []
+    for turn in range(6):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if turn:
+            spent.append(time.perf_counter() - began)
+    return 2 * PEAK_SIZE**3 / statistics.median(spent)
+
+
+def figure(measured: Iterable[Point]) -> Figure:
+    """Seconds a step against the tokens of a batch, both on logarithmic axes: a colour and marker for each model,
+    filled where the length is varied and hollow where the batch is; dotted lines grow in proportion to the tokens."""
+    drawn = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = drawn.subplots(1, 2, sharey=True)
+    measured = list(measured)
+    shapes = list(dict.fromkeys(p.shape for p in measured))
+    for axes, (method, of) in zip(panels, {"AdamW": "adamw_seconds", "SAM": "sam_seconds"}.items(), strict=True):
+        for k, shape in enumerate(shapes):
+            own = sorted((p for p in measured if p.shape == shape), key=lambda p: p.batch * p.length)
+            tokens, seconds = [p.batch * p.length for p in own], [getattr(p, of) for p in own]
+            rate = statistics.median(s / t for s, t in zip(seconds, tokens, strict=True))
+            axes.plot(tokens, [rate * t for t in tokens], ":", color=COLOURS[k], linewidth=1)
+            for p, t, s in zip(own, tokens, seconds, strict=True):
+                face = "white" if p.batch < max(q.batch for q in own) else COLOURS[k]
+                axes.plot(t, s, MARKERS[k], color=COLOURS[k], markerfacecolor=face, markersize=5)
+            axes.plot([], [], MARKERS[k], color=COLOURS[k], label=shape)
+        axes.set(xscale="log", yscale="log", title=method, xlabel="tokens of a batch")
+        axes.set_xticks(sorted({p.batch * p.length for p in measured}))
+        axes.xaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("seconds a step")
+    panels[0].legend(frameon=False, fontsize=9)
+    return drawn
+
+
+def _model(shape: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if shape.startswith("RoBERTa"):
         config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **SHAPES[shape])

@@ -11,6 +11,7 @@ import torch
 from ..runs.provenance import provenance
 from ..runs.record import write_atomically
 from .norms import Cost
+from .packing import Packed
 from .scaling import Point
 from .shares import Share
 from .steps import Timed
@@ -72,7 +73,8 @@ def costs(measured: Sequence[Cost]) -> pd.DataFrame:
 
 
 def points(measured: Sequence[Point]) -> pd.DataFrame:
-    """One row per point: seconds of AdamW's and SAM's step, their ratio, and AdamW's tokens per second."""
+    """One row per point: seconds of AdamW's and SAM's step, their ratio, AdamW's tokens per second, and the share of
+    the peak matrix rate that its products come to over the whole step."""
     return pd.DataFrame(
         {
             "model": p.shape,
@@ -82,13 +84,29 @@ def points(measured: Sequence[Point]) -> pd.DataFrame:
             "sam, seconds": p.sam_seconds,
             "sam / adamw": p.sam_seconds / p.adamw_seconds,
             "tokens a second": p.batch * p.length / p.adamw_seconds,
+            "TFLOP/s": p.adamw_flops / p.adamw_seconds / 1e12,
+            "% of peak": 100 * p.adamw_flops / p.adamw_seconds / p.peak_flops_per_second,
         }
         for p in measured
     )
 
 
+def packed(measured: Sequence[Packed]) -> pd.DataFrame:
+    """One row per number of runs at once: seconds of a step, runs an hour, their ratio to the first row's, memory."""
+    return pd.DataFrame(
+        {
+            "runs at once": found.at_once,
+            "seconds a step": found.seconds,
+            "runs an hour": found.runs_per_hour,
+            "/ first": found.runs_per_hour / measured[0].runs_per_hour,
+            "peak memory, GB": found.peak_memory_bytes / 1e9,
+        }
+        for found in measured
+    )
+
+
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Share]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,
