@@ -13,6 +13,7 @@ results/<what>.json and .md, as the figures come.
 import argparse
 import dataclasses
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,12 +28,7 @@ from dsam.runs.run import choose_device
 MEASURES = {
     "benchmark": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
     "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
-    "scaling": (
-        lambda config, given: scaling.measure(
-            given.shapes, given.points, given.rounds, choose_device(config), config.train.precision == "bfloat16"
-        ),
-        table.points,
-    ),
+    "scaling": (lambda config, given: scaling.measure(config, given.shapes, given.points, given.rounds), table.points),
     "shares": (lambda config, given: shares.measure(config, given.batches, given.rounds), table.parts),
     "packing": (
         lambda config, given: packing.measure(config, given.at_once, given.batches, given.rounds),
@@ -85,13 +81,15 @@ def main() -> None:
             task, settings = "full rows of random tokens", settings | {"precision": config.train.precision}
         else:
             settings |= {"model": config.model.name, "batches": given.batches} | dataclasses.asdict(config.train)
-        for found in measure(config, given):  # what comes late must not cost what is there
-            measured.setdefault(task, []).append(found)
-            table.write(measured, as_rows, device, settings, out)
+        try:
+            for found in measure(config, given):  # what comes late must not cost what is there
+                measured.setdefault(task, []).append(found)
+                table.write(measured, as_rows, device, settings, out)
+                if given.what == "scaling":
+                    scaling.draw(measured[task], out)
+        except BrokenProcessPool:
+            raise UserError("a process of the measurement died, probably for want of memory; measure less") from None
         if given.what == "scaling":
-            drawn = scaling.figure(measured[task])
-            drawn.savefig(out.with_suffix(".png"), dpi=200)
-            drawn.savefig(out.with_suffix(".pdf"), metadata={"CreationDate": None})
             break  # it has no task
     print(out.with_suffix(".md").read_text(encoding="utf-8"))
 

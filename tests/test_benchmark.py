@@ -1,6 +1,8 @@
 """The benchmark's own arithmetic, on the tiny model: figures are there, add up, and count what they say."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.benchmark import norms, packing, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
-from dsam.errors import UserError
 from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
 
@@ -66,7 +67,7 @@ def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
     assert (rows["memory / backward"] < 3).all()
 
 
-def test_scaling_rows_are_what_they_say(monkeypatch):
+def test_scaling_rows_are_what_they_say(config, monkeypatch):
     d = 16
     monkeypatch.setattr(scaling, "PEAK_SIZE", 256)
     monkeypatch.setitem(
@@ -74,7 +75,8 @@ def test_scaling_rows_are_what_they_say(monkeypatch):
         "MiniLM-L6",
         dict(hidden_size=d, num_hidden_layers=1, num_attention_heads=2, intermediate_size=d),
     )
-    found = list(scaling.measure(["MiniLM-L6"], [(2, 4), (4, 4)], 1, torch.device("cpu"), bf16=False))
+    found = [scaling.at(config, "MiniLM-L6", batch, 4, rounds=1) for batch in (2, 4)]
+    scaling._steppers.cache_clear()
     rows = table.points(found)
     assert list(rows["batch"]) == [2, 4]
     assert rows["tokens a second"][1] == pytest.approx(16 / found[1].adamw_seconds)
@@ -111,14 +113,17 @@ def test_packed_runs_share_the_device(config):
     assert 1.8 < two.peak_memory_bytes / one.peak_memory_bytes < 2.2
 
 
-def test_a_packed_run_that_dies_is_named(config, monkeypatch):
-    monkeypatch.setattr(packing, "_work", _dies)
-    with pytest.raises(UserError, match="one of 1 processes ended"):
-        packing.measure(config, [1], batches=1, rounds=1)
+def test_what_does_not_fit_the_memory_costs_its_own_point(config, monkeypatch, capfd):
+    monkeypatch.setattr(scaling, "at", _killed_at_two)
+    found = list(scaling.measure(config, ["BERT-base"], [(1, 8), (2, 8), (3, 8)], 1))
+    assert found == ["BERT-base 1", "BERT-base 3"]
+    assert "BERT-base: 2 × 8 tokens do not fit the memory" in capfd.readouterr().err
 
 
-def _dies(pipe, config, batches):
-    pipe.recv()
+def _killed_at_two(config, shape, batch, length, rounds):
+    if batch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"{shape} {batch}"
 
 
 def test_shares_add_up_to_a_step(config):

@@ -133,6 +133,14 @@ def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
     assert "4 runs: 1 finished, 3 missing. 3 would start." in known.stdout
 
 
+def test_a_measurement_that_is_killed_leaves_the_length_unknown(paths):
+    plan = ["launcher.plan=true", "launcher.measure=true"]
+    done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env=FAULTS)
+    assert done.returncode == 0, done.stderr
+    assert "the measurement was killed, probably for want of memory" in done.stdout
+    assert "1 runs: 1 missing. 1 would start." in done.stdout
+
+
 def test_a_paper_sweep_wants_committed_code(tmp_path):
     """In a checkout of its own, since this one's state is not the test's business."""
     copy = tmp_path / "copy"

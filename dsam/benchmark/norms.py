@@ -1,6 +1,5 @@
 """What exact per-example gradient norms cost beside a normal forward and backward pass over the same batch."""
 
-import multiprocessing
 import statistics
 import sys
 import time
@@ -13,6 +12,7 @@ from ..config import Config
 from ..methods.losses import example_losses
 from ..methods.per_example import PerExampleGradients
 from ..runs.run import peak_memory, prepare
+from .steps import process
 
 WAYS = ("backward", "exact norms", "exact norms and the gradient")
 
@@ -37,8 +37,10 @@ def measure(config: Config, length: int, rounds: int) -> list[Cost]:
             _once(model, batch, way)
             if turn:
                 seconds[way].append(time.perf_counter() - began)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = [pool.apply(_peak, (config, length, way)) for way in WAYS]
+    memory = []
+    for way in WAYS:
+        with process() as apart:
+            memory.append(apart.submit(_peak, config, length, way).result())
     return [Cost(way, statistics.median(seconds[way]), peak) for way, peak in zip(WAYS, memory, strict=True)]
 
 

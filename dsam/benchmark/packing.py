@@ -1,16 +1,15 @@
 """How many runs an hour one device does, by how many it does at once."""
 
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..config import Config
-from ..errors import UserError
 from ..runs.run import peak_memory, prepare, trained_examples
 from ..training.loop import total_steps
-from .steps import Stepper, batches_of
+from .steps import Stepper, batches_of, process
 
 
 @dataclass
@@ -25,62 +24,41 @@ class Packed:
 
 def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -> list[Packed]:
     """AdamW's steps in as many processes as the largest of `numbers`, of which as many as each number says work at a
-    time, all numbers in turn, after a round that does not count. Threads are `device.threads` for each process."""
+    time, all numbers in turn, after a round that does not count. Threads are `device.threads` for each process.
+
+    Raises BrokenProcessPool where a process dies, as for want of memory.
+    """
     ready = prepare(config)  # mistakes show here, and the processes find the tokens cached
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
     del ready
-    context = multiprocessing.get_context("spawn")
-    workers = [_Worker(context, config, batches) for _ in range(max(numbers))]
     seconds: dict[int, list[float]] = {number: [] for number in numbers}
     memory: dict[int, int] = {}
-    try:
+    with ExitStack() as stack:
+        processes = [stack.enter_context(process(_start, config, batches)) for _ in range(max(numbers))]
         for turn in range(rounds + 1):
             for number in numbers:
                 print(f"{config.task.name}: round {turn}/{rounds}, {number} at once", file=sys.stderr, flush=True)
-                for worker in workers[:number]:
-                    worker.pipe.send(None)
-                spent = []
-                for k, worker in enumerate(workers[:number]):
-                    took, memory[k] = worker.pipe.recv()
-                    spent.append(took / batches)
+                working = [apart.submit(_steps) for apart in processes[:number]]
+                found = [work.result() for work in working]
                 if turn:
-                    seconds[number].append(statistics.mean(spent))
-    except (EOFError, OSError):
-        raise UserError(
-            f"one of {len(workers)} processes ended (its error is above): take fewer --at-once, or a smaller model"
-        ) from None
-    finally:
-        for worker in workers:
-            worker.close()
+                    seconds[number].append(statistics.mean(spent for spent, _ in found))
+                memory[number] = sum(peak for _, peak in found)
     medians = {number: statistics.median(values) for number, values in seconds.items()}
     return [
-        Packed(
-            number, medians[number], 3600 * number / (medians[number] * steps), sum(memory[k] for k in range(number))
-        )
-        for number in numbers
+        Packed(number, medians[number], 3600 * number / (medians[number] * steps), memory[number]) for number in numbers
     ]
 
 
-class _Worker:
-    """A process that takes a run's first steps each time it is asked, and says how long they took."""
-
-    def __init__(self, context, config: Config, batches: int):
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, config, batches), daemon=True)
-        self.process.start()
-        theirs.close()  # so that `recv` raises EOFError should the process die
-
-    def close(self) -> None:
-        self.pipe.close()
-        self.process.join()
+_run: list = []
+"""In its process: the stepper, its device, the batches."""
 
 
-def _work(pipe, config: Config, batches: int) -> None:
+def _start(config: Config, batches: int) -> None:
     model, device, data = batches_of(config, batches)
-    step = Stepper(model, "plain", {})
-    try:
-        while True:
-            pipe.recv()
-            pipe.send((sum(step(closures) for closures in data), peak_memory(device)))
-    except EOFError:  # the measurement is over
-        return
+    _run[:] = Stepper(model, "plain", {}), device, data
+
+
+def _steps() -> tuple[float, int]:
+    """(seconds of a step, peak memory in bytes) of a run's first steps."""
+    step, device, data = _run
+    return statistics.mean(step(closures) for closures in data), peak_memory(device)

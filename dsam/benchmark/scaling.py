@@ -1,11 +1,14 @@
 """How a step's time grows with batch, length and model: full rows of random tokens in models of known shapes."""
 
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -19,18 +22,20 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from ..config import Config
 from ..methods import ExampleLosses
 from ..results.plots import COLOURS, MARKERS
+from ..runs.run import choose_device
 from ..training.dropout import use_fast_dropout
-from .steps import Stepper
+from .steps import Stepper, process
 
 SHAPES = {
     "MiniLM-L6": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "BERT-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "RoBERTa-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
-POINTS = ((8, 64), (16, 64), (32, 64), (32, 16), (32, 32), (32, 128))
-"""(batch, length): each varied with the other fixed."""
+POINTS = ((32, 128), (32, 64), (16, 64), (8, 64), (32, 32), (32, 16))
+"""(batch, length): each varied with the other fixed. The largest first: memory that a process takes anew is slow."""
 PEAK_SIZE = 4096  # of the square matrices whose product shows what the device can do
 
 
@@ -47,32 +52,57 @@ class Point:
     peak_flops_per_second: float  # of a large product of matrices, at this precision in this run
 
 
-def measure(
-    shapes: Sequence[str], points: Sequence[tuple[int, int]], rounds: int, device: torch.device, bf16: bool
-) -> Iterator[Point]:
-    """AdamW and SAM in turn at every point, after a round that does not count."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+def measure(config: Config, shapes: Sequence[str], points: Sequence[tuple[int, int]], rounds: int) -> Iterator[Point]:
+    """Every point of every shape as it comes, each shape in a process of its own: what does not fit the memory costs
+    its own point."""
     for shape in shapes:
-        model = _model(shape).to(device).train()
-        if device.type == "cpu":  # as a run does
-            use_fast_dropout(model)
-        steps = {"adamw": Stepper(model, "plain", {}), "sam": Stepper(model, "sam", {})}
+        pool = process()
         for batch, length in points:
             print(f"{shape}: {batch} × {length} tokens", file=sys.stderr, flush=True)
-            ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-            closures = [ExampleLosses(model, inputs, dtype if bf16 else None)]
-            seconds: dict[str, list[float]] = {name: [] for name in steps}
-            counter = FlopCounterMode(display=False)
-            for turn in range(rounds + 1):
-                for name, step in steps.items():
-                    with counter if (turn, name) == (0, "adamw") else nullcontext():
-                        spent = step(closures)
-                    if turn:
-                        seconds[name].append(spent)
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            peak = peak_rate(device, dtype)
-            yield Point(shape, batch, length, medians["adamw"], medians["sam"], counter.get_total_flops(), peak)
+            try:
+                yield pool.submit(at, config, shape, batch, length, rounds).result()
+            except (BrokenProcessPool, torch.OutOfMemoryError):
+                print(f"{shape}: {batch} × {length} tokens do not fit the memory", file=sys.stderr, flush=True)
+                pool.shutdown()
+                pool = process()
+        pool.shutdown()
+
+
+def at(config: Config, shape: str, batch: int, length: int, rounds: int) -> Point:
+    """AdamW and SAM in turn at one point, after a round that does not count, on the configuration's device and threads
+    and at its precision."""
+    device = choose_device(config)
+    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+    model, steps = _steppers(shape, device)
+    ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    closures = [ExampleLosses(model, inputs, autocast)]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    counter = FlopCounterMode(display=False)
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            with counter if (turn, name) == (0, "adamw") else nullcontext():
+                spent = step(closures)
+            if turn:
+                seconds[name].append(spent)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peak = peak_rate(device, autocast or torch.float32)
+    return Point(shape, batch, length, medians["adamw"], medians["sam"], counter.get_total_flops(), peak)
+
+
+@functools.cache  # in its process, for all its points
+def _steppers(shape: str, device: torch.device) -> tuple[PreTrainedModel, dict[str, Stepper]]:
+    torch.manual_seed(0)
+    if shape.startswith("RoBERTa"):
+        config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **SHAPES[shape])
+        model = RobertaForSequenceClassification(config)
+    else:
+        model = BertForSequenceClassification(BertConfig(vocab_size=30522, **SHAPES[shape]))
+    model.to(device).train()
+    if device.type == "cpu":  # as a run does
+        use_fast_dropout(model)
+    plain = Stepper(model, "plain", {})
+    return model, {"adamw": plain, "sam": Stepper(model, "sam", {}, plain.optimizer)}
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -89,12 +119,18 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * PEAK_SIZE**3 / statistics.median(spent)
 
 
-def figure(measured: Iterable[Point]) -> Figure:
+def draw(measured: Sequence[Point], path: Path) -> None:
+    """The figure as PNG and PDF beside `path`."""
+    drawn = figure(measured)
+    drawn.savefig(path.with_suffix(".png"), dpi=200)
+    drawn.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def figure(measured: Sequence[Point]) -> Figure:
     """Seconds a step against the tokens of a batch, both on logarithmic axes: a colour and marker for each model,
     filled where the length is varied and hollow where the batch is; dotted lines grow in proportion to the tokens."""
     drawn = Figure(figsize=(8, 3.4), layout="constrained")
     panels = drawn.subplots(1, 2, sharey=True)
-    measured = list(measured)
     shapes = list(dict.fromkeys(p.shape for p in measured))
     for axes, (method, of) in zip(panels, {"AdamW": "adamw_seconds", "SAM": "sam_seconds"}.items(), strict=True):
         for k, shape in enumerate(shapes):
@@ -115,11 +151,3 @@ def figure(measured: Iterable[Point]) -> Figure:
     panels[0].set_ylabel("seconds a step")
     panels[0].legend(frameon=False, fontsize=9)
     return drawn
-
-
-def _model(shape: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if shape.startswith("RoBERTa"):
-        config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **SHAPES[shape])
-        return RobertaForSequenceClassification(config)
-    return BertForSequenceClassification(BertConfig(vocab_size=30522, **SHAPES[shape]))

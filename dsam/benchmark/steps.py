@@ -4,7 +4,8 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -74,13 +75,16 @@ def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, lis
 
 
 class Stepper:
-    """A method's training step: backward, clipping, AdamW."""
+    """A method's training step: backward, clipping, AdamW.
 
-    def __init__(self, model: nn.Module, name: str, options: dict):
+    Steppers of one model may share an `optimizer`, whose state is twice the weights.
+    """
+
+    def __init__(self, model: nn.Module, name: str, options: dict, optimizer: torch.optim.Optimizer | None = None):
         self.model = model
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.method = METHODS[name](model, **options)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
+        self.optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
 
     def __call__(self, closures: Sequence[ExampleLosses]) -> float:
         """Seconds of one step."""
@@ -153,8 +157,14 @@ def measure(config: Config, names: Sequence[str], batches: int, rounds: int) -> 
 
 def memory_of(config: Config, name: str) -> int:
     """Peak bytes of a fresh process that takes two steps: a GPU's allocator's, or on a CPU everything resident."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_two_steps, (config, name))
+    with process() as apart:
+        return apart.submit(_two_steps, config, name).result()
+
+
+def process(start: Callable | None = None, *arguments) -> ProcessPoolExecutor:
+    """A fresh process, which calls `start` first, for work whose memory is measured or may not suffice. Its death, as
+    for want of memory, raises BrokenProcessPool."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, arguments)
 
 
 def _two_steps(config: Config, name: str) -> int:

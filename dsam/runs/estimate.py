@@ -7,6 +7,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,10 +93,14 @@ def measure(runs: Sequence["Planned"]) -> None:
     context = multiprocessing.get_context("forkserver")
     for number, group in enumerate(unknown.values(), 1):
         print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
-        with context.Pool(1) as pool:
-            found = pool.apply(_few_steps, (group[0].config,))
+        try:
+            with ProcessPoolExecutor(1, context) as apart:
+                found = Expected(*apart.submit(_few_steps, group[0].config).result(), "measured")
+        except BrokenProcessPool:
+            print(f"{group[0].title}: the measurement was killed, probably for want of memory", flush=True)
+            continue
         for r in group:
-            r.expected = Expected(*found, "measured")
+            r.expected = found
 
 
 class _Enough(Exception):
