@@ -23,9 +23,10 @@ from dsam import command_line, overrides
 from dsam.command_line import CONF
 from dsam.config import Config
 from dsam.errors import LONGEST, UserError
-from dsam.runs import identity, sweep
+from dsam.runs import identity, server, sweep
 from dsam.runs import run as runs
 from dsam.training import model as models
+from dsam.training import model_files
 
 
 @dataclass
@@ -50,6 +51,7 @@ def place(tmp_path_factory):
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(runs, "_train", would_start)
         patch.setattr(sweep, "run_all", would_start)
+        patch.setattr(server, "call", lambda function, *arguments: function(*arguments))
         patch.setattr(sys, "path", list(sys.path))
         yield Path.cwd()
 
@@ -57,7 +59,7 @@ def place(tmp_path_factory):
 def done(act) -> Done:
     """What `act` does in this process, as its own process would end."""
     identity._data_fingerprint.cache_clear()
-    models._folder_digest.cache_clear()
+    model_files._folder_digest.cache_clear()
     before = {p for p in Path.cwd().rglob("*") if ".cache" not in p.parts}
     out, err = io.StringIO(), io.StringIO()
     status = 0

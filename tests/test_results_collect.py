@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import many_runs
 import pandas as pd
 import pytest
 
@@ -219,3 +220,11 @@ def test_a_thousand_runs_are_collected_in_seconds(tmp_path):
     warm = collect(tmp_path)
     assert len(cold) == len(warm) == 1000
     assert middle - start < 10 and time.perf_counter() - middle < 10
+
+
+def test_the_runs_made_up_for_timing_are_whole(tmp_path):
+    many_runs.write(tmp_path, 80)
+    frame = collect(tmp_path, "glue_bert_base")
+    assert len(frame) == len(collect(tmp_path)) == 80
+    assert set(frame["status"]) == {"finished"} and not frame["degenerate"].any()
+    assert (frame.groupby(["task", "method_label"]).size() == 2).all() and len(frame["method_label"].unique()) == 5

@@ -133,12 +133,26 @@ def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
     assert "4 runs: 1 finished, 3 missing. 3 would start." in known.stdout
 
 
-def test_a_measurement_that_is_killed_leaves_the_length_unknown(paths):
+def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths):
     plan = ["launcher.plan=true", "launcher.measure=true"]
-    done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env=FAULTS)
+    done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env=FAULTS | {"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "the measurement was killed, probably for want of memory" in done.stdout
     assert "1 runs: 1 missing. 1 would start." in done.stdout
+
+
+def test_a_plan_needs_neither_transformers_nor_scikit_learn():
+    """They take most of the time of starting, and only runs and their server use them."""
+    code = (
+        "import sys, dsam.runs.sweep, dsam.runs.choose; print({'transformers', 'sklearn', 'scipy'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "set()"
+
+
+def test_data_and_models_too_large_to_load_are_a_mistake_in_one_line(paths):
+    done = command("-m", *QUICK, *paths, "seed=0,1", env=FAULTS | {"DSAM_KILL_LOADING": "1"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "loading the data and models was killed, probably for want of memory" in done.stderr
 
 
 def test_a_paper_sweep_wants_committed_code(tmp_path):

@@ -1,11 +1,9 @@
 """GLUE's metrics, the one figure that its average takes from each task, and the best constant answer."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from .tasks import Task
 
@@ -29,9 +27,10 @@ def compute(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must both have shape (N,)")
     if len(labels) == 0:
         return {name: float("nan") for name in task.metrics}
+    functions = _functions()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: float(METRICS[name](predictions, labels)) for name in task.metrics}
+        return {name: float(functions[name](predictions, labels)) for name in task.metrics}
 
 
 def headline(
@@ -74,10 +73,15 @@ def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float
     return function(predictions.astype(np.float64), labels.astype(np.float64)).statistic
 
 
-METRICS = {
-    "accuracy": lambda predictions, labels: accuracy_score(labels, predictions),
-    "f1": lambda predictions, labels: f1_score(labels, predictions, zero_division=np.nan),
-    "matthews_correlation": lambda predictions, labels: matthews_corrcoef(labels, predictions),
-    "pearson": lambda predictions, labels: _correlation(stats.pearsonr, predictions, labels),
-    "spearman": lambda predictions, labels: _correlation(stats.spearmanr, predictions, labels),
-}
+def _functions() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    """Name -> its function of predictions and labels. Imported when called: a plan needs none, and pays a second."""
+    from scipy import stats
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    return {
+        "accuracy": lambda predictions, labels: accuracy_score(labels, predictions),
+        "f1": lambda predictions, labels: f1_score(labels, predictions, zero_division=np.nan),
+        "matthews_correlation": lambda predictions, labels: matthews_corrcoef(labels, predictions),
+        "pearson": lambda predictions, labels: _correlation(stats.pearsonr, predictions, labels),
+        "spearman": lambda predictions, labels: _correlation(stats.spearmanr, predictions, labels),
+    }

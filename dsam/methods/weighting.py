@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -233,6 +232,8 @@ class Equalised(Weighting):
         self.ridge = ridge
 
     def scores(self, losses: Tensor, probe: Probe) -> Tensor:
+        from scipy.optimize import nnls  # half a second that no other weighting needs
+
         norms = probe.norms.double().clamp_min(1e-30)
         cosines = (probe.gram.double() / norms[:, None] / norms[None, :]).cpu().numpy()
         n = len(cosines)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UserError
-from .run import hyperparameters
+from .identity import hyperparameters
 from .sweep import Planned
 
 

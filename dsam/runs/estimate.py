@@ -2,18 +2,17 @@
 
 import contextlib
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config
+from . import server
 
 if TYPE_CHECKING:
     from .sweep import Planned
@@ -90,12 +89,10 @@ def measure(runs: Sequence["Planned"]) -> None:
     for r in runs:
         if r.expected.seconds is None and r.status not in ("finished", "diverged"):
             unknown.setdefault(kind(r.config), []).append(r)
-    context = multiprocessing.get_context("forkserver")
     for number, group in enumerate(unknown.values(), 1):
         print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
         try:
-            with ProcessPoolExecutor(1, context) as apart:
-                found = Expected(*apart.submit(_few_steps, group[0].config).result(), "measured")
+            found = Expected(*server.call(_few_steps, group[0].config), "measured")
         except BrokenProcessPool:
             print(f"{group[0].title}: the measurement was killed, probably for want of memory", flush=True)
             continue

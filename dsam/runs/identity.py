@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import glue
 from ..config import Config
-from ..training.model import fingerprint as model_fingerprint
+from ..training.model_files import fingerprint as model_fingerprint
 
 RECORD_VERSION = 6  # raised when the same configuration comes to mean other numbers
 
@@ -49,6 +49,19 @@ def digest(contents: dict) -> str:
     """The name of the run that has these contents."""
     canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def hyperparameters(config: Config) -> dict:
+    """The flat settings by which tables tell methods apart."""
+    train = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config.train).items()}
+    return {
+        "method": config.optimizer.method,
+        "steps_factor": config.optimizer.steps_factor,
+        **config.optimizer.options,
+        **train,
+        "selection": config.selection,
+        "initialise_from": config.initialise_from,
+    }
 
 
 @functools.cache

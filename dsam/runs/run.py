@@ -22,7 +22,7 @@ from ..training.checkpoint import Checkpoints
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
-from .identity import RECORD_VERSION, Identity, identify
+from .identity import RECORD_VERSION, Identity, hyperparameters, identify
 from .kept import kept_weights
 from .provenance import provenance
 from .record import Record
@@ -180,19 +180,6 @@ def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: S
 
 def trained_examples(config: Config, examples: glue.Tokenised) -> int:
     return min(len(examples), config.train.max_train_examples or len(examples))
-
-
-def hyperparameters(config: Config) -> dict:
-    """The flat settings by which tables tell methods apart."""
-    train = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config.train).items()}
-    return {
-        "method": config.optimizer.method,
-        "steps_factor": config.optimizer.steps_factor,
-        **config.optimizer.options,
-        **train,
-        "selection": config.selection,
-        "initialise_from": config.initialise_from,
-    }
 
 
 def choose_device(config: Config) -> torch.device:

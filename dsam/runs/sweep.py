@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from rich.table import Table
 
 from ..config import Config, Launcher
 from ..errors import Stopped, UserError
-from . import estimate, lease
+from . import estimate, lease, server
 from .display import STATUSES, Display, counts
 from .estimate import Expected
-from .identity import Identity, identify
+from .identity import Identity, hyperparameters, identify
 from .lease import Busy
 from .record import Record, write_atomically
 
@@ -109,26 +110,41 @@ def show_plan(runs: list[Planned], workers: int) -> None:
 
 
 def preflight(runs: list[Planned]) -> None:
-    """Loads every distinct data set and model of the runs once, so that mistakes are found before the first starts
-    and the tokenised data are in the cache; learns how large each run is."""
+    """Loads every distinct data set and model of the runs once, in a process of its own, so that mistakes are found
+    before the first starts and the tokenised data are in the cache; learns how large each run is."""
+    if not runs:
+        return
+    try:
+        notes, costs = server.call(_survey, [r.config for r in runs])
+    except BrokenProcessPool:
+        raise UserError(
+            "loading the data and models was killed, probably for want of memory: take a smaller model, or free some"
+        ) from None
+    for note in notes:
+        print(note)
+    for r, cost in zip(runs, costs, strict=True):
+        r.cost = cost
+
+
+def _survey(configs: list[Config]) -> tuple[list[str], list[float]]:
+    """(notes on the data, each run's `Planned.cost`)."""
     from ..training.loop import total_steps
     from .run import make_method, prepare, trained_examples
 
-    seen = {}
-    for r in runs:
-        c = r.config
+    seen, notes, costs = {}, [], []
+    for c in configs:
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
         if key not in seen:
             ready = prepare(c)
-            for note in ready.notes:
-                print(note)
+            notes += ready.notes
             examples = ready.data[ready.task.train_splits[0]]
             weights = sum(p.numel() for p in ready.network.parameters())
             seen[key] = examples, float(examples.lengths.mean()) * weights, ready.network
         examples, work, network = seen[key]
         make_method(c, network)
         steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
-        r.cost = steps * c.train.batch_size * work * estimate.passes(c)
+        costs.append(steps * c.train.batch_size * work * estimate.passes(c))
+    return notes, costs
 
 
 def require_clean(configs: list[Config]) -> None:
@@ -147,8 +163,6 @@ def write_manifest(runs: list[Planned], name: str, command: str, chosen: Sequenc
 
     `chosen`: the rows of `choose.choose`, where the runs' settings were chosen by another sweep.
     """
-    from .run import hyperparameters
-
     root = Path(runs[0].config.paths.runs)
     contents = {
         "experiment": name,
@@ -208,14 +222,12 @@ def work(
 def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     """Starts what is not finished, longest first, one run in each of the launcher's slots, and returns what failed.
 
-    Each run is forked from a server process that has imported torch and transformers and done nothing else: it starts
-    at once and inherits no state. A run whose process is killed is continued up to `launcher.retries` times. One that
+    Each run is forked from `server`. One whose process is killed is continued up to `launcher.retries` times; one that
     another sweep is working on is waited for. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or
     143.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dsam.runs.run", "wandb"])
+    context = server.context()
     waiting = estimate.order(r for r in runs if r.status in ("missing", "failed"))
     elsewhere = [r for r in runs if r.status == "elsewhere"]
     display = Display(runs)
