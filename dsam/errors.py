@@ -31,8 +31,11 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has left a checkpoint."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from the checkpoint")
+        super().__init__(signum)
         self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}; the same command goes on from the checkpoint"
 
 
 UNREADABLE_ZIP = (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError)

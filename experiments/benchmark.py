@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from dsam.benchmark import norms, packing, scaling, shares, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
@@ -87,10 +89,12 @@ def main() -> None:
                 table.write(measured, as_rows, device, settings, out)
                 if given.what == "scaling":
                     scaling.draw(measured[task], out)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, torch.OutOfMemoryError):
             raise UserError("a process of the measurement died, probably for want of memory; measure less") from None
         if given.what == "scaling":
             break  # it has no task
+    if not measured:
+        raise UserError("nothing fitted the memory: take smaller --shapes or --points")
     print(out.with_suffix(".md").read_text(encoding="utf-8"))
 
 

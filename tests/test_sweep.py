@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from conftest import ROOT, command
 
 from dsam.config import Launcher
+from dsam.errors import Stopped, UserError
+from dsam.runs import server
 
 FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
 QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
@@ -153,6 +157,76 @@ def test_data_and_models_too_large_to_load_are_a_mistake_in_one_line(paths):
     done = command("-m", *QUICK, *paths, "seed=0,1", env=FAULTS | {"DSAM_KILL_LOADING": "1"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "loading the data and models was killed, probably for want of memory" in done.stderr
+
+
+def begun(*arguments, until):
+    """A sweep in a group of its own, once `until` (of what it printed) is true."""
+    script = [sys.executable, "-u", str(ROOT / "experiments/train.py"), "-m", *arguments]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    sweep = subprocess.Popen(script, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    said = sweep.stdout.readline()
+    deadline = time.monotonic() + 120
+    while not until(said):
+        assert time.monotonic() < deadline and sweep.poll() is None, said
+        time.sleep(0.05)
+    return sweep
+
+
+def assert_ends(sweep):
+    """No process of its group is left, soon."""
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(sweep.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_ctrl_c_while_data_and_models_are_loaded_is_one_line_at_once(paths, group):
+    sweep = begun(*QUICK, *paths, "seed=0,1", until=lambda said: "2 runs: 2 missing" in said)
+    (os.killpg if group else os.kill)(sweep.pid, signal.SIGINT)
+    _, stderr = sweep.communicate(timeout=60)
+    assert (sweep.returncode, stderr) == (130, "stopped\n")
+    assert_ends(sweep)
+
+
+def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_they_leave_checkpoints(tmp_path, paths):
+    arguments = ["task=agreement", "tracking=disabled", "train.epochs=500", *paths, "seed=0,1", "launcher.workers=2"]
+    logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
+    sweep = begun(*arguments, until=logs)
+    time.sleep(1)
+    sweep.kill()
+    sweep.communicate()
+    assert_ends(sweep)
+    assert len(list((tmp_path / "runs").glob("**/checkpoint/*"))) >= 2
+    assert not list((tmp_path / "runs").glob("**/lease.json"))
+
+
+def test_what_a_process_of_the_server_raises_comes_back(capfd):
+    assert server.call(divmod, 7, 3) == (2, 1)
+    with pytest.raises(UserError, match="^no such thing"):
+        server.call(_raises, UserError("no such thing"))
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        server.call(_raises, Stopped(signal.SIGTERM))
+    with pytest.raises(RuntimeError, match="Odd.*cannot be sent"):
+        server.call(_odd)
+    with pytest.raises(server.Killed):
+        server.call(os._exit, 1)
+    server.call(print, "said in passing")
+    assert "said in passing" in capfd.readouterr().out
+
+
+class Odd(Exception):
+    def __init__(self, one, other):
+        super().__init__(one)
+
+
+def _odd():
+    raise Odd("one", "other")
+
+
+def _raises(error):
+    raise error
 
 
 def test_a_paper_sweep_wants_committed_code(tmp_path):

@@ -1,10 +1,13 @@
 """How many runs an hour one device does, by how many it does at once."""
 
+import os
 import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+
+import torch
 
 from ..config import Config
 from ..runs.run import peak_memory, prepare, trained_examples
@@ -19,18 +22,21 @@ class Packed:
     at_once: int
     seconds: float  # a step of each: the median over rounds of the mean over runs
     runs_per_hour: float  # of all together, by their training steps: start and evaluation not counted
-    peak_memory_bytes: int  # of all together
+    peak_memory_bytes: int  # of all together; on a GPU what PyTorch took, without its contexts
 
 
 def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -> list[Packed]:
     """AdamW's steps in as many processes as the largest of `numbers`, of which as many as each number says work at a
-    time, all numbers in turn, after a round that does not count. Threads are `device.threads` for each process.
+    time, all numbers in turn, after a round that does not count. Each has `device.threads` threads, or an equal
+    part of the cores, as the runs of a sweep.
 
     Raises BrokenProcessPool where a process dies, as for want of memory.
     """
     ready = prepare(config)  # mistakes show here, and the processes find the tokens cached
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
     del ready
+    cores = len(os.sched_getaffinity(0))
+    threads = {number: config.device.threads or max(1, cores // number) for number in numbers}
     seconds: dict[int, list[float]] = {number: [] for number in numbers}
     memory: dict[int, int] = {}
     with ExitStack() as stack:
@@ -38,7 +44,7 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
         for turn in range(rounds + 1):
             for number in numbers:
                 print(f"{config.task.name}: round {turn}/{rounds}, {number} at once", file=sys.stderr, flush=True)
-                working = [apart.submit(_steps) for apart in processes[:number]]
+                working = [apart.submit(_steps, threads[number]) for apart in processes[:number]]
                 found = [work.result() for work in working]
                 if turn:
                     seconds[number].append(statistics.mean(spent for spent, _ in found))
@@ -58,7 +64,8 @@ def _start(config: Config, batches: int) -> None:
     _run[:] = Stepper(model, "plain", {}), device, data
 
 
-def _steps() -> tuple[float, int]:
+def _steps(threads: int) -> tuple[float, int]:
     """(seconds of a step, peak memory in bytes) of a run's first steps."""
+    torch.set_num_threads(threads)
     step, device, data = _run
     return statistics.mean(step(closures) for closures in data), peak_memory(device)

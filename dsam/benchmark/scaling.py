@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,9 @@ def measure(config: Config, shapes: Sequence[str], points: Sequence[tuple[int, i
             print(f"{shape}: {batch} × {length} tokens", file=sys.stderr, flush=True)
             try:
                 yield pool.submit(at, config, shape, batch, length, rounds).result()
-            except (BrokenProcessPool, torch.OutOfMemoryError):
+            except RuntimeError as error:  # BrokenProcessPool, torch.OutOfMemoryError, or a CPU's refusal
+                if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                    raise
                 print(f"{shape}: {batch} × {length} tokens do not fit the memory", file=sys.stderr, flush=True)
                 pool.shutdown()
                 pool = process()
@@ -69,7 +70,7 @@ def measure(config: Config, shapes: Sequence[str], points: Sequence[tuple[int, i
 
 
 def at(config: Config, shape: str, batch: int, length: int, rounds: int) -> Point:
-    """AdamW and SAM in turn at one point, after a round that does not count, on the configuration's device and threads
+    """AdamW and SAM in turn at one point, after two rounds that do not count, on the configuration's device and threads
     and at its precision."""
     device = choose_device(config)
     autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
@@ -79,11 +80,11 @@ def at(config: Config, shape: str, batch: int, length: int, rounds: int) -> Poin
     closures = [ExampleLosses(model, inputs, autocast)]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     counter = FlopCounterMode(display=False)
-    for turn in range(rounds + 1):
+    for turn in range(-2, rounds):
         for name, step in steps.items():
-            with counter if (turn, name) == (0, "adamw") else nullcontext():
+            with counter if (turn, name) == (-2, "adamw") else nullcontext():
                 spent = step(closures)
-            if turn:
+            if turn >= 0:
                 seconds[name].append(spent)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     peak = peak_rate(device, autocast or torch.float32)

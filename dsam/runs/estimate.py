@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +92,7 @@ def measure(runs: Sequence["Planned"]) -> None:
         print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
         try:
             found = Expected(*server.call(_few_steps, group[0].config), "measured")
-        except BrokenProcessPool:
+        except server.Killed:
             print(f"{group[0].title}: the measurement was killed, probably for want of memory", flush=True)
             continue
         for r in group:

@@ -1,22 +1,82 @@
 """The process that runs are forked from: it has imported torch and transformers and done nothing else, so that a run
 starts at once and inherits no state. A sweep's own process needs neither, and starts in a third of the time."""
 
+import contextlib
+import ctypes
 import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 
 PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
 
 
-def context() -> multiprocessing.context.BaseContext:
-    """For processes forked from it."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(PRELOADED)
-    return found
+class Killed(Exception):
+    """The process was killed before it had an answer."""
+
+
+def start(function: Callable, *arguments) -> multiprocessing.Process:
+    """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
+    whole group, and gets SIGTERM when this process, or the server, goes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the server starts, which keeps its environment
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()  # the server, and what it forks, inherit the mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    process = context.Process(target=_body, args=(function, arguments))
+    process.start()
+    return process
 
 
 def call(function: Callable, *arguments):
-    """What `function(*arguments)` returns or raises, in a process of its own. BrokenProcessPool where that is
-    killed."""
-    with ProcessPoolExecutor(1, context()) as process:
-        return process.submit(function, *arguments).result()
+    """What `function(*arguments)` returns or raises, from a process as `start` makes them. Raises Killed."""
+    ours, theirs = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+    process = start(_answer, theirs, function, arguments)
+    theirs.close()
+    try:
+        fine, answer = ours.recv()
+    except EOFError:
+        raise Killed(f"{function.__name__} was killed, probably for want of memory") from None
+    finally:
+        process.terminate()
+        process.join()
+        ours.close()
+    if fine:
+        return answer
+    raise answer
+
+
+def _body(function: Callable, arguments: tuple) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    function(*arguments)
+
+
+def _end_with_caller() -> None:
+    """The server lives as long as one of its processes does: that it is there says nothing of who started them."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _answer(pipe, function: Callable, arguments: tuple) -> None:
+    try:
+        answer = True, function(*arguments)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # tracebacks do not travel
+        answer = False, error
+    try:
+        pickle.loads(pickle.dumps(answer))
+    except Exception as error:  # whatever the exceptions of other libraries do when they are copied
+        answer = False, RuntimeError(f"{answer[1]!r}, which cannot be sent: {error!r}")
+    sys.stdout.flush()  # what was printed is not lost where the caller then ends this process
+    pipe.send(answer)

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,28 +114,27 @@ def preflight(runs: list[Planned]) -> None:
     if not runs:
         return
     try:
-        notes, costs = server.call(_survey, [r.config for r in runs])
-    except BrokenProcessPool:
+        costs = server.call(_survey, [r.config for r in runs])
+    except server.Killed:
         raise UserError(
             "loading the data and models was killed, probably for want of memory: take a smaller model, or free some"
         ) from None
-    for note in notes:
-        print(note)
     for r, cost in zip(runs, costs, strict=True):
         r.cost = cost
 
 
-def _survey(configs: list[Config]) -> tuple[list[str], list[float]]:
-    """(notes on the data, each run's `Planned.cost`)."""
+def _survey(configs: list[Config]) -> list[float]:
+    """Each run's `Planned.cost`. Prints notes on the data."""
     from ..training.loop import total_steps
     from .run import make_method, prepare, trained_examples
 
-    seen, notes, costs = {}, [], []
+    seen, costs = {}, []
     for c in configs:
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
         if key not in seen:
             ready = prepare(c)
-            notes += ready.notes
+            for note in ready.notes:
+                print(note, flush=True)
             examples = ready.data[ready.task.train_splits[0]]
             weights = sum(p.numel() for p in ready.network.parameters())
             seen[key] = examples, float(examples.lengths.mean()) * weights, ready.network
@@ -144,7 +142,7 @@ def _survey(configs: list[Config]) -> tuple[list[str], list[float]]:
         make_method(c, network)
         steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
         costs.append(steps * c.train.batch_size * work * estimate.passes(c))
-    return notes, costs
+    return costs
 
 
 def require_clean(configs: list[Config]) -> None:
@@ -226,8 +224,6 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     another sweep is working on is waited for. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or
     143.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = server.context()
     waiting = estimate.order(r for r in runs if r.status in ("missing", "failed"))
     elsewhere = [r for r in runs if r.status == "elsewhere"]
     display = Display(runs)
@@ -240,8 +236,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 r, slot = waiting.pop(0), free.pop(0)
                 with contextlib.suppress(OSError):  # an earlier attempt's; where that fails, so does the run
                     (r.identity.folder / "failure.json").unlink(missing_ok=True)
-                process = context.Process(target=_child, args=(r.config, str(r.identity.folder), slot))
-                process.start()
+                process = server.start(_child, r.config, str(r.identity.folder), slot)
                 r.status, r.started, r.attempts = "running", time.monotonic(), r.attempts + 1
                 running[process.sentinel] = _Running(process, r, slot)
                 display.show()
@@ -348,8 +343,6 @@ def _child(config: Config, folder: str, device: str | None) -> None:
     """The body of a run's own process: everything it prints goes to its log."""
     from .run import run
 
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the sweep passes on one SIGTERM
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     record = Record(Path(folder))
@@ -373,14 +366,6 @@ def _child(config: Config, folder: str, device: str | None) -> None:
         sys.stderr.flush()
         record.fail(error)
         raise SystemExit(1) from None
-
-
-def _die_with_parent() -> None:
-    """A run does not outlive its sweep: the kernel sends SIGTERM when the server process goes (Linux only)."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @dataclass

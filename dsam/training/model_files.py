@@ -1,4 +1,4 @@
-"""What a model's numbers depend on, and whether a folder holds a model; needs neither torch nor transformers."""
+"""What a model's numbers depend on, and whether a folder holds a model, without transformers."""
 
 import functools
 import hashlib
