@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT.parent / "shared" / "glue"
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once; before torch is imported
 
 
 def command(*arguments: str, script: str = "train.py", timeout: float = 300, **options) -> subprocess.CompletedProcess:
@@ -21,7 +22,7 @@ def command(*arguments: str, script: str = "train.py", timeout: float = 300, **o
         text=True,
         timeout=timeout,
         cwd=options.pop("cwd", ROOT),
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}),
+        env=os.environ | options.pop("env", {}),
         **options,
     )
 

@@ -69,7 +69,6 @@ def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
 
 def test_scaling_rows_are_what_they_say(config, monkeypatch):
     d = 16
-    monkeypatch.setattr(scaling, "PEAK_SIZE", 256)
     monkeypatch.setitem(
         scaling.SHAPES,
         "MiniLM-L6",

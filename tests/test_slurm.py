@@ -103,17 +103,19 @@ def test_a_preempted_job_is_requeued_and_its_runs_end_as_undisturbed_ones(cluste
 
 
 def test_a_job_short_of_time_asks_to_be_requeued_and_the_same_command_finds_it(cluster, tmp_path, paths):
-    # So long that it is not over before a second command has come to wait for it.
-    arguments = [*LONG[:-1], "train.epochs=48", *paths, "launcher=slurm", "launcher.partition=low", "seed=2"]
+    arguments = [*LONG, *paths, "launcher=slurm", "launcher.partition=low", "seed=2"]
     left = command(*arguments, "launcher.wait=false", env=cluster)
     assert left.returncode == 0, left.stderr
     job = re.search(r"Slurm array (\d+)", left.stdout)[1]
     assert f"`scancel {job}` cancels them" in left.stdout
     until(lambda: list(tmp_path.glob("runs/**/checkpoint/*")), "checkpoint")
+    # What is requeued waits until a second command has come to wait for it.
+    ask(cluster, "scontrol", "update", "PartitionName=low", "State=DOWN")
     ask(cluster, "scancel", "--signal=TERM", job)  # what Slurm does launcher.warning_seconds before the end
     until(lambda: "Restarts=1" in ask(cluster, "scontrol", "show", "job", job), "requeueing")
     waits = start(*arguments, cluster=cluster)
-    assert "jobs: 1 " in waits.stderr.readline()
+    assert "jobs: 1 pending" in waits.stderr.readline()
+    ask(cluster, "scontrol", "update", "PartitionName=low", "State=UP")
     waits.send_signal(signal.SIGINT)
     out, err = waits.communicate(timeout=60)
     assert waits.returncode == 130

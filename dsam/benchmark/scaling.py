@@ -23,7 +23,6 @@ from transformers import (
 
 from ..config import Config
 from ..methods import ExampleLosses
-from ..results.plots import COLOURS, MARKERS
 from ..runs.run import choose_device
 from ..training.dropout import use_fast_dropout
 from .steps import Stepper, process
@@ -35,7 +34,8 @@ SHAPES = {
 }
 POINTS = ((32, 128), (32, 64), (16, 64), (8, 64), (32, 32), (32, 16))
 """(batch, length): each varied with the other fixed. The largest first: memory that a process takes anew is slow."""
-PEAK_SIZE = 4096  # of the square matrices whose product shows what the device can do
+PEAK_SIZE = {"cpu": 2048, "cuda": 4096}  # of the square matrices whose product shows what the device can do
+LOOKS = (("#000000", "o"), ("#E69F00", "s"), ("#0072B2", "^"))  # colour (Okabe and Ito's) and marker of each shape
 
 
 @dataclass
@@ -108,7 +108,8 @@ def _steppers(shape: str, device: torch.device) -> tuple[PreTrainedModel, dict[s
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a product of two square matrices: the median of five, after one."""
-    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype) for _ in range(2))
+    size = PEAK_SIZE["cpu" if device.type == "cpu" else "cuda"]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     spent = []
     for turn in range(6):
         began = time.perf_counter()
@@ -117,7 +118,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         if turn:
             spent.append(time.perf_counter() - began)
-    return 2 * PEAK_SIZE**3 / statistics.median(spent)
+    return 2 * size**3 / statistics.median(spent)
 
 
 def draw(measured: Sequence[Point], path: Path) -> None:
@@ -134,15 +135,15 @@ def figure(measured: Sequence[Point]) -> Figure:
     panels = drawn.subplots(1, 2, sharey=True)
     shapes = list(dict.fromkeys(p.shape for p in measured))
     for axes, (method, of) in zip(panels, {"AdamW": "adamw_seconds", "SAM": "sam_seconds"}.items(), strict=True):
-        for k, shape in enumerate(shapes):
+        for shape, (colour, marker) in zip(shapes, LOOKS, strict=False):
             own = sorted((p for p in measured if p.shape == shape), key=lambda p: p.batch * p.length)
             tokens, seconds = [p.batch * p.length for p in own], [getattr(p, of) for p in own]
             rate = statistics.median(s / t for s, t in zip(seconds, tokens, strict=True))
-            axes.plot(tokens, [rate * t for t in tokens], ":", color=COLOURS[k], linewidth=1)
+            axes.plot(tokens, [rate * t for t in tokens], ":", color=colour, linewidth=1)
             for p, t, s in zip(own, tokens, seconds, strict=True):
-                face = "white" if p.batch < max(q.batch for q in own) else COLOURS[k]
-                axes.plot(t, s, MARKERS[k], color=COLOURS[k], markerfacecolor=face, markersize=5)
-            axes.plot([], [], MARKERS[k], color=COLOURS[k], label=shape)
+                face = "white" if p.batch < max(q.batch for q in own) else colour
+                axes.plot(t, s, marker, color=colour, markerfacecolor=face, markersize=5)
+            axes.plot([], [], marker, color=colour, label=shape)
         axes.set(xscale="log", yscale="log", title=method, xlabel="tokens of a batch")
         axes.set_xticks(sorted({p.batch * p.length for p in measured}))
         axes.xaxis.set(major_formatter="{x:g}", minor_locator=NullLocator())

@@ -53,8 +53,11 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     With `launcher.wait=false`, and at Ctrl-C, the jobs are left to themselves and nothing has failed yet.
     """
     folder = Path(runs[0].config.paths.runs).absolute() / ".slurm"
-    left = sweep.unfinished(runs)
     jobs = submitted(folder, queue())
+    for r in sweep.unfinished(runs):  # a job that has ended since the plan was made has left its result
+        if result := r.record.result(set_aside=False):
+            r.status, r.seconds = result["status"], result["train"]["seconds"]
+    left = sweep.unfinished(runs)
     new = [r for r in left if r.identity.id not in jobs]
     if len(new) < len(left):
         print(f"{len(left) - len(new)} runs are in jobs already")
