@@ -22,7 +22,7 @@ if ! { command -v slurmctld && command -v slurmd && command -v munged; } >"$fold
 fi
 
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-user=$(id -un) host=$(hostname -s) cores=$(nproc)
+user=$(id -un) host=$(hostname -s) cores=$(env -u OMP_NUM_THREADS nproc)
 export SLURM_CONF=$folder/slurm.conf
 cat >"$SLURM_CONF" <<CONF
 ClusterName=test
