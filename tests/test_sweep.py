@@ -278,15 +278,16 @@ def test_two_sweeps_at_once_share_the_runs_and_do_none_twice(tmp_path, paths):
 
 
 def test_runs_after_the_first_start_at_once(tmp_path, paths):
-    """The server process pays for the imports, of several seconds; from one run's training to the next it takes a
-    third of one on a quiet machine, the earlier run's step, evaluation and result included."""
+    """The server process pays for the imports: from one run's training to the next, the earlier run's step, evaluation
+    and result included, it takes much less than to the first."""
+    began = time.monotonic()
     done = command("-m", *QUICK, *paths, "seed=range(0,5)", "train.max_steps=1", env=FAULTS)
     assert done.returncode == 0, done.stderr
     starts = sorted(
         float(re.search(r"until (\S+)", log.read_text())[1]) for log in (tmp_path / "runs").glob("**/log.txt")
     )
     assert len(starts) == 5
-    assert min(b - a for a, b in pairwise(starts)) < 1.5  # the least disturbed of four, on a busy machine
+    assert min(b - a for a, b in pairwise(starts)) < (starts[0] - began) / 4  # the least disturbed of four
 
 
 def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
