@@ -1,5 +1,7 @@
 """Per-example norms, products and weighted sums equal those of a loop of single-example backward passes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,17 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
         flat(gradients.weighted_gradient(weights)),
     ]
     assert all(p.grad is None for p in model.parameters())
+    pieces = recorded_in_pieces(gradients, losses_of, batch, record)
+    got_joined = [
+        pieces.squared_norms(),
+        pieces.gram(),
+        pieces.dots(direction),
+        flat(pieces.weighted_gradient(weights)),
+    ]
+    beside_mean = []
+    for few_tokens in (False, True):
+        with patch.object(outer_products.Group, "few_tokens", few_tokens):
+            beside_mean += [gradients.beside_mean(), pieces.beside_mean()]
 
     scales = 0.02 / got[0].sqrt().clamp_min(1e-3) * torch.linspace(0.5, 1.5, size, dtype=losses.dtype)
     moved = PerExampleGradients(model, params)
@@ -139,8 +152,26 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
         assert_near(mine.double(), theirs, 100 * tolerance)  # small differences of gradients
     assert (expected[0] > 0).any()
     assert ((got[0] - expected[0]).abs() <= tolerance * expected[0]).all()
-    for mine, theirs in zip(got, expected, strict=True):
-        assert_near(mine.double(), theirs, tolerance)
+    for found in (got, got_joined):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_near(mine.double(), theirs, tolerance)
+    for squares, dots in beside_mean:
+        assert_near(squares.double(), expected[0], tolerance)
+        assert_near(dots.double(), expected[1].mean(1), tolerance)
+
+
+def recorded_in_pieces(gradients, losses_of, batch, record):
+    """The first example by itself, then the others."""
+    pieces = []
+    for part in (slice(0, 1), slice(1, None)):
+        piece = gradients.like()
+        size = len(batch[0][part])
+        if size:
+            with piece.record(**dict.fromkeys(record, size)):
+                losses = losses_of(*(x[part] for x in batch))
+            piece.backward(losses)
+            pieces.append(piece)
+    return PerExampleGradients.joined(pieces)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -165,6 +196,7 @@ def test_roberta_with_padding(dtype, tolerance):
 def test_both_ways_to_a_norm_and_their_blocks(monkeypatch, ghost_block, block, length):
     """At 5 tokens ghost products are cheaper, at 21 the gradient itself is: 21 · (32 + 32) > 32 · 32."""
     monkeypatch.setattr(outer_products, "GHOST_BLOCK", ghost_block)
+    monkeypatch.setattr(outer_products, "GRAM_BLOCK", ghost_block)
     monkeypatch.setattr(outer_products, "BLOCK", block)
     model = bert().double()
     batch = token_batch((length, 3))
@@ -283,6 +315,19 @@ def test_products_agree_with_each_other(lengths, weights, seed):
         losses = classifier_losses(model, *token_batch(lengths, seed=seed))
     gradients.backward(losses)
     gram, direction = gradients.gram(), gradients.weighted_gradient(weights)
+    ids, mask = token_batch(lengths, seed=seed)
+    pieces = []
+    for i, length in enumerate(lengths):  # each without padding
+        pieces.append(gradients.like())
+        with pieces[i].record():
+            losses = classifier_losses(model, ids[i : i + 1, :length], mask[i : i + 1, :length])
+        pieces[i].backward(losses)
+    joined = PerExampleGradients.joined(pieces)
+    torch.testing.assert_close(joined.gram(), gram, rtol=1e-9, atol=1e-9)
+    squares, dots = joined.beside_mean()
+    torch.testing.assert_close(squares, gram.diagonal(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(dots, gram.mean(1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flat(joined.weighted_gradient(weights)), flat(direction), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gram.diagonal(), gradients.squared_norms(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gram @ weights, gradients.dots(direction), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(weights @ gram @ weights, flat(direction).square().sum(), rtol=1e-9, atol=1e-9)

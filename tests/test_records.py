@@ -62,13 +62,30 @@ def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
     assert len(list((tmp_path / "both").glob("rte/tiny/sam/*/result.json"))) == 3
 
 
+@pytest.mark.parametrize("here, after", [([0], [0, 1, 2]), ([0, 1, 2], [2, 1, 0]), ([0, 3], [0, 3])])
+def test_unpacking_brings_the_sweep_that_names_more_runs(tmp_path, here, after):
+    """The committed file of a study that went on replaces the sweep of an earlier one, and no other."""
+    packed, there = tmp_path / "study.zip", tmp_path / "there"
+    a_sweep(tmp_path / "whole", seeds=[0, 1, 2])
+    archive.pack(tmp_path / "whole", "study", packed)
+    a_sweep(there, seeds=here)
+    manifest = there / ".sweeps" / "study.json"
+    if len(here) == len(after):  # in their own order, to tell them from the file's
+        folders = [f"rte/tiny/sam/{seed:016x}" for seed in after]
+        manifest.write_text(json.dumps({"runs": [{"folder": folder} for folder in folders]}))
+    archive.unpack(packed, there)
+    found = [int(run["folder"].rsplit("/", 1)[1], 16) for run in json.loads(manifest.read_bytes())["runs"]]
+    assert found == after
+
+
 def test_unpacking_leaves_alone_what_is_there(tmp_path):
     runs, packed = tmp_path / "runs", tmp_path / "study.zip"
     one, two, three = a_sweep(runs)
     archive.pack(runs, "study", packed)
     (runs / one / "result.json").write_text("mine")
     (runs / two / "result.json").unlink()
-    (runs / ".sweeps" / "study.json").write_text("mine")
+    manifest = runs / ".sweeps" / "study.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": "mine"}))
     before = files(runs)
     assert archive.unpack(packed, runs) == (1, 2)
     after = files(runs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Closure
-from .gradients import dense, whole
+from .gradients import whole
 from .layers import TopLayers
 from .per_example import PerExampleGradients
 from .perturbation import perturbed, total_norm
@@ -103,26 +103,22 @@ class DeltaSAM(SAM):
         self._clean_pass_done()
         losses = torch.cat(pieces)
         _, probe = self._probe(closures, losses)
-        self._look(recorded, pieces, closures, probe)
-        weights = self.weighting(losses, probe)
-        self._report_weights(weights)
-        return losses, _weighted(recorded, weights.split([len(piece) for piece in pieces]), self._rows_suffice())
-
-    def _look(self, recorded: list[PerExampleGradients], pieces: list[Tensor], closures, probe: Probe) -> None:
-        """Fills in the exact fields that the weighting reads."""
+        batch = PerExampleGradients.joined(recorded)
         exact = self.weighting.exact
-        probe.norms = torch.cat([g.squared_norms() for g in recorded]).sqrt()
         if "cosines" in exact:
-            examples = sum(len(piece) for piece in pieces)
-            mean = _weighted(recorded, [torch.full_like(piece, 1 / examples) for piece in pieces], by_rows=True)
-            products = torch.cat([g.dots(mean) for g in recorded])
-            probe.cosines = products / (probe.norms * total_norm(mean)).clamp_min(torch.finfo(products.dtype).tiny)
+            squares, products = batch.beside_mean()
+            probe.norms = squares.sqrt()
+            size = products.mean().clamp_min(0).sqrt()  # ‖g‖² = mean_i g_i·g
+            probe.cosines = products / (probe.norms * size).clamp_min(torch.finfo(products.dtype).tiny)
+        else:
+            probe.norms = batch.squared_norms().sqrt()
         if "gram" in exact:
-            if len(recorded) > 1:
-                raise ValueError("the Gram matrix needs the undivided batch: one closure, not a sequence")
-            probe.gram = recorded[0].gram()
+            probe.gram = batch.gram()
         if "curvature" in exact:
             probe.curvature = torch.cat([self._curvature(closures, k, g) for k, g in enumerate(recorded)])
+        weights = self.weighting(losses, probe)
+        self._report_weights(weights)
+        return losses, batch.weighted_gradient(weights, self._rows_suffice())
 
     def _curvature(self, closures: list[Closure], k: int, gradients: PerExampleGradients) -> Tensor:
         def losses() -> Tensor:
@@ -204,17 +200,6 @@ def rademacher(shape, *, generator: torch.Generator, device: torch.device, dtype
     bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
     signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(dtype)
     return signs.mul_(2).sub_(1).flatten()[:n].view(shape)
-
-
-def _weighted(recorded: list[PerExampleGradients], weights, by_rows: bool) -> list[Tensor]:
-    """Σ over pieces of Σ_i weights[piece][i] g_i; `by_rows`: that of the word embeddings may be sparse."""
-    total = recorded[0].weighted_gradient(weights[0], by_rows=True)
-    for gradients, piece in zip(recorded[1:], weights[1:], strict=True):
-        more = gradients.weighted_gradient(piece, by_rows=True)
-        # Dense where one is: a piece that makes no use of a table has zeros for it.
-        total = [t if t.is_sparse == m.is_sparse else dense(t) for t, m in zip(total, more, strict=True)]
-        torch._foreach_add_(total, more)
-    return whole(total, by_rows)
 
 
 def curvature_along_own_gradients(

@@ -1,6 +1,6 @@
 """Per-example gradients of weight matrices in factored form, never multiplied out: what `per_example` computes with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from .gradients import wide
 
 GHOST_BLOCK = 64  # tokens in a block of a ghost norm
+GRAM_BLOCK = 128  # tokens in a block of a Gram matrix by tokens
 BLOCK = 2**22  # numbers held at a time where forming the gradient itself is cheaper than the ghost norm
 
 
@@ -17,21 +18,27 @@ class OuterProducts(NamedTuple):
 
     right: Tensor  # (B, T, n), the input
     lefts: dict[int, Tensor]  # parameter's position -> (B, T, m), the output gradient
+    start: int = 0  # place of its first example, where the batch was recorded in pieces
+
+    @property
+    def examples(self) -> slice:
+        return slice(self.start, self.start + len(self.right))
 
     def left(self, k: int) -> Tensor:
         return wide(self.lefts[k])
 
-    def blocks(self, k: int) -> Iterator[Tensor]:
-        """The per-example gradients of weight k, some rows at a time: (B, rows, n)."""
-        left, right = self.left(k), wide(self.right)
-        for part in left.split(max(1, BLOCK // (len(right) * right.shape[2])), 2):
-            yield torch.bmm(part.mT, right)
+    def rows(self, k: int, size: int) -> Iterator[Tensor]:
+        """The per-example gradients of weight k, `size` rows at a time: (B, rows · n)."""
+        right = wide(self.right)
+        for part in self.left(k).split(size, 2):
+            yield torch.bmm(part.mT, right).flatten(1)
 
     def squared_norms(self) -> Tensor:
         _, tokens, n = self.right.shape
         m = sum(left.shape[2] for left in self.lefts.values())
         if tokens * (m + n) >= m * n:
-            return sum(block.square().sum((1, 2)) for k in self.lefts for block in self.blocks(k))
+            size = max(1, BLOCK // (len(self.right) * n))
+            return sum(block.square().sum(1) for k in self.lefts for block in self.rows(k, size))
         right, lefts = wide(self.right), [self.left(k) for k in self.lefts]
         total = right.new_zeros(len(right))
         for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
@@ -42,14 +49,6 @@ class OuterProducts(NamedTuple):
             both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
             total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
         return total
-
-    def gram(self, k: int) -> Tensor:
-        left, right = self.left(k), wide(self.right)
-        batch, tokens, m, n = *left.shape, right.shape[2]
-        if batch * tokens**2 * (m + n) >= (batch + tokens) * m * n:
-            return sum(block.flatten(1) @ block.flatten(1).mT for block in self.blocks(k))
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
-        return (left @ left.mT).mul_(right @ right.mT).view(batch, tokens, batch, tokens).sum((1, 3))
 
     def outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """scales_i g_i x_it for weight k: what a Linear's outputs gain when example i's weight moves by scales_i g_i.
@@ -67,19 +66,92 @@ class OuterProducts(NamedTuple):
 
     def minus(self, other: "OuterProducts") -> "OuterProducts":
         lefts = {k: torch.cat([left, -other.lefts[k]], 1) for k, left in self.lefts.items()}
-        return OuterProducts(torch.cat([self.right, other.right], 1), lefts)
+        return OuterProducts(torch.cat([self.right, other.right], 1), lefts, self.start)
 
-    def weighted_sums(self, weights: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def add_to(self, sums: list[Tensor | None], weights: Tensor | None) -> None:
+        """Adds Σ_i weights[i] g_i of each weight k to sums[k]; weights (B,), or None for Σ_i g_i."""
         dtype = next(iter(self.lefts.values())).dtype
-        weights = weights.view(-1, 1, 1)
-        right = self.right.flatten(0, 1).to(dtype)
         # Scale whichever side is the smaller to copy.
-        scale_right = sum(left.shape[2] for left in self.lefts.values()) >= right.shape[1]
-        if scale_right:
-            right = (self.right * weights).flatten(0, 1).to(dtype)
+        scale_right = sum(left.shape[2] for left in self.lefts.values()) >= self.right.shape[2]
+
+        def scaled(x: Tensor, this: bool) -> Tensor:
+            return (x * weights.view(-1, 1, 1) if this and weights is not None else x).flatten(0, 1).to(dtype)
+
+        right = scaled(self.right, scale_right)
         for k, left in self.lefts.items():
-            left = left if scale_right else (left * weights).to(dtype)
-            yield k, left.flatten(0, 1).mT @ right
+            left = scaled(left, not scale_right).mT
+            if sums[k] is None:
+                sums[k] = left @ right
+            elif dtype == sums[k].dtype == wide(sums[k]).dtype:
+                sums[k].addmm_(left, right)
+            else:  # half precision rounds each product, as autograd does, but not their sum
+                sums[k] = wide(sums[k]) + left @ right
+
+
+class Group(NamedTuple):
+    """Weights that share their inputs, over all pieces of a batch."""
+
+    keys: tuple[int, ...]
+    parts: list[OuterProducts]
+
+    @classmethod
+    def all(cls, products: Sequence[OuterProducts]) -> "list[Group]":
+        def grouped(keys_of) -> "list[Group]":
+            found: dict[tuple[int, ...], list[OuterProducts]] = {}
+            for part in products:
+                for keys in keys_of(part):
+                    found.setdefault(keys, []).append(part)
+            return [cls(keys, parts) for keys, parts in found.items()]
+
+        groups = grouped(lambda part: [tuple(part.lefts)])
+        keys = [k for group in groups for k in group.keys]
+        # Where a piece groups them in another way than the next: weight by weight.
+        return groups if len(keys) == len(set(keys)) else grouped(lambda part: [(k,) for k in part.lefts])
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(tokens, m, n) over all parts and keys."""
+        tokens = sum(part.right.shape[0] * part.right.shape[1] for part in self.parts)
+        return tokens, sum(self.parts[0].lefts[k].shape[2] for k in self.keys), self.parts[0].right.shape[2]
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether the products of all tokens, about N²(m + n)/2 of them, cost less than what the mean gradient and
+        its product with each example's do, 2 N m n."""
+        tokens, m, n = self.size
+        return tokens * (m + n) < 4 * m * n
+
+    def gram(self, batch_size: int) -> Tensor:
+        """g_i · g_j: (B, B)."""
+        tokens, m, n = self.size
+        if tokens**2 * (m + n) < 2 * (tokens + batch_size**2) * m * n:
+            return self.gram_by_tokens(batch_size)
+        total = self.parts[0].right.new_zeros(batch_size, batch_size, dtype=wide(self.parts[0].right).dtype)
+        there = torch.cat([torch.arange(batch_size)[part.examples] for part in self.parts]).to(total.device)
+        for k in self.keys:
+            for rows in zip(*(part.rows(k, max(1, BLOCK // (len(there) * n))) for part in self.parts), strict=True):
+                gradients = torch.cat(rows)
+                total[there[:, None], there] += gradients @ gradients.mT
+        return total
+
+    def gram_by_tokens(self, batch_size: int) -> Tensor:
+        """The same from the products of all pairs of tokens, which never forms a gradient."""
+        right = wide(torch.cat([part.right.flatten(0, 1) for part in self.parts]))
+        lefts = [wide(torch.cat([part.lefts[k].flatten(0, 1) for part in self.parts])) for k in self.keys]
+        owner = torch.cat(
+            [torch.arange(batch_size)[part.examples].repeat_interleave(part.right.shape[1]) for part in self.parts]
+        )
+        member = torch.nn.functional.one_hot(owner.to(right.device), batch_size).to(right.dtype)  # (N, B)
+        upper, diagonal = right.new_zeros(2, batch_size, batch_size)
+        for start in range(0, len(right), GRAM_BLOCK):  # symmetric: only blocks on and above the diagonal
+            block = slice(start, start + GRAM_BLOCK)
+            both = lefts[0][block] @ lefts[0][start:].mT
+            for left in lefts[1:]:
+                both.addmm_(left[block], left[start:].mT)
+            both.mul_(right[block] @ right[start:].mT)
+            upper += member[block].mT @ (both @ member[start:])
+            diagonal += member[block].mT @ (both[:, :GRAM_BLOCK] @ member[block])
+        return upper + upper.mT - diagonal
 
 
 class Rows(NamedTuple):
@@ -147,7 +219,9 @@ class Rows(NamedTuple):
         products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in pairs)
         return torch.stack([self.per_example(product) for product in products])
 
-    def weighted_sum(self, weights: Tensor, size: int) -> Tensor:
-        """Σ_i weights[i] g_i, sparse: (size, n)."""
-        values = self.values * weights.to(self.values.dtype)[self.examples, None]
+    def weighted_sum(self, weights: Tensor | None, size: int) -> Tensor:
+        """Σ_i weights[i] g_i, sparse: (size, n); without weights Σ_i g_i."""
+        values = self.values
+        if weights is not None:
+            values = values * weights.to(values.dtype)[self.examples, None]
         return torch.sparse_coo_tensor(self.ids[None], values, (size, values.shape[1]), check_invariants=False)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from .gradients import dense, wide
-from .outer_products import OuterProducts, Rows
+from .gradients import dense, whole, wide
+from .outer_products import Group, OuterProducts, Rows
 
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
@@ -152,21 +152,49 @@ class PerExampleGradients:
         torch.autograd.grad(total, self._anchor, allow_unused=True)
         self._gather()
 
+    @classmethod
+    def joined(cls, pieces: "Sequence[PerExampleGradients]") -> "PerExampleGradients":
+        """Those of a batch whose pieces, in this order, were recorded one by one. They share memory."""
+        if len(pieces) == 1:
+            return pieces[0]
+        whole = pieces[0].like()
+        whole.batch_size = sum(piece.batch_size for piece in pieces)
+        parts: dict[int, list[Rows]] = defaultdict(list)
+        start = 0
+        for piece in pieces:
+            end = start + piece.batch_size
+            for k, vector in piece._vectors.items():
+                if k not in whole._vectors:
+                    whole._vectors[k] = vector.new_zeros(whole.batch_size, vector.shape[1])
+                whole._vectors[k][start:end] = vector
+            whole._products += [products._replace(start=start) for products in piece._products]
+            for k, rows in piece._rows.items():
+                parts[k].append(rows._replace(examples=rows.examples + start))
+            start = end
+        for k, rows in parts.items():
+            examples, ids, values, _ = zip(*rows, strict=True)
+            whole._rows[k] = Rows(torch.cat(examples), torch.cat(ids), torch.cat(values), whole.batch_size)
+        return whole
+
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
         """‖g_i‖² over all counted parameters together: (B,), float32 (float64 for a float64 model)."""
-        total = self._zeros(self.batch_size)
         with _full_precision():
-            if self._vectors:
-                vectors = torch.cat(list(self._vectors.values()), 1)
-                total += torch.linalg.vecdot(vectors, vectors)
-            for products in self._products:
-                total += products.squared_norms()
-            for k, rows in self._rows.items():
-                total += rows.squared_norms()
-                for products in self._products:
-                    if k in products.lefts:  # a tied weight: twice the product of its two parts
-                        total += 2 * rows.gram_with(products.left(k), products.right).diagonal()
+            return self._squared_norms(self._products)
+
+    def _squared_norms(self, of: Sequence[OuterProducts]) -> Tensor:
+        total = self._zeros(self.batch_size)
+        if self._vectors:
+            vectors = torch.cat(list(self._vectors.values()), 1)
+            total += torch.linalg.vecdot(vectors, vectors)
+        for products in of:
+            total[products.examples] += products.squared_norms()
+        for k, rows in self._rows.items():
+            total += rows.squared_norms()
+            for products in of:
+                if k in products.lefts:  # a tied weight: twice the product of its two parts
+                    tied = rows.gram_with(products.left(k), products.right)
+                    total[products.examples] += 2 * tied[:, products.examples].diagonal()
         return total.clamp_(min=0)  # rounding can leave −1e-12 where the gradient is zero
 
     @torch.no_grad()
@@ -175,21 +203,42 @@ class PerExampleGradients:
 
         Costs as much as a forward pass. Along a weighted gradient it equals `gram() @ weights`.
         """
-        total = self._zeros(self.batch_size)
         with _full_precision():
-            for k, vector in self._vectors.items():
+            return self._dots(direction, self._products)
+
+    def _dots(self, direction: Sequence[Tensor | None], of: Sequence[OuterProducts]) -> Tensor:
+        total = self._zeros(self.batch_size)
+        for k, vector in self._vectors.items():
+            if direction[k] is not None:
+                total += vector @ direction[k].flatten().to(vector.dtype)
+        for products in of:
+            right = wide(products.right)
+            for k in products.lefts:
                 if direction[k] is not None:
-                    total += vector @ direction[k].flatten().to(vector.dtype)
-            for products in self._products:
-                right = wide(products.right)
-                for k in products.lefts:
-                    if direction[k] is not None:
-                        outputs = F.linear(right, direction[k].to(right.dtype))
-                        total += outputs.mul_(products.left(k)).sum((1, 2))
-            for k, rows in self._rows.items():
-                if direction[k] is not None:
-                    total += rows.per_example((rows.values * dense(direction[k].index_select(0, rows.ids))).sum(1))
+                    outputs = F.linear(right, dense(direction[k]).to(right.dtype))
+                    total[products.examples] += outputs.mul_(products.left(k)).sum((1, 2))
+        for k, rows in self._rows.items():
+            if direction[k] is not None:
+                total += rows.per_example((rows.values * dense(direction[k].index_select(0, rows.ids))).sum(1))
         return total
+
+    @torch.no_grad()
+    def beside_mean(self) -> tuple[Tensor, Tensor]:
+        """(‖g_i‖², g_i · g), each (B,), with g the mean gradient: `squared_norms()` and `gram().mean(1)`, each weight
+        matrix in the cheaper way: by the products of all its tokens where these are few, else by way of g."""
+        norms, dots = self._zeros(2, self.batch_size)
+        far: list[OuterProducts] = []
+        with _full_precision():
+            for group in Group.all(self._products):
+                if group.few_tokens and not self._rows.keys() & set(group.keys):
+                    gram = group.gram_by_tokens(self.batch_size)
+                    norms += gram.diagonal()
+                    dots += gram.sum(1)
+                else:
+                    far += [part._replace(lefts={k: part.lefts[k] for k in group.keys}) for part in group.parts]
+            norms += self._squared_norms(far)
+            dots += self._dots(self._sums(None, far), far)
+        return norms.clamp_(min=0), dots / self.batch_size
 
     @torch.no_grad()
     def gram(self) -> Tensor:
@@ -198,15 +247,15 @@ class PerExampleGradients:
         with _full_precision():
             for vector in self._vectors.values():
                 total += vector @ vector.mT
-            for products in self._products:
-                for k in products.lefts:
-                    total += products.gram(k)
+            for group in Group.all(self._products):
+                total += group.gram(self.batch_size)
             for k, rows in self._rows.items():
                 total += rows.gram()
                 for products in self._products:
                     if k in products.lefts:
                         tied = rows.gram_with(products.left(k), products.right)
-                        total += tied + tied.mT
+                        total[products.examples] += tied
+                        total[:, products.examples] += tied.mT
         return total
 
     @torch.no_grad()
@@ -216,22 +265,24 @@ class PerExampleGradients:
         `weights` (B,) may be any real numbers. Half-precision products are rounded as autograd's own are. `by_rows`:
         an untied embedding's is sparse.
         """
-        sums: list[Tensor | None] = [None] * len(self.params)
         with _full_precision():
-            for products in self._products:
-                for k, value in products.weighted_sums(weights):
-                    sums[k] = value
-            for k, rows in self._rows.items():
-                value = rows.weighted_sum(weights, len(self.params[k]))
-                sums[k] = value if by_rows and sums[k] is None else dense(value) + (0 if sums[k] is None else sums[k])
-            for k, vector in self._vectors.items():
-                sums[k] = weights.to(vector.dtype) @ vector
+            sums = self._sums(weights, self._products)
         return [
-            torch.zeros_like(p)
-            if value is None
-            else (value.coalesce() if value.is_sparse else value.view_as(p)).to(p.dtype)  # summed before it is rounded
-            for p, value in zip(self.params, sums, strict=True)
+            torch.zeros_like(p) if value is None else (value if value.is_sparse else value.view_as(p)).to(p.dtype)
+            for p, value in zip(self.params, whole(sums, by_rows), strict=True)
         ]
+
+    def _sums(self, weights: Tensor | None, of: Sequence[OuterProducts]) -> list[Tensor | None]:
+        """Σ_i weights[i] g_i as they come, None where unused; without weights Σ_i g_i."""
+        sums: list[Tensor | None] = [None] * len(self.params)
+        for products in of:
+            products.add_to(sums, None if weights is None else weights[products.examples])
+        for k, rows in self._rows.items():
+            value = rows.weighted_sum(weights, len(self.params[k]))
+            sums[k] = value if sums[k] is None else sums[k] + value
+        for k, vector in self._vectors.items():
+            sums[k] = vector.sum(0) if weights is None else weights.to(vector.dtype) @ vector
+        return sums
 
     def like(self) -> "PerExampleGradients":
         """One for another pass of the same model and parameters, with nothing recorded."""
@@ -258,6 +309,8 @@ class PerExampleGradients:
         """
         if self.batch_size is None:
             raise RuntimeError("per-example gradients: call record() and backward() first")
+        if any(products.start for products in self._products):
+            raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
         with self._hooked(partial(self._perturb, scales, products)):

@@ -220,7 +220,7 @@ class Equalised(Weighting):
     """Weights whose perturbation raises every loss by the same share of its own worst rise, as nearly as can be:
     non-negative c with Σ_j ĝ_i·ĝ_j c_j ≈ 1 for all i (least squares, ridge), p_j ∝ c_j/‖g_j‖. [derived]
 
-    Exact Gram matrix: about a backward pass. Needs the undivided batch.
+    Exact Gram matrix: about a backward pass.
     """
 
     exact = ("norms", "gram")

@@ -50,9 +50,9 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
 def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     """Writes the runs of the zip `path` that are not under `runs_dir`, or have no result there and one in the file.
 
-    What is there stays as it is: finished runs, runs that are being worked on, and the manifest. A run's result is
-    written last, so that one that a kill left half written counts as unfinished. Returns (finished runs written,
-    finished runs left alone).
+    What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless the
+    file's names all of its runs and more. A run's result is written last, so that one that a kill left half written
+    counts as unfinished. Returns (finished runs written, finished runs left alone).
 
     Raises:
         UserError: the file is missing or damaged, or the runs cannot be written.
@@ -78,11 +78,20 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
                     write_atomically(there / name, record[name])
         for name, contents in manifest.items():
             (runs_dir / MANIFEST).mkdir(parents=True, exist_ok=True)
-            if not (runs_dir / MANIFEST / name).exists():
-                write_atomically(runs_dir / MANIFEST / name, contents)
+            there = runs_dir / MANIFEST / name
+            if not there.exists() or _planned(there.read_bytes()) < _planned(contents):
+                write_atomically(there, contents)
     except OSError as error:
         raise UserError(f"cannot write {runs_dir}: {error.strerror or error}; set paths.runs=DIR") from None
     return len(written), len(finished - written)
+
+
+def _planned(manifest: bytes) -> set[str]:
+    """The folders of the runs that a sweep's manifest names; none where it cannot be read."""
+    try:
+        return {run["folder"] for run in json.loads(manifest)["runs"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def _zipped(held: dict[str, dict[str, bytes]]) -> bytes:
