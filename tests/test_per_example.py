@@ -322,7 +322,7 @@ def test_products_agree_with_each_other(lengths, weights, seed):
         with pieces[i].record():
             losses = classifier_losses(model, ids[i : i + 1, :length], mask[i : i + 1, :length])
         pieces[i].backward(losses)
-    joined = PerExampleGradients.joined(pieces)
+    joined = PerExampleGradients.joined([PerExampleGradients.joined(pieces[:2]), *pieces[2:]])
     torch.testing.assert_close(joined.gram(), gram, rtol=1e-9, atol=1e-9)
     squares, dots = joined.beside_mean()
     torch.testing.assert_close(squares, gram.diagonal(), rtol=1e-9, atol=1e-12)
@@ -331,6 +331,18 @@ def test_products_agree_with_each_other(lengths, weights, seed):
     torch.testing.assert_close(gram.diagonal(), gradients.squared_norms(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gram @ weights, gradients.dots(direction), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(weights @ gram @ weights, flat(direction).square().sum(), rtol=1e-9, atol=1e-9)
+
+
+def test_pieces_are_perturbed_one_by_one():
+    model = bert()
+    pieces = []
+    for length in (3, 5):
+        pieces.append(PerExampleGradients(model))
+        with pieces[-1].record():
+            losses = classifier_losses(model, *token_batch((length,)))
+        pieces[-1].backward(losses)
+    with pytest.raises(RuntimeError, match="one by one"), PerExampleGradients.joined(pieces).perturbed(torch.ones(2)):
+        pass
 
 
 def test_bfloat16_autocast_keeps_norms_in_float32():

@@ -108,8 +108,10 @@ class DeltaSAM(SAM):
         if "cosines" in exact:
             squares, products = batch.beside_mean()
             probe.norms = squares.sqrt()
-            size = products.mean().clamp_min(0).sqrt()  # ‖g‖² = mean_i g_i·g
-            probe.cosines = products / (probe.norms * size).clamp_min(torch.finfo(products.dtype).tiny)
+            limits = torch.finfo(products.dtype)
+            # ‖g‖² = mean_i g_i·g, where it is more than what rounding leaves of gradients that cancel.
+            size = torch.maximum(products.mean(), limits.eps * squares.mean()).sqrt()
+            probe.cosines = (products / (probe.norms * size).clamp_min(limits.tiny)).clamp(-1, 1)
         else:
             probe.norms = batch.squared_norms().sqrt()
         if "gram" in exact:

@@ -50,6 +50,21 @@ class OuterProducts(NamedTuple):
             total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
         return total
 
+    def dots(self, directions: dict[int, Tensor]) -> Tensor:
+        """g_i · d summed over the weights k of `directions`, k -> d (m, n): (B,)."""
+        right = wide(self.right)
+        lefts = {k: self.left(k).flatten(0, 1) for k in directions}
+        directions = {k: d.to(right.dtype) for k, d in directions.items()}
+        # Multiplied out on the smaller side: a product of its size is left to sum.
+        if sum(left.shape[1] for left in lefts.values()) < right.shape[2]:
+            pairs = [(right.flatten(0, 1) @ directions[k].mT, left) for k, left in lefts.items()]
+        else:
+            back = None
+            for k, left in lefts.items():
+                back = left @ directions[k] if back is None else back.addmm_(left, directions[k])
+            pairs = [(back, right.flatten(0, 1))]
+        return sum(x.mul_(y).view(len(right), -1).sum(1) for x, y in pairs)
+
     def outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """scales_i g_i x_it for weight k: what a Linear's outputs gain when example i's weight moves by scales_i g_i.
 
@@ -68,24 +83,25 @@ class OuterProducts(NamedTuple):
         lefts = {k: torch.cat([left, -other.lefts[k]], 1) for k, left in self.lefts.items()}
         return OuterProducts(torch.cat([self.right, other.right], 1), lefts, self.start)
 
-    def add_to(self, sums: list[Tensor | None], weights: Tensor | None) -> None:
-        """Adds Σ_i weights[i] g_i of each weight k to sums[k]; weights (B,), or None for Σ_i g_i."""
+    def add_to(self, sums: list[Tensor | None], weights: Tensor | float) -> None:
+        """Adds Σ_i weights[i] g_i of each weight k to sums[k]; weights (B,), or one number for all."""
         dtype = next(iter(self.lefts.values())).dtype
-        # Scale whichever side is the smaller to copy.
+        # Scale whichever side is the smaller to copy; one number, neither.
         scale_right = sum(left.shape[2] for left in self.lefts.values()) >= self.right.shape[2]
+        common = 1.0 if isinstance(weights, Tensor) else weights
 
         def scaled(x: Tensor, this: bool) -> Tensor:
-            return (x * weights.view(-1, 1, 1) if this and weights is not None else x).flatten(0, 1).to(dtype)
+            return (x * weights.view(-1, 1, 1) if this and isinstance(weights, Tensor) else x).flatten(0, 1).to(dtype)
 
         right = scaled(self.right, scale_right)
         for k, left in self.lefts.items():
             left = scaled(left, not scale_right).mT
-            if sums[k] is None:
-                sums[k] = left @ right
-            elif dtype == sums[k].dtype == wide(sums[k]).dtype:
-                sums[k].addmm_(left, right)
-            else:  # half precision rounds each product, as autograd does, but not their sum
-                sums[k] = wide(sums[k]) + left @ right
+            if sums[k] is not None and dtype == sums[k].dtype == wide(sums[k]).dtype:
+                sums[k].addmm_(left, right, alpha=common)
+                continue
+            product = torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=common)
+            # Half precision rounds each product, as autograd does, but not their sum.
+            sums[k] = product if sums[k] is None else wide(sums[k]) + product
 
 
 class Group(NamedTuple):
@@ -219,9 +235,9 @@ class Rows(NamedTuple):
         products = ((a @ self.values.mT).mul_(d[:, self.ids]).sum(0) for d, a in pairs)
         return torch.stack([self.per_example(product) for product in products])
 
-    def weighted_sum(self, weights: Tensor | None, size: int) -> Tensor:
-        """Σ_i weights[i] g_i, sparse: (size, n); without weights Σ_i g_i."""
-        values = self.values
-        if weights is not None:
-            values = values * weights.to(values.dtype)[self.examples, None]
+    def weighted_sum(self, weights: Tensor | float, size: int) -> Tensor:
+        """Σ_i weights[i] g_i, sparse: (size, n); one number counts for all examples."""
+        if isinstance(weights, Tensor):
+            weights = weights.to(self.values.dtype)[self.examples, None]
+        values = self.values * weights
         return torch.sparse_coo_tensor(self.ids[None], values, (size, values.shape[1]), check_invariants=False)

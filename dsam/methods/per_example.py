@@ -167,7 +167,7 @@ class PerExampleGradients:
                 if k not in whole._vectors:
                     whole._vectors[k] = vector.new_zeros(whole.batch_size, vector.shape[1])
                 whole._vectors[k][start:end] = vector
-            whole._products += [products._replace(start=start) for products in piece._products]
+            whole._products += [products._replace(start=start + products.start) for products in piece._products]
             for k, rows in piece._rows.items():
                 parts[k].append(rows._replace(examples=rows.examples + start))
             start = end
@@ -212,14 +212,13 @@ class PerExampleGradients:
             if direction[k] is not None:
                 total += vector @ direction[k].flatten().to(vector.dtype)
         for products in of:
-            right = wide(products.right)
-            for k in products.lefts:
-                if direction[k] is not None:
-                    outputs = F.linear(right, dense(direction[k]).to(right.dtype))
-                    total[products.examples] += outputs.mul_(products.left(k)).sum((1, 2))
+            along = {k: dense(direction[k]) for k in products.lefts if direction[k] is not None}
+            if along:
+                total[products.examples] += products.dots(along)
         for k, rows in self._rows.items():
             if direction[k] is not None:
-                total += rows.per_example((rows.values * dense(direction[k].index_select(0, rows.ids))).sum(1))
+                table = direction[k].coalesce() if direction[k].is_sparse else direction[k]
+                total += rows.per_example((rows.values * dense(table.index_select(0, rows.ids))).sum(1))
         return total
 
     @torch.no_grad()
@@ -233,12 +232,12 @@ class PerExampleGradients:
                 if group.few_tokens and not self._rows.keys() & set(group.keys):
                     gram = group.gram_by_tokens(self.batch_size)
                     norms += gram.diagonal()
-                    dots += gram.sum(1)
+                    dots += gram.mean(1)
                 else:
                     far += [part._replace(lefts={k: part.lefts[k] for k in group.keys}) for part in group.parts]
             norms += self._squared_norms(far)
-            dots += self._dots(self._sums(None, far), far)
-        return norms.clamp_(min=0), dots / self.batch_size
+            dots += self._dots(self._sums(1 / self.batch_size, far), far)
+        return norms.clamp_(min=0), dots
 
     @torch.no_grad()
     def gram(self) -> Tensor:
@@ -272,16 +271,16 @@ class PerExampleGradients:
             for p, value in zip(self.params, whole(sums, by_rows), strict=True)
         ]
 
-    def _sums(self, weights: Tensor | None, of: Sequence[OuterProducts]) -> list[Tensor | None]:
-        """Σ_i weights[i] g_i as they come, None where unused; without weights Σ_i g_i."""
+    def _sums(self, weights: Tensor | float, of: Sequence[OuterProducts]) -> list[Tensor | None]:
+        """Σ_i weights[i] g_i as they come, None where unused; one number counts for all examples."""
         sums: list[Tensor | None] = [None] * len(self.params)
         for products in of:
-            products.add_to(sums, None if weights is None else weights[products.examples])
+            products.add_to(sums, weights[products.examples] if isinstance(weights, Tensor) else weights)
         for k, rows in self._rows.items():
             value = rows.weighted_sum(weights, len(self.params[k]))
             sums[k] = value if sums[k] is None else sums[k] + value
         for k, vector in self._vectors.items():
-            sums[k] = vector.sum(0) if weights is None else weights.to(vector.dtype) @ vector
+            sums[k] = weights.to(vector.dtype) @ vector if isinstance(weights, Tensor) else vector.sum(0) * weights
         return sums
 
     def like(self) -> "PerExampleGradients":
@@ -309,7 +308,7 @@ class PerExampleGradients:
         """
         if self.batch_size is None:
             raise RuntimeError("per-example gradients: call record() and backward() first")
-        if any(products.start for products in self._products):
+        if any(len(products.right) != self.batch_size for products in self._products):
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}

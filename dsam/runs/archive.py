@@ -50,9 +50,9 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
 def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     """Writes the runs of the zip `path` that are not under `runs_dir`, or have no result there and one in the file.
 
-    What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless the
-    file's names all of its runs and more. A run's result is written last, so that one that a kill left half written
-    counts as unfinished. Returns (finished runs written, finished runs left alone).
+    What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless it
+    cannot be read or the file's names all of its runs and more. A run's result is written last, so that one that a
+    kill left half written counts as unfinished. Returns (finished runs written, finished runs left alone).
 
     Raises:
         UserError: the file is missing or damaged, or the runs cannot be written.
