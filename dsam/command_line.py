@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from .config import CONF, Config, first_line
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, counted
 
 
 @contextmanager
@@ -207,10 +207,12 @@ def records(arguments: Sequence[str]) -> None:
     runs_dir, path = Path(config.paths.runs), Path(config.paths.records) / f"{name}.zip"
     if what == "pack":
         held, missing = archive.pack(runs_dir, name, path)
-        print(f"{path}: {held} runs, {path.stat().st_size / 1e6:.2f} MB; {missing} of the sweep have no result")
+        print(
+            f"{path}: {counted(held, 'run')}, {path.stat().st_size / 1e6:.2f} MB; {missing} of the sweep have no result"
+        )
     else:
         written, there = archive.unpack(path, runs_dir)
-        print(f"{runs_dir}: {written} runs written from {path}, {there} were there already")
+        print(f"{runs_dir}: {counted(written, 'run')} written from {path}, {there} were there already")
 
 
 def verify(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The ways in which a run stops on purpose, and the nearest-name hint that errors give."""
+"""The ways in which a run stops on purpose, and wording that messages share."""
 
 import argparse
 import difflib
@@ -47,6 +47,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(set(map(str, known)))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def counted(number: int, what: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -81,7 +81,7 @@ def test_an_array_of_packs_and_a_run_that_fails(cluster, tmp_path, paths):
     assert "4 runs: 3 finished, 1 failed. 1 would start." in plan.stdout
     again = command(*arguments, env=cluster)
     assert again.returncode == 0, again.stderr
-    assert "1 runs in 1 jobs" in again.stdout
+    assert "1 run in 1 job" in again.stdout
     assert "4 runs: 4 finished" in again.stdout
 
 
@@ -119,11 +119,11 @@ def test_a_job_short_of_time_asks_to_be_requeued_and_the_same_command_finds_it(c
     waits.send_signal(signal.SIGINT)
     out, err = waits.communicate(timeout=60)
     assert waits.returncode == 130
-    assert "1 runs are in jobs already" in out
+    assert "in jobs already: 1 run" in out
     assert f"the jobs go on: the same command waits for them, `scancel {job}` cancels them" in err
     found = command(*arguments, env=cluster)
     assert found.returncode == 0, found.stderr
-    assert "1 runs: 1 finished" in found.stdout
+    assert "1 run: 1 finished" in found.stdout
     assert len(list(tmp_path.glob("runs/.slurm/*.json"))) == 1  # no second job
 
 

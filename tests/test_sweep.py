@@ -143,7 +143,7 @@ def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths)
     done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env=FAULTS | {"TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "the measurement was killed, probably for want of memory" in done.stdout
-    assert "1 runs: 1 missing. 1 would start." in done.stdout
+    assert "1 run: 1 missing. 1 would start." in done.stdout
 
 
 def test_a_plan_needs_neither_transformers_nor_scikit_learn():
@@ -300,7 +300,7 @@ def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
         assert done.returncode == 2
         assert re.fullmatch(rf"error: {folder} is being worked on by process {os.getpid()} on .*\n", done.stderr)
         plan = command("-m", *QUICK, *paths, "seed=0", "launcher.plan=true")
-        assert "1 runs: 1 running elsewhere" in plan.stdout
+        assert "1 run: 1 running elsewhere" in plan.stdout
 
 
 @pytest.mark.parametrize(

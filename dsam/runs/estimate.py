@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config
+from ..errors import counted
 from . import server
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def total(runs: Sequence["Planned"], workers: int) -> str:
     seconds = sum(r.expected.seconds for r in known)
     # No schedule is shorter than its longest run.
     wall = max(seconds / workers, *(r.expected.seconds for r in known), 0.0)
-    text = f"About {seconds / 3600:.2f} h of training, {duration(wall)} on {workers} worker{'s' * (workers > 1)}"
+    text = f"About {seconds / 3600:.2f} h of training, {duration(wall)} on {counted(workers, 'worker')}"
     missing = len(todo) - len(known)
-    return text + (f"; {missing} runs of unknown length not counted (launcher.measure=true)." if missing else ".")
+    return text + (
+        f"; {counted(missing, 'run')} of unknown length not counted (launcher.measure=true)." if missing else "."
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..config import CONF, first_line
-from ..errors import Parser, UserError, did_you_mean
+from ..errors import Parser, UserError, counted, did_you_mean
 from ..overrides import check, compose_config
 from .record import Record, write_atomically
 from .tracking import Mirror, connect
@@ -66,12 +66,15 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{start} {len(run.lines)} lines {'to ' + str(written) if written else 'uploaded'}", flush=True)
             done += 1
         except Unreachable as error:
-            print(f"error: W&B at {server}: {error}; {done} runs uploaded, the same command goes on", file=sys.stderr)
+            print(
+                f"error: W&B at {server}: {error}; {counted(done, 'run')} uploaded, the same command goes on",
+                file=sys.stderr,
+            )
             raise SystemExit(1) from None
         except Damaged as error:
             failed.append(f"failed: {folder}: {error}")
             print(f"{start} failed", flush=True)
-    print(f"{len(folders)} runs: {done} exported, {same} unchanged, {len(failed)} failed")
+    print(f"{counted(len(folders), 'run')}: {done} exported, {same} unchanged, {len(failed)} failed")
     for reason in failed:
         print(reason, file=sys.stderr)
     if failed:

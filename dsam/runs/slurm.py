@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, Launcher, first_line
-from ..errors import UserError
+from ..errors import UserError, counted
 from . import estimate, sweep
 from .display import Display
 from .lease import path_in
@@ -60,7 +60,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     left = sweep.unfinished(runs)
     new = [r for r in left if r.identity.id not in jobs]
     if len(new) < len(left):
-        print(f"{len(left) - len(new)} runs are in jobs already")
+        print(f"in jobs already: {counted(len(left) - len(new), 'run')}")
     if new:
         jobs |= submit(new, launcher, folder)
     jobs = {r.identity.id: jobs[r.identity.id] for r in left}
@@ -112,7 +112,7 @@ def submit(runs: list[Planned], launcher: Launcher, folder: Path) -> dict[str, s
     array = jobs[0].job_id.split("_")[0]
     contents = {job.job_id: [r.identity.id for r in pack] for job, pack in zip(jobs, packs, strict=True)}
     write_atomically(folder / f"{array}.json", json.dumps(contents, indent=1))
-    print(f"{len(runs)} runs in {len(packs)} jobs: Slurm array {array}, logs in {folder}")
+    print(f"{counted(len(runs), 'run')} in {counted(len(packs), 'job')}: Slurm array {array}, logs in {folder}")
     return {run: job for job, ids in contents.items() for run in ids}
 
 

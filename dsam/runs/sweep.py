@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, Launcher
-from ..errors import Stopped, UserError
+from ..errors import Stopped, UserError, counted
 from . import estimate, lease, server
 from .display import STATUSES, Display, counts
 from .estimate import Expected
@@ -103,7 +103,8 @@ def show_plan(runs: list[Planned], workers: int) -> None:
         cells = (c.task.name, c.model.name, c.optimizer.name, str(c.seed), STATUSES[r.status], time_, memory, e.source)
         table.add_row(*cells, str(r.identity.folder))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    print(f"{len(runs)} runs: {counts(runs)}. {sum(r.status in ('missing', 'failed') for r in runs)} would start.")
+    starting = sum(r.status in ("missing", "failed") for r in runs)
+    print(f"{counted(len(runs), 'run')}: {counts(runs)}. {starting} would start.")
     if line := estimate.total(runs, workers):
         print(line)
 
@@ -200,12 +201,12 @@ def work(
     `run_all` is this module's or Slurm's; the latter, with launcher.wait=false, returns before the runs are done.
     """
     launcher, before = runs[0].config.launcher, plan(parents([r.config for r in runs]))
-    print(f"{len(runs)} runs: {counts(runs)}")
+    print(f"{counted(len(runs), 'run')}: {counts(runs)}")
     preflight(unfinished([*before, *runs]))
     write_manifest(runs, name, command, chosen)
     failed = []
     if unfinished(before):
-        print(f"they start from {len(before)} others: {counts(before)}; those first")
+        print(f"first {counted(len(before), 'other run')} that they start from: {counts(before)}")
         failed = run_all(before, launcher)
         if unfinished(before) and not failed:  # launcher.wait=false
             print("the same command submits the runs that start from them, once those are finished")
@@ -213,7 +214,7 @@ def work(
     lost = orphans(runs, before)
     able = [r for r in runs if r not in lost]
     failed += lost + (run_all(able, launcher) if able else [])
-    print(f"{len(runs)} runs: {counts(runs)}")
+    print(f"{counted(len(runs), 'run')}: {counts(runs)}")
     return failed
 
 
