@@ -121,7 +121,7 @@ def test_a_sweep_does_parents_first_and_each_once(tmp_path, paths):
     arguments = ["-m", *FAST, "task=agreement,similarity", "optimizer=adamw,sam", "initialise_from=entailment"]
     done = command(*arguments, "launcher.workers=2", *paths)
     assert done.returncode == 0, done.stderr
-    assert "they start from 2 others" in done.stdout
+    assert "first 2 other runs that they start from" in done.stdout
     folders = sorted(p.parent.relative_to(tmp_path / "runs") for p in tmp_path.glob("runs/*/*/*/*/result.json"))
     assert [f.parts[0] for f in folders] == ["agreement"] * 2 + ["entailment"] * 2 + ["similarity"] * 2
     assert len(json.loads((tmp_path / "runs/.sweeps/sweep.json").read_text())["runs"]) == 4
