@@ -155,8 +155,8 @@ class Gibbs(Weighting):
 
 class Gap(Weighting):
     """p_i ∝ ρ‖g_i‖ − g_i·ε, ε = ρ g/‖g‖ with g the mean gradient: how far, to first order, SAM's perturbation falls
-    short of the example's own. [derived] from "unguarded instances are up-weighted". Exact norms and one product with
-    the mean gradient: 0.8 to 0.9 of a training pass more than SAM (results/benchmark.md)."""
+    short of the example's own. [derived] from "unguarded instances are up-weighted". Exact norms and products
+    with the mean gradient: 0.4 to 0.55 of a training pass more than SAM (results/benchmark.md)."""
 
     exact = ("norms", "cosines")
 
