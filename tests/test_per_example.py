@@ -106,8 +106,8 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
     ]
     beside_mean = []
     for few_tokens in (False, True):
-        with patch.object(outer_products.Group, "few_tokens", few_tokens):
-            beside_mean += [gradients.beside_mean(), pieces.beside_mean()]
+        with patch.object(outer_products.WeightGroup, "few_tokens", few_tokens):
+            beside_mean += [gradients.squared_norms_and_mean_dots(), pieces.squared_norms_and_mean_dots()]
 
     scales = 0.02 / got[0].sqrt().clamp_min(1e-3) * torch.linspace(0.5, 1.5, size, dtype=losses.dtype)
     moved = PerExampleGradients(model, params)
@@ -324,7 +324,7 @@ def test_products_agree_with_each_other(lengths, weights, seed):
         pieces[i].backward(losses)
     joined = PerExampleGradients.joined([PerExampleGradients.joined(pieces[:2]), *pieces[2:]])
     torch.testing.assert_close(joined.gram(), gram, rtol=1e-9, atol=1e-9)
-    squares, dots = joined.beside_mean()
+    squares, dots = joined.squared_norms_and_mean_dots()
     torch.testing.assert_close(squares, gram.diagonal(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(dots, gram.mean(1), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(flat(joined.weighted_gradient(weights)), flat(direction), rtol=1e-9, atol=1e-9)

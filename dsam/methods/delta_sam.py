@@ -106,7 +106,7 @@ class DeltaSAM(SAM):
         batch = PerExampleGradients.joined(recorded)
         exact = self.weighting.exact
         if "cosines" in exact:
-            squares, products = batch.beside_mean()
+            squares, products = batch.squared_norms_and_mean_dots()
             probe.norms = squares.sqrt()
             limits = torch.finfo(products.dtype)
             # ‖g‖² = mean_i g_i·g, where it is more than what rounding leaves of gradients that cancel.

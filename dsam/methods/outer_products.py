@@ -104,15 +104,15 @@ class OuterProducts(NamedTuple):
             sums[k] = product if sums[k] is None else wide(sums[k]) + product
 
 
-class Group(NamedTuple):
+class WeightGroup(NamedTuple):
     """Weights that share their inputs, over all pieces of a batch."""
 
     keys: tuple[int, ...]
     parts: list[OuterProducts]
 
     @classmethod
-    def all(cls, products: Sequence[OuterProducts]) -> "list[Group]":
-        def grouped(keys_of) -> "list[Group]":
+    def of(cls, products: Sequence[OuterProducts]) -> "list[WeightGroup]":
+        def grouped(keys_of) -> "list[WeightGroup]":
             found: dict[tuple[int, ...], list[OuterProducts]] = {}
             for part in products:
                 for keys in keys_of(part):

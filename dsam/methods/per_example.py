@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .gradients import dense, whole, wide
-from .outer_products import Group, OuterProducts, Rows
+from .outer_products import OuterProducts, Rows, WeightGroup
 
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
@@ -222,13 +222,13 @@ class PerExampleGradients:
         return total
 
     @torch.no_grad()
-    def beside_mean(self) -> tuple[Tensor, Tensor]:
+    def squared_norms_and_mean_dots(self) -> tuple[Tensor, Tensor]:
         """(‖g_i‖², g_i · g), each (B,), with g the mean gradient: `squared_norms()` and `gram().mean(1)`, each weight
         matrix in the cheaper way: by the products of all its tokens where these are few, else by way of g."""
         norms, dots = self._zeros(2, self.batch_size)
         far: list[OuterProducts] = []
         with _full_precision():
-            for group in Group.all(self._products):
+            for group in WeightGroup.of(self._products):
                 if group.few_tokens and not self._rows.keys() & set(group.keys):
                     gram = group.gram_by_tokens(self.batch_size)
                     norms += gram.diagonal()
@@ -246,7 +246,7 @@ class PerExampleGradients:
         with _full_precision():
             for vector in self._vectors.values():
                 total += vector @ vector.mT
-            for group in Group.all(self._products):
+            for group in WeightGroup.of(self._products):
                 total += group.gram(self.batch_size)
             for k, rows in self._rows.items():
                 total += rows.gram()
