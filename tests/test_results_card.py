@@ -110,5 +110,5 @@ def test_facts_that_differ_show_how_many_runs_had_each(tmp_path):
     path.write_text(json.dumps(PROVENANCE | {"threads": 4}))
     frame = collect(tmp_path / "runs", "few")
     report.write_tables(tables.build(frame), frame, "few", tmp_path / "runs", tmp_path / "tables")
-    assert "threads: 2 (2 runs); 4 (1 runs)" in (tmp_path / "tables" / "README.md").read_text(encoding="utf-8")
+    assert "threads: 2 (2 runs); 4 (1 run)" in (tmp_path / "tables" / "README.md").read_text(encoding="utf-8")
     assert pd.read_csv(tmp_path / "tables" / "cells.csv")["score"].tolist() == [0.7, 0.8, 0.9]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from dsam.errors import counted
 from dsam.glue.hub import DATASET
 from dsam.glue.tasks import TASKS
 from dsam.results import rendering
@@ -161,9 +162,9 @@ def _limits(frame, which, official, made_up) -> list[str]:
         lines.append("Scores are on the development sets of GLUE, not on its test sets.")
     for limit in ("max_steps", "max_train_examples"):
         if (short := frame.get(PREFIX + limit, pd.Series(dtype=object)).dropna()).size:
-            lines.append(f"{len(short)} runs were cut short by train.{limit}.")
+            lines.append(f"{counted(len(short), 'run')} cut short by train.{limit}.")
     seeds = frame["seed"].nunique()
-    lines.append(f"{seeds} seed{'s' if seeds > 1 else ''} a cell at most: small differences may be chance.")
+    lines.append(f"{counted(seeds, 'seed')} a cell at most: small differences may be chance.")
     if frame.get(f"{PREFIX}method", pd.Series(dtype=object)).eq("delta_sam").any():
         lines.append(RECONSTRUCTION)
     if (lost := frame[frame["status"] != "finished"]).size:
@@ -189,7 +190,7 @@ def _results(runs: pd.DataFrame, columns: list[str], which: str, official: list[
                     {"task": {"type": "text-classification", "name": task}, "dataset": {"name": name} | config,
                      "metrics": []},
                 )  # fmt: skip
-                told = f"{metric}, {epoch}, mean of {len(values)} run{'s' if len(values) > 1 else ''}"
+                told = f"{metric}, {epoch}, mean of {counted(len(values), 'run')}"
                 entry["metrics"].append({"type": _hub_metric(metric), "value": float(values.mean()), "name": told})
     return list(results.values())
 

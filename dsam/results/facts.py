@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from dsam.errors import counted
+
 DONE = ["finished", "diverged"]
 
 
@@ -38,7 +40,7 @@ class Facts:
         counts = self.values.get(name, Counter())
         if len(counts) == 1 and counts.total() == self.runs:
             return next(iter(counts))
-        shown = [f"{value} ({count} runs)" for value, count in counts.most_common(most)]
+        shown = [f"{value} ({counted(count, 'run')})" for value, count in counts.most_common(most)]
         more = [f"{len(counts) - most} more"] if len(counts) > most else []
         return "; ".join(shown + more) or "not recorded"
 
