@@ -127,7 +127,12 @@ def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
                 plan(task, "tiny", "sam", seed),
                 train=cost | {"seconds_per_step": 2 * seconds, "passes_per_step": 2},
             )
-    table = tables.build(collect(tmp_path)).cost
+    built = tables.build(collect(tmp_path))
+    seconds = built.per_task.values.set_index(["task", "method"])["seconds_per_step"]
+    assert seconds.to_dict() == pytest.approx(
+        {("rte", "adamw"): 0.1, ("rte", "sam"): 0.2, ("mrpc", "adamw"): 1.0, ("mrpc", "sam"): 2.0}
+    )
+    table = built.cost
     sam = table.values.set_index("method").loc["sam"]
     assert sam["seconds_per_step"] == pytest.approx(1.1) and sam["time_ratio"] == pytest.approx(2)
     assert sam["passes_per_step"] == 2 and sam["hours"] == 6

@@ -6,6 +6,7 @@ from dsam.results.formatting import number
 from dsam.results.rendering import Table
 from dsam.results.statistics import baseline_label, methods
 
+SECONDS_NOTE = "Seconds compare only between runs of one machine that had it to themselves: see the provenance."
 FIGURES = ["train.seconds_per_step", "train.passes_per_step", "train.peak_memory_bytes", "train.passes"]
 
 
@@ -56,6 +57,6 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     notes = [
         "Finished runs only: median over seeds, then mean over the tasks that all methods of a model finished. "
         "One pass is a forward and backward over the batch; compute is passes per step × steps.",
-        "Seconds compare only between runs of one machine that had it to themselves: see the provenance.",
+        SECONDS_NOTE,
     ]
     return Table("cost", "What the methods cost", notes, values, text).without_single_model()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dsam.results import rendering
-from dsam.results.cost import cost_table
+from dsam.results.cost import SECONDS_NOTE, cost_table
 from dsam.results.formatting import DASH, interval, percent, score_cell
 from dsam.results.formatting import number as formatted
 from dsam.results.published import beside_published
@@ -181,9 +181,12 @@ def _marks_note(seeds: int) -> str:
 
 
 def _per_task(frame, summary, which) -> Table:
+    key = ["model", "task", "method_label"]
     further = [name for name in frame.columns if name.startswith(f"{which}.")]
-    means = scored(frame, which).groupby(["model", "task", "method_label"])[further].mean()
-    values = summary.join(means.add_suffix(" mean"), on=["model", "task", "method_label"])
+    means = scored(frame, which).groupby(key)[further].mean()
+    # Per task: the cost table's mean over tasks hides that one task's sentences are three times another's.
+    seconds = frame[frame["status"] == "finished"].groupby(key)["train.seconds_per_step"].median()
+    values = summary.join(means.add_suffix(" mean"), on=key).join(seconds.rename("seconds_per_step"), on=key)
     values = values.rename(columns={"method_label": "method"})
     measures = {name: f"{name} mean" for name in further}
     text = pd.DataFrame(
@@ -196,6 +199,7 @@ def _per_task(frame, summary, which) -> Table:
             "median": values["median"].map(percent),
             "range": values["min"].map(percent) + " to " + values["max"].map(percent),
             "majority": values["majority"].map(percent),
+            "seconds per step": values["seconds_per_step"].map(lambda value: formatted(value, "seconds")),
             "all metrics": [
                 ", ".join(
                     f"{name.removeprefix(f'{which}.')} {percent(row[column])}"
@@ -207,8 +211,9 @@ def _per_task(frame, summary, which) -> Table:
             ],
         }
     )
-    caption = f"Each task ({which} epoch), ×100"
-    return Table("per_task", caption, [selection_note(frame, which)], values, text).without_single_model()
+    caption = f"Each task ({which} epoch): scores ×100"
+    notes = [selection_note(frame, which), f"Seconds per step: median over the finished runs. {SECONDS_NOTE}"]
+    return Table("per_task", caption, notes, values, text).without_single_model()
 
 
 def _equal_compute(frame, which, baseline) -> Table | None:
