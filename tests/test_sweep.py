@@ -10,13 +10,14 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, command
 
 from dsam.config import Launcher
 from dsam.errors import Stopped, UserError
-from dsam.runs import server
+from dsam.runs import display, server
 
 FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
 QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
@@ -326,3 +327,38 @@ def test_launcher_settings_that_cannot_be_meant(setting, paths):
 def test_durations_are_taken_by_a_clock_that_does_not_jump():
     for source in (ROOT / "dsam").rglob("*.py"):
         assert "time.time(" not in source.read_text(), source
+
+
+def test_the_time_left_counts_what_running_runs_have_behind_them(monkeypatch, capsys):
+    """Four runs of 40 s, two of 20 s, two slots. A failed one, or one that ended elsewhere, has no pace."""
+    clock = 1000.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock)
+    record = SimpleNamespace(result=lambda: None)
+    runs = [
+        SimpleNamespace(cost=cost, status="missing", started=0.0, seconds=0.0, title="", reason="", record=record)
+        for cost in (2, 2, 2, 2, 1, 1)
+    ]
+    shown = display.Display(runs)
+
+    def start(*some):
+        for r in some:
+            r.status, r.started = "running", clock
+        shown.show()
+
+    def end(r, status, seconds):
+        r.status, r.seconds = status, seconds
+        shown.ended(r)
+        return capsys.readouterr().err.strip().rsplit("; ", 1)[-1]
+
+    start(runs[0], runs[1])
+    clock += 40
+    assert end(runs[0], "finished", 40) == "about 60 s left"  # 40 + 40 + 20 + 20 on two; 1 is about to end
+    assert end(runs[1], "finished", 40) == "about 60 s left"
+    start(runs[2], runs[3])
+    clock += 10
+    assert end(runs[2], "failed", 10) == "about 35 s left"  # 30 of 3, 20 + 20
+    start(runs[4])
+    clock += 4
+    assert end(runs[5], "finished", 0) == "about 26 s left"  # 3 alone has that before it
+    clock += 30  # slower than those before: 114 s for 5 units, and 3 has 44 s of its two behind it
+    assert end(runs[4], "finished", 34) == "about 2 s left"

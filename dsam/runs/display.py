@@ -28,9 +28,9 @@ class Display:
     def __init__(self, runs: Sequence["Planned"]):
         self.runs, self.done = runs, 0
         self.todo = sum(r.status not in ("finished", "diverged") for r in runs)
-        self.work = 0.0  # of the ended runs, in the unit of `weight`
+        self.work = self.took = 0.0  # of the runs that ended well: in the unit of `weight`, and in seconds
+        self.slots = 1  # runs at once, as seen so far
         self.console = Console(stderr=True)
-        self.begin: float | None = None  # when the first run started: what the imports take is paid once
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -43,14 +43,19 @@ class Display:
             self.live.stop()
 
     def left(self) -> str:
-        if not self.done or self.begin is None:
+        if not self.work:
             return "time left: unknown until a run has ended"
-        left = sum(weight(r) for r in self.runs if r.status in ("missing", "running", "elsewhere"))
-        return f"about {duration((time.monotonic() - self.begin) / self.work * left)} left"
+        pace, now = self.took / self.work, time.monotonic()
+        left = [
+            max(0.0, pace * weight(r) - (now - r.started if r.status == "running" else 0.0))
+            for r in self.runs
+            if r.status in ("missing", "running", "elsewhere")
+        ]
+        # No schedule is shorter than its longest run.
+        return f"about {duration(max(sum(left) / self.slots, *left, 0.0))} left"
 
     def show(self) -> None:
-        if self.begin is None and any(r.status == "running" for r in self.runs):
-            self.begin = time.monotonic()
+        self.slots = max(self.slots, sum(r.status == "running" for r in self.runs))
         if self.live:
             table = Table("running", "for", box=None, title=f"{counts(self.runs)}; {self.left()}", title_justify="left")
             for r in self.runs:
@@ -60,7 +65,8 @@ class Display:
 
     def ended(self, r: "Planned") -> None:
         self.done += 1
-        self.work += weight(r)
+        if r.status in ("finished", "diverged") and r.seconds:  # not one that ended elsewhere
+            self.work, self.took = self.work + weight(r), self.took + r.seconds
         line = f"[{self.done}/{self.todo}] {r.status}: {r.title} in {r.seconds:.1f} s"
         if r.status == "failed":
             line += f": {r.reason}"
