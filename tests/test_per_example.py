@@ -104,10 +104,10 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
         pieces.dots(direction),
         flat(pieces.weighted_gradient(weights)),
     ]
-    beside_mean = []
+    norms_and_dots = []
     for few_tokens in (False, True):
         with patch.object(outer_products.WeightGroup, "few_tokens", few_tokens):
-            beside_mean += [gradients.squared_norms_and_mean_dots(), pieces.squared_norms_and_mean_dots()]
+            norms_and_dots += [gradients.squared_norms_and_mean_dots(), pieces.squared_norms_and_mean_dots()]
 
     scales = 0.02 / got[0].sqrt().clamp_min(1e-3) * torch.linspace(0.5, 1.5, size, dtype=losses.dtype)
     moved = PerExampleGradients(model, params)
@@ -155,7 +155,7 @@ def assert_equals_single_passes(model, losses_of, batch, tolerance=1e-5, params=
     for found in (got, got_joined):
         for mine, theirs in zip(found, expected, strict=True):
             assert_near(mine.double(), theirs, tolerance)
-    for squares, dots in beside_mean:
+    for squares, dots in norms_and_dots:
         assert_near(squares.double(), expected[0], tolerance)
         assert_near(dots.double(), expected[1].mean(1), tolerance)
 
