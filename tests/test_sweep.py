@@ -206,6 +206,33 @@ def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_they_leave_checkpoint
     assert not list((tmp_path / "runs").glob("**/lease.json"))
 
 
+def test_a_signal_to_the_whole_group_stops_a_sweep_and_fails_no_run(tmp_path, paths):
+    """As `timeout` and schedulers send it: the process that runs are forked from goes, too, and nobody knows how the
+    runs ended."""
+    arguments = ["task=agreement", "tracking=disabled", "train.epochs=500", *paths, "seed=0,1", "launcher.workers=2"]
+    logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
+    sweep = begun(*arguments, until=logs)
+    os.killpg(sweep.pid, signal.SIGTERM)
+    _, stderr = sweep.communicate(timeout=60)
+    assert sweep.returncode == 143 and "failed" not in stderr, stderr
+    assert stderr.endswith("stopped; the same command goes on\n")
+    assert_ends(sweep)
+    assert len(list((tmp_path / "runs").glob("**/checkpoint/*"))) >= 2
+    assert not list((tmp_path / "runs").glob("**/failure.json"))
+
+
+def test_when_the_process_that_runs_are_forked_from_is_killed_they_go_on_from_another(tmp_path, paths):
+    arguments = ["task=agreement", "tracking=disabled", "train.epochs=60", *paths, "seed=0,1", "launcher.workers=2"]
+    logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
+    sweep = begun(*arguments, until=logs)
+    run = json.loads(next((tmp_path / "runs").glob("**/provenance.json")).read_text())["pid"]
+    forked_from = int(Path(f"/proc/{run}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(forked_from, signal.SIGKILL)
+    stdout, stderr = sweep.communicate(timeout=240)
+    assert sweep.returncode == 0, stderr
+    assert "2 runs: 2 finished" in stdout
+
+
 def test_what_a_process_of_the_server_raises_comes_back():
     assert server.call(divmod, 7, 3) == (2, 1)
     with pytest.raises(UserError, match="^no such thing"):
@@ -330,12 +357,12 @@ def test_durations_are_taken_by_a_clock_that_does_not_jump():
 
 
 def test_the_time_left_counts_what_running_runs_have_behind_them(monkeypatch, capsys):
-    """Four runs of 40 s, two of 20 s, two slots. A failed one, or one that ended elsewhere, has no pace."""
+    """Four runs of 40 s, two of 20 s, two slots. A failed one, or one that ended elsewhere, has no pace; of one that
+    went on from a checkpoint all of it counts."""
     clock = 1000.0
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)
-    record = SimpleNamespace(result=lambda: None)
     runs = [
-        SimpleNamespace(cost=cost, status="missing", started=0.0, seconds=0.0, title="", reason="", record=record)
+        SimpleNamespace(cost=cost, status="missing", started=0.0, seconds=0.0, title="", reason="")
         for cost in (2, 2, 2, 2, 1, 1)
     ]
     shown = display.Display(runs)
@@ -345,15 +372,17 @@ def test_the_time_left_counts_what_running_runs_have_behind_them(monkeypatch, ca
             r.status, r.started = "running", clock
         shown.show()
 
-    def end(r, status, seconds):
+    def end(r, status, seconds, trained=0):
         r.status, r.seconds = status, seconds
+        result = {"best": None, "train": {"seconds": trained}} if status == "finished" else None
+        r.record = SimpleNamespace(result=lambda: result)
         shown.ended(r)
         return capsys.readouterr().err.strip().rsplit("; ", 1)[-1]
 
     start(runs[0], runs[1])
     clock += 40
     assert end(runs[0], "finished", 40) == "about 60 s left"  # 40 + 40 + 20 + 20 on two; 1 is about to end
-    assert end(runs[1], "finished", 40) == "about 60 s left"
+    assert end(runs[1], "finished", 10, trained=40) == "about 60 s left"
     start(runs[2], runs[3])
     clock += 10
     assert end(runs[2], "failed", 10) == "about 35 s left"  # 30 of 3, 20 + 20

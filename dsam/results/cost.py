@@ -6,37 +6,46 @@ from dsam.results.formatting import number
 from dsam.results.rendering import Table
 from dsam.results.statistics import baseline_label, methods
 
-SECONDS_NOTE = "Seconds compare only between runs of one machine that had it to themselves: see the provenance."
-FIGURES = ["train.seconds_per_step", "train.passes_per_step", "train.peak_memory_bytes", "train.passes"]
+SECONDS_NOTE = (
+    "Seconds per step: the least over the seeds, since what else a machine does can only add to them. They compare "
+    "only between runs of one machine, as many at once, where each method had an undisturbed one: see the provenance."
+)
+FIGURES = {
+    "train.seconds_per_step": "min",
+    "train.passes_per_step": "median",
+    "train.peak_memory_bytes": "median",
+    "train.passes": "median",
+}
 
 
 def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     """Seconds, forward-backward passes and peak memory per step of the finished runs, and ratios to `baseline`.
 
-    A task's figure is the median over its runs; a method's is the mean over the tasks that all of the model's
-    methods finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes of a run,
-    so that twice the steps cost as much as two passes per step, over the tasks that it shares with the baseline.
+    A task's figure is the median over its runs, of seconds the least; a method's is the mean over the tasks that all of
+    the model's methods finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes
+    of a run, so that twice the steps cost as much as two passes per step, over the tasks that it shares with the
+    baseline.
     """
     finished = frame[frame["status"] == "finished"]
     finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
     values = []
     for model, runs in finished.groupby("model", sort=False):
         labels = methods(runs, baseline)
-        medians = runs.groupby(["method_label", "task"])[FIGURES].median()
-        tasks = set.intersection(*(set(medians.loc[label].index) for label in labels))
+        per_task = runs.groupby(["method_label", "task"]).agg(FIGURES)
+        tasks = set.intersection(*(set(per_task.loc[label].index) for label in labels))
         reference = baseline_label(labels, baseline)
         for label in labels:
             row = {"model": model, "method": label, "tasks": ", ".join(sorted(tasks))}
             row["hours"] = runs.loc[runs["method_label"] == label, "train.seconds"].sum(min_count=1) / 3600
-            common = medians.loc[label][medians.loc[label].index.isin(tasks)]
+            common = per_task.loc[label][per_task.loc[label].index.isin(tasks)]
             row |= common.mean().rename(lambda name: name.removeprefix("train.")).to_dict()
             for name, figures in (
                 ("time_ratio", common["train.seconds_per_step"]),
                 ("memory_ratio", common["train.peak_memory_bytes"]),
-                ("compute_ratio", medians.loc[label]["train.passes"]),
+                ("compute_ratio", per_task.loc[label]["train.passes"]),
             ):
                 # A task that only one of the two has drops out.
-                row[name] = (figures / medians.loc[reference][figures.name]).mean() if reference else float("nan")
+                row[name] = (figures / per_task.loc[reference][figures.name]).mean() if reference else float("nan")
             values.append(row)
     columns = ["model", "method", "seconds_per_step", "time_ratio", "passes_per_step", "compute_ratio",
                "peak_memory_bytes", "memory_ratio", "hours", "tasks"]  # fmt: skip
@@ -55,8 +64,8 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
         }
     )
     notes = [
-        "Finished runs only: median over seeds, then mean over the tasks that all methods of a model finished. "
-        "One pass is a forward and backward over the batch; compute is passes per step × steps.",
+        "Finished runs only: median over seeds (of seconds the least), then mean over the tasks that all methods of a "
+        "model finished. One pass is a forward and backward over the batch; compute is passes per step × steps.",
         SECONDS_NOTE,
     ]
     return Table("cost", "What the methods cost", notes, values, text).without_single_model()

@@ -18,7 +18,7 @@ def number(value: float, kind: str = "") -> str:
         return DASH
     if kind == "p":
         return "<0.0001" if value < 1e-4 else f"{value:.4f}"
-    return f"{value:.3g}" if kind == "seconds" and value < 100 else f"{value:.2f}"
+    return f"{value:#.3g}" if kind == "seconds" and value < 99.95 else f"{value:.2f}"
 
 
 def interval(row: pd.Series) -> str:

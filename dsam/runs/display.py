@@ -65,12 +65,14 @@ class Display:
 
     def ended(self, r: "Planned") -> None:
         self.done += 1
-        if r.status in ("finished", "diverged") and r.seconds:  # not one that ended elsewhere
-            self.work, self.took = self.work + weight(r), self.took + r.seconds
+        result = r.record.result()
+        if result and r.seconds:  # not one that ended elsewhere
+            # One that went on from a checkpoint trained for longer than it ran here.
+            self.work, self.took = self.work + weight(r), self.took + max(r.seconds, result["train"]["seconds"])
         line = f"[{self.done}/{self.todo}] {r.status}: {r.title} in {r.seconds:.1f} s"
         if r.status == "failed":
             line += f": {r.reason}"
-        elif (result := r.record.result()) and result["best"]:
+        elif result and result["best"]:
             line += f": {result['metric']} {result['best']['score']:.4f}"
         self.note(line if self.live else f"{line}; {self.left()}")
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 
+GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
 PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
 
 

@@ -253,6 +253,8 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 free.append(one.slot)
                 r = one.run
                 one.process.join()
+                if stop.signum:  # it may have reached the whole group, and this run before it was asked
+                    one.stop("")
                 _conclude(one)
                 if r.status == "elsewhere":
                     elsewhere.append(r)
@@ -327,13 +329,15 @@ def _conclude(one: _Running) -> None:
     elif one.asked is not None and not one.why:  # with the whole sweep; its checkpoint is there
         r.status = "missing"
     else:
-        killed = not one.why and code is not None and (code < 0 or code == 128 + signal.SIGTERM)
+        killed = not one.why and code is not None and (code < 0 or code in (128 + signal.SIGTERM, server.GONE))
         r.status, r.reason = "killed" if killed else "failed", one.why or describe_exit(code)
         with contextlib.suppress(OSError):
             r.record.write("failure.json", {"reason": r.reason, "log": str(r.identity.folder / "log.txt")})
 
 
 def describe_exit(code: int | None) -> str:
+    if code == server.GONE:
+        return "killed with the process that it was forked from; out of memory?"
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"killed by signal {-code} ({name})" + ("; out of memory?" if name == "SIGKILL" else "")
