@@ -18,20 +18,25 @@ FIGURES = {
 }
 
 
+def per_step(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the finished runs of each (model, method, task) took: over the seeds the median, of seconds the least."""
+    finished = frame[frame["status"] == "finished"]
+    finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
+    return finished.groupby(["model", "method_label", "task"]).agg(FIGURES)
+
+
 def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     """Seconds, forward-backward passes and peak memory per step of the finished runs, and ratios to `baseline`.
 
-    A task's figure is the median over its runs, of seconds the least; a method's is the mean over the tasks that all of
-    the model's methods finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes
-    of a run, so that twice the steps cost as much as two passes per step, over the tasks that it shares with the
-    baseline.
+    A task's figures are those of `per_step`; a method's is the mean over the tasks that all of the model's methods
+    finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes of a run, so that
+    twice the steps cost as much as two passes per step, over the tasks that it shares with the baseline.
     """
-    finished = frame[frame["status"] == "finished"]
-    finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
+    figures_of = per_step(frame)
     values = []
-    for model, runs in finished.groupby("model", sort=False):
+    for model, runs in frame[frame["status"] == "finished"].groupby("model", sort=False):
         labels = methods(runs, baseline)
-        per_task = runs.groupby(["method_label", "task"]).agg(FIGURES)
+        per_task = figures_of.loc[model]
         tasks = set.intersection(*(set(per_task.loc[label].index) for label in labels))
         reference = baseline_label(labels, baseline)
         for label in labels:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dsam.results import rendering
-from dsam.results.cost import SECONDS_NOTE, cost_table
+from dsam.results.cost import SECONDS_NOTE, cost_table, per_step
 from dsam.results.formatting import DASH, interval, percent, score_cell
 from dsam.results.formatting import number as formatted
 from dsam.results.published import beside_published
@@ -185,8 +185,8 @@ def _per_task(frame, summary, which) -> Table:
     further = [name for name in frame.columns if name.startswith(f"{which}.")]
     means = scored(frame, which).groupby(key)[further].mean()
     # Per task: the cost table's mean over tasks hides that one task's sentences are three times another's.
-    seconds = frame[frame["status"] == "finished"].groupby(key)["train.seconds_per_step"].min()
-    values = summary.join(means.add_suffix(" mean"), on=key).join(seconds.rename("seconds_per_step"), on=key)
+    seconds = per_step(frame)["train.seconds_per_step"].rename("seconds_per_step")
+    values = summary.join(means.add_suffix(" mean"), on=key).join(seconds, on=list(seconds.index.names))
     values = values.rename(columns={"method_label": "method"})
     measures = {name: f"{name} mean" for name in further}
     text = pd.DataFrame(
