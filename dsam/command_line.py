@@ -9,8 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .config import CONF, Config, first_line
-from .errors import Stopped, UserError, counted
+from .config import CONF, Config
+from .errors import Stopped, UserError
+from .text import counted, first_line
 
 
 @contextmanager
@@ -112,8 +113,9 @@ def run_one(cfg: DictConfig) -> None:
 
 def sweep(cfgs: Sequence[DictConfig]) -> None:
     """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed."""
-    from .runs import choose, estimate
-    from .runs import sweep as sweeps
+    from .sweeps import choose, estimate
+    from .sweeps import sweep as sweeps
+    from .sweeps.planned import counts, unfinished
 
     with one_line_errors():
         configs = [load(cfg) for cfg in cfgs]
@@ -125,20 +127,20 @@ def sweep(cfgs: Sequence[DictConfig]) -> None:
                 estimate.measure(runs)
             sweeps.show_plan(runs, len(first.launcher.slots))
             if parents := sweeps.plan(sweeps.parents(configs)):
-                print(f"They start from {len(parents)} others, which are done first: {sweeps.counts(parents)}.")
+                print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
             if fresh:
                 print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
             return
         sweeps.require_clean(configs)
         run_all = sweeps.run_all
         if first.launcher.name == "slurm":
-            from .runs import slurm
+            from .sweeps import slurm
 
             slurm.require()
             run_all = slurm.run_all
         name, command = first.experiment or "sweep", " ".join(sys.argv)
         failed = sweeps.work(runs, name, command, run_all)
-        if fresh and sweeps.unfinished(runs) and not failed:  # launcher.wait=false
+        if fresh and unfinished(runs) and not failed:  # launcher.wait=false
             print("the same command chooses among these runs, once they are finished")
         elif fresh:
             configs, rows = choose.choose(runs)
@@ -171,15 +173,17 @@ def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
 
 def chosen(arguments: Sequence[str]) -> list[str] | None:
     """The arguments that mean the runs with fresh seeds of the same experiment, if there are any."""
+    from .runs import manifest
+
     name, config = named(arguments)
-    if not (Path(config.paths.runs) / ".sweeps" / f"{name}{CHOSEN}.json").exists():
+    if not manifest.path_in(Path(config.paths.runs), f"{name}{CHOSEN}").exists():
         return None
     return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{CHOSEN}"]
 
 
 def paper(arguments: Sequence[str]) -> None:
-    """Writes all that `dsam.results.report` makes of an experiment's runs; prints the main table and where all lies."""
-    from .results import report
+    """Writes what `dsam.results.report` makes of an experiment's runs; prints the main table and where all lies."""
+    from .results.report import make as report
 
     name, config = named(arguments)
     made = report.make(name, config.paths.runs, config.paths.tables, config.paths.figures)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError, did_you_mean
+from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no name or path needs and files break on
@@ -191,10 +192,6 @@ class Config:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _read(schema: type, given: Any, where: str) -> Any:

@@ -49,11 +49,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
-def counted(number: int, what: str) -> str:
-    """1 run, 2 runs."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and leave."""
 

@@ -11,8 +11,8 @@ from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from .config import first_line
 from .errors import UserError, did_you_mean
+from .text import first_line
 
 HYDRAS_OWN = ("hydra.mode", "hydra.verbose")
 """What may be set of Hydra's own settings: the others would move, split or replace what the sweep relies on."""

@@ -2,7 +2,7 @@
 
 python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=local data.root=DIR
 
-Settings are those of train.py (device.threads, train.precision, train.batch_size, …). Writes results/benchmark.json
+Settings are those of train.py (device.threads, train.precision, …). Writes results/benchmark/steps.json
 and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
 exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
 batch, length and model shapes (random weights; no task or model needed; a figure as well), --what shares where the
@@ -28,7 +28,7 @@ from dsam.overrides import check, compose_config
 from dsam.runs.run import choose_device
 
 MEASURES = {
-    "benchmark": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
+    "steps": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),
     "throughput": (lambda config, given: throughput.measure(config, given.batches, given.rounds), table.speeds),
     "scaling": (lambda config, given: scaling.measure(config, given.shapes, given.points, given.rounds), table.points),
     "shares": (lambda config, given: shares.measure(config, given.batches, given.rounds), table.parts),
@@ -49,8 +49,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at-once", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="for packing")
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
-    parser.add_argument("--what", choices=list(MEASURES), default="benchmark")
-    parser.add_argument("--out", type=Path, help="default: results/<what>.json")
+    parser.add_argument("--what", choices=list(MEASURES), default="steps")
+    parser.add_argument("--out", type=Path, help="default: results/benchmark/<what>.json")
     parser.add_argument("settings", nargs="*", help="settings as for train.py; task may be a list: task=rte,cola")
     return parser.parse_intermixed_args()
 
@@ -73,7 +73,7 @@ def main() -> None:
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]
-    out = given.out or Path("results") / f"{given.what}.json"
+    out = given.out or Path("results") / "benchmark" / f"{given.what}.json"
     measured: dict[str, list] = {}
     for task in tasks[-1] if tasks else ["agreement"]:
         config = Config.load(compose_config(check([f"task={task}", *rest], CONF), CONF))

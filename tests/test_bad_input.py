@@ -23,8 +23,9 @@ from dsam import command_line, overrides
 from dsam.command_line import CONF
 from dsam.config import Config
 from dsam.errors import LONGEST, UserError
-from dsam.runs import identity, server, sweep
+from dsam.runs import identity
 from dsam.runs import run as runs
+from dsam.sweeps import server, sweep
 from dsam.training import model as models
 from dsam.training import model_files
 

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_results_collect import fail, finish, plan, sweep
 
-from dsam.results import report, tables
 from dsam.results.collect import collect
+from dsam.results.report import make as report
+from dsam.results.tables import build as tables
 
 IDENTITY = {"data": "local rte abc", "model": "sha256:def"}
 PROVENANCE = {"git": {"commit": "c0ffee", "dirty": False}, "versions": {"python": "3.11.9", "torch": "2.13.0"},
@@ -93,7 +94,8 @@ def test_the_readme_says_how_the_numbers_came_to_be(few, tmp_path):
 
 def test_the_same_runs_give_the_same_bytes_in_any_process(few, tmp_path):
     code = """if True:
-        import sys; from pathlib import Path; from dsam.results import report, tables
+        import sys; from pathlib import Path; from dsam.results.report import make as report
+from dsam.results.tables import build as tables
         from dsam.results.collect import collect
         runs, folder = map(Path, sys.argv[1:]); frame = collect(runs, "few")
         report.write_tables(tables.build(frame), frame, "few", runs, folder)

@@ -15,7 +15,7 @@ import pytest
 from dsam.errors import UserError
 from dsam.results import index
 from dsam.results.collect import collect
-from dsam.results.labels import method_labels
+from dsam.results.tables.labels import method_labels
 
 
 def plan(task="rte", model="tiny", optimizer="sam", seed=0, id=None, **hyperparameters) -> dict:

@@ -4,7 +4,7 @@ import pytest
 from browser import Page, find_chromium
 from test_results_collect import fail, finish, plan, sweep
 
-from dsam.results import report
+from dsam.results.report import make as report
 
 ROWS = "[...document.querySelectorAll('table.sortable tbody tr')]"
 

@@ -12,9 +12,12 @@ import pytest
 from test_results_collect import fail, finish, plan, sweep
 
 from dsam.errors import UserError
-from dsam.results import plots, rendering, report, tables
+from dsam.results import plots
 from dsam.results.collect import collect
-from dsam.results.rendering import Table, as_html, as_latex, as_markdown, escape_latex
+from dsam.results.report import make as report
+from dsam.results.tables import build as tables
+from dsam.results.tables import rendering
+from dsam.results.tables.rendering import Table, as_html, as_latex, as_markdown, escape_latex
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from scipy import stats
 
 from dsam.errors import UserError
 from dsam.results import statistics
-from dsam.results.labels import without
 from dsam.results.statistics import compare, sign_flip_test, summarise
+from dsam.results.tables.labels import without
 
 
 def runs(scores: dict, model="tiny", status="finished") -> pd.DataFrame:

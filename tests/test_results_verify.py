@@ -10,10 +10,13 @@ from dsam import command_line
 from dsam.config import CONF, Config, Launcher
 from dsam.errors import UserError
 from dsam.overrides import compose_config
-from dsam.results import report, tables, verify
+from dsam.results import verify
 from dsam.results.collect import collect
-from dsam.runs import sweep
+from dsam.results.report import make as report
+from dsam.results.tables import build as tables
+from dsam.runs import manifest
 from dsam.runs.record import seal
+from dsam.sweeps import sweep
 
 
 def write(folder):
@@ -28,7 +31,7 @@ def trained(tmp_path_factory):
     places = [f"paths.{name}={folder}/{name}" for name in ("runs", "cache")]
     short = ["task=agreement", "tracking=disabled", "train.max_steps=2", "train.max_train_examples=64", *places]
     runs = sweep.plan([Config.load(compose_config([f"optimizer={o}", *short], CONF)) for o in ("adamw", "sam")])
-    sweep.write_manifest(runs, "sweep", "train.py")
+    manifest.write([r.config for r in runs], [r.identity for r in runs], "sweep", "train.py")
     assert sweep.run_all(runs, Launcher()) == []
     write(folder)
     return folder

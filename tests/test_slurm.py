@@ -15,7 +15,7 @@ from conftest import ROOT, command
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
 from dsam.overrides import compose_config
-from dsam.runs import slurm
+from dsam.sweeps import slurm
 
 FAULTS = str(Path(__file__).parent / "faults")
 SHORT = ["-m", "launcher=slurm", "task=agreement", "tracking=disabled", "train.max_steps=4"]

@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsam.config import CONF, Config
 from dsam.errors import UserError
-from dsam.glue import TASKS, submission
+from dsam.glue import TASKS
 from dsam.overrides import compose_config
 from dsam.runs.record import seal
 from dsam.runs.run import run
-from dsam.submission import choose
+from dsam.submission import choose, formats
 from dsam.submission.make import main
 
 OFFICIAL = {  # lines of the server's sample files less the header
@@ -61,7 +61,7 @@ def sentence(draw):
 def small():
     """Test sets of a few rows each, in the table of tasks."""
     with pytest.MonkeyPatch.context() as patch:
-        for file in submission.FILES:
+        for file in formats.FILES:
             patch.setitem(TASKS[file.task].rows, file.split, ROWS[file.name])
         yield
 
@@ -195,15 +195,15 @@ def test_without_labels_ax_has_answers_and_no_score(made, root, runs, small, tmp
 
 def test_files_written_by_hand(small, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        for file in submission.FILES:
+        for file in formats.FILES:
             patch.setitem(TASKS[file.task].rows, file.split, 3)
-        predictions = {file.name: np.array([1, 0, 1]) for file in submission.FILES}
+        predictions = {file.name: np.array([1, 0, 1]) for file in formats.FILES}
         for name in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
             predictions[name] = np.array([2, 0, 1])
         predictions["STS-B.tsv"] = np.array([-0.0001, 3.14159, 5.2])
-        contents = {f.name: submission.answers(TASKS[f.task], predictions[f.name]) for f in submission.FILES}
-        archive = submission.write(tmp_path, contents)
-        assert submission.validate(archive) == submission.validate(tmp_path) == contents
+        contents = {f.name: formats.answers(TASKS[f.task], predictions[f.name]) for f in formats.FILES}
+        archive = formats.write(tmp_path, contents)
+        assert formats.validate(archive) == formats.validate(tmp_path) == contents
     binary = b"index\tprediction\n0\t1\n1\t0\n2\t1\n"
     nli = b"index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n"
     two = b"index\tprediction\n0\tnot_entailment\n1\tentailment\n2\tnot_entailment\n"
@@ -245,7 +245,7 @@ def test_the_command_writes_official_sizes_and_says_what_no_run_answered(root, r
 
 
 def test_constants_are_the_real_training_sets_most_frequent_answers(glue_root):
-    for file in submission.FILES:
+    for file in formats.FILES:
         path = glue_root / TASKS[file.task].folder / "train.tsv"
         if file.task == "ax" or not path.is_file():
             continue
@@ -379,16 +379,16 @@ def test_the_check_names_file_found_and_expected(made, small, tmp_path, name, ch
             for file in sorted(tmp_path.glob("*.tsv")):
                 archive.write(file, file.name)
     with pytest.raises(UserError, match=message):
-        submission.validate(path)
+        formats.validate(path)
 
 
 def test_the_check_takes_a_zip_of_another_make_and_refuses_what_is_none(made, small, tmp_path):
-    ours = submission.validate(made)
+    ours = formats.validate(made)
     theirs = tmp_path / "theirs.zip"
     with zipfile.ZipFile(theirs, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(OFFICIAL):
             archive.writestr(name, (made / name).read_text().removesuffix("\n"))
-    assert submission.validate(theirs) == ours
+    assert formats.validate(theirs) == ours
     nested = tmp_path / "nested.zip"
     with zipfile.ZipFile(nested, "w") as archive:
         for name in OFFICIAL:

@@ -17,7 +17,7 @@ from conftest import ROOT, command
 
 from dsam.config import Launcher
 from dsam.errors import Stopped, UserError
-from dsam.runs import display, server
+from dsam.sweeps import display, server
 
 FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
 QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
@@ -150,7 +150,8 @@ def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths)
 def test_a_plan_needs_neither_transformers_nor_scikit_learn():
     """They take most of the time of starting, and only runs and their server use them."""
     code = (
-        "import sys, dsam.runs.sweep, dsam.runs.choose; print({'transformers', 'sklearn', 'scipy'} & set(sys.modules))"
+        "import sys, dsam.sweeps.sweep, dsam.sweeps.choose;"
+        "print({'transformers', 'sklearn', 'scipy'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "set()"
 
@@ -243,7 +244,7 @@ def test_what_a_process_of_the_server_raises_comes_back():
         server.call(_odd)
     with pytest.raises(server.Killed):
         server.call(os._exit, 1)
-    code = "from dsam.runs import server; server.call(print, 'said in passing')"
+    code = "from dsam.sweeps import server; server.call(print, 'said in passing')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "said in passing\n"
 
 

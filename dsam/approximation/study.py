@@ -15,9 +15,9 @@ import torch
 from .. import glue
 from ..config import Config, Train
 from ..errors import UserError
+from ..files import write_atomically
 from ..methods import ExampleLosses, make_weighting
 from ..runs.identity import identify
-from ..runs.record import write_atomically
 from ..runs.run import prepare, run
 from ..training.batches import pieces
 from .oracle import Oracle

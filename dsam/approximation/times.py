@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from ..config import Config
+from ..files import write_atomically
 from ..methods import SAM, DeltaSAM
-from ..runs.record import write_atomically
 from ..runs.run import prepare
 from .study import WEIGHTINGS, Cell, batch_of
 

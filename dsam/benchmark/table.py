@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from ..files import write_atomically
 from ..runs.provenance import provenance
-from ..runs.record import write_atomically
 from .norms import Cost
 from .packing import Packed
 from .scaling import Point

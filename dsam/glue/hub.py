@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
+from ..text import first_line
 from .split import Split
 from .tasks import Task
 
@@ -37,7 +38,7 @@ def read(task: Task, splits: tuple[str, ...], revision: str) -> dict[str, Split]
             try:
                 rows = datasets.load_dataset(DATASET, task.name, revision=revision)
             except Exception as error:  # whatever kind: the user needs the way round, not the library's traceback
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+                problem = f"{type(error).__name__}: {first_line(error, 'no details')}"
         if problem is not None:
             raise UserError(
                 f"cannot get {DATASET}/{task.name} from the Hugging Face hub ({problem}): "
@@ -75,7 +76,7 @@ def why_unreachable(path: str) -> str | None:
             status = huggingface_hub.get_session().get(address, timeout=PATIENCE).status_code
             outcome[0] = None if status < 400 else f"it answered {status}"
         except Exception as error:
-            outcome[0] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+            outcome[0] = f"{type(error).__name__}: {first_line(error, 'no details')}"
 
     # A thread, because looking up a name has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import UserError
+from ..files import replacing
 from .split import Split
 from .tasks import Task
 
@@ -136,7 +135,7 @@ def tokenise(
             arrays = _read(file, rows_digest)
             if arrays is None:
                 arrays = _encode(rows, tokenizer, max_length, types)
-                with _replacing(file) as handle:
+                with replacing(file) as handle:
                     np.savez(handle, rows_digest=np.array(rows_digest), **arrays)
         result[split] = Tokenised(
             arrays["input_ids"],
@@ -216,18 +215,3 @@ def _read(file: Path, rows_digest: str) -> dict[str, np.ndarray] | None:
         pass
     file.unlink()
     return None
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator:
-    """A temporary file beside `file` that takes its place when it is complete and on disk."""
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -156,7 +156,7 @@ class Gibbs(Weighting):
 class Gap(Weighting):
     """p_i ∝ ρ‖g_i‖ − g_i·ε, ε = ρ g/‖g‖ with g the mean gradient: how far, to first order, SAM's perturbation falls
     short of the example's own. [derived] from "unguarded instances are up-weighted". Exact norms and products
-    with the mean gradient: 0.4 to 0.55 of a training pass more than SAM (results/benchmark.md)."""
+    with the mean gradient: 0.4 to 0.55 of a training pass more than SAM (results/benchmark/steps.md)."""
 
     exact = ("norms", "cosines")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsam.errors import UserError, did_you_mean
+from dsam.errors import UserError
 from dsam.results import index
-from dsam.results.labels import method_labels
+from dsam.results.tables.labels import method_labels
+from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
@@ -27,7 +28,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
     `evaluations` holds [step, score, loss] of each, `folder` the path below `runs_dir`. Further columns:
     `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
-    `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.runs.choose` gives them.
+    `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
 
     Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged and `cached`.
     Raises UserError where `runs_dir` or the experiment doesn't exist.
@@ -44,29 +45,16 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
     if cached and kept != known:
         index.save(runs_dir, kept)
     frame = _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
-    frame.attrs["chosen"] = _chosen(runs_dir, experiment) if experiment else []
+    frame.attrs["chosen"] = manifest.read(runs_dir, experiment).get("chosen", []) if experiment else []
     return frame
 
 
 def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
     """Folder -> planned run, in the order of the sweep's manifest; of every sweep if none is named."""
-    manifests = {path.stem: path for path in sorted((runs_dir / ".sweeps").glob("*.json"))}
-    if experiment is not None and experiment not in manifests:
-        hint = did_you_mean(experiment, manifests) if manifests else "no sweep was started here"
-        raise UserError(f"no sweep '{experiment}' under '{runs_dir}': {hint}")
     planned = {}
-    for name in [experiment] if experiment else manifests:
-        try:
-            runs = json.loads(manifests[name].read_text(encoding="utf-8"))["runs"]
-            planned |= {run["folder"]: run for run in runs}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{manifests[name]} cannot be read ({error!r}): start the sweep again") from error
+    for name in [experiment] if experiment else manifest.names(runs_dir):
+        planned |= {run["folder"]: run for run in manifest.read(runs_dir, name)["runs"]}
     return planned
-
-
-def _chosen(runs_dir: Path, experiment: str) -> list[dict]:
-    manifest = runs_dir / ".sweeps" / f"{experiment}.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("chosen", [])
 
 
 def _run_folders(runs_dir: Path) -> list[str]:

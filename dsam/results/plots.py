@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsam.results.labels import without
-from dsam.results.sensitivity import against_rho
 from dsam.results.statistics import compare, methods, scored
+from dsam.results.tables.labels import without
+from dsam.results.tables.sensitivity import against_rho
 
 # Okabe and Ito's palette without its yellow, which vanishes on white; markers and dashes tell methods apart in grey.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"]

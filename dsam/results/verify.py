@@ -13,13 +13,15 @@ import yaml
 
 from dsam.config import Config
 from dsam.errors import UserError
-from dsam.results import report, tables
 from dsam.results.collect import COLUMNS, TRAIN, collect
-from dsam.results.facts import DONE
-from dsam.results.rendering import Table
-from dsam.runs import archive, sweep
+from dsam.results.report import make as report
+from dsam.results.report.facts import DONE
+from dsam.results.tables import build as tables
+from dsam.results.tables.rendering import Table
+from dsam.runs import archive, manifest
 from dsam.runs.identity import digest, identify
 from dsam.runs.record import seal
+from dsam.sweeps import sweep
 
 Finding = tuple[bool, str]  # whether it is as it should be, and the line that says so
 ROW = ("model", "task", "method", "metric", "seed")  # the columns that say which row of a table one is
@@ -46,13 +48,13 @@ def check(
     if not (folder / "cells.csv").is_file():
         raise UserError(f"no tables at '{folder}': run `make paper EXPERIMENT={experiment}` first")
     packed = records_dir / f"{experiment}.zip"
-    if not (runs_dir / ".sweeps" / f"{experiment}.json").is_file() and packed.is_file():
+    if not manifest.path_in(runs_dir, experiment).is_file() and packed.is_file():
         with tempfile.TemporaryDirectory() as scratch:
             written, _ = archive.unpack(packed, Path(scratch))
             yield True, f"no runs of '{experiment}' under '{runs_dir}': the {written} of {packed} are checked"
             yield from check(experiment, Path(scratch), tables_dir, rerun, seed, cache, records_dir)
         return
-    if not (runs_dir / ".sweeps" / f"{experiment}.json").is_file():
+    if not manifest.path_in(runs_dir, experiment).is_file():
         yield True, f"no runs of '{experiment}' under '{runs_dir}': only what follows from cells.csv can be checked"
         yield from _from_cells(folder)
         return

@@ -1,1 +1,1 @@
-"""Runs: what identifies one, what it leaves behind, and how many of them are swept."""
+"""One run: what identifies it, what it leaves behind, and who else is working on it."""

@@ -1,17 +1,15 @@
 """The records of an experiment's runs in one file that can be committed: what its tables are made of, no weights."""
 
 import io
-import json
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from ..errors import UNREADABLE_ZIP, UserError
-from . import lease
-from .record import write_atomically
+from ..files import write_atomically
+from . import lease, manifest
 
 RESULT = "result.json"
 FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "failure.json", RESULT)  # as they are unpacked
-MANIFEST = ".sweeps"
 
 
 def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
@@ -23,22 +21,15 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
     """
-    manifest = runs_dir / MANIFEST / f"{experiment}.json"
+    folders = [run["folder"] for run in manifest.read(runs_dir, experiment)["runs"]]
     held = _read(path) if path.exists() else {}
-    try:
-        sweep = manifest.read_bytes()
-        folders = [run["folder"] for run in json.loads(sweep)["runs"]]
-    except FileNotFoundError:
-        hint = f"`make reproduce EXPERIMENT={experiment}` starts it"
-        raise UserError(f"no sweep '{experiment}' under '{runs_dir}': {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} cannot be read ({error!r}): start the sweep again") from None
     try:
         for folder in folders:
             record = {name: (runs_dir / folder / name) for name in FILES if (runs_dir / folder / name).is_file()}
             if RESULT in record or (record and RESULT not in held.get(folder, {})):
                 held[folder] = {name: file.read_bytes() for name, file in record.items()}
-        held[MANIFEST] = {f"{experiment}.json": sweep}
+        listed = manifest.path_in(runs_dir, experiment)
+        held[manifest.FOLDER] = {listed.name: listed.read_bytes()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _zipped(held))
     except OSError as error:
@@ -60,7 +51,7 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     if not path.is_file():
         raise UserError(f"no records at '{path}': `make pack` writes them")
     held = _read(path)
-    manifest = held.pop(MANIFEST, {})
+    sweeps = held.pop(manifest.FOLDER, {})
     finished = {folder for folder, record in held.items() if RESULT in record}
     written = set()
     try:
@@ -76,9 +67,9 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
             for name in FILES:
                 if name in record:
                     write_atomically(there / name, record[name])
-        for name, contents in manifest.items():
-            (runs_dir / MANIFEST).mkdir(parents=True, exist_ok=True)
-            there = runs_dir / MANIFEST / name
+        for name, contents in sweeps.items():
+            (runs_dir / manifest.FOLDER).mkdir(parents=True, exist_ok=True)
+            there = runs_dir / manifest.FOLDER / name
             if not there.exists() or _planned(there.read_bytes()) < _planned(contents):
                 write_atomically(there, contents)
     except OSError as error:
@@ -86,10 +77,10 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     return len(written), len(finished - written)
 
 
-def _planned(manifest: bytes) -> set[str]:
+def _planned(contents: bytes) -> set[str]:
     """The folders of the runs that a sweep's manifest names; none where it cannot be read."""
     try:
-        return {run["folder"] for run in json.loads(manifest)["runs"]}
+        return {run["folder"] for run in manifest.parsed(contents)["runs"]}
     except (ValueError, KeyError, TypeError):
         return set()
 
@@ -113,7 +104,7 @@ def _read(path: Path) -> dict[str, dict[str, bytes]]:
             for name in file.namelist():
                 parts = name.split("/")  # <task>/<model>/<optimizer>/<id>/<file>: nothing is written elsewhere
                 run = len(parts) == 5 and parts[-1] in FILES and not any(p in ("", ".", "..") for p in parts)
-                if not run and not (len(parts) == 2 and parts[0] == MANIFEST and parts[1].endswith(".json")):
+                if not run and not (len(parts) == 2 and parts[0] == manifest.FOLDER and parts[1].endswith(".json")):
                     raise UserError(f"{path} holds '{name}', which is no run's record")
                 held.setdefault(str(PurePosixPath(name).parent), {})[parts[-1]] = file.read(name)
     except UNREADABLE_ZIP as error:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import yaml
 
-from ..config import CONF, first_line
-from ..errors import Parser, UserError, counted, did_you_mean
+from ..config import CONF
+from ..errors import Parser, UserError
+from ..files import write_atomically
 from ..overrides import check, compose_config
-from .record import Record, write_atomically
+from ..text import counted, first_line
+from . import manifest
+from .record import Record
 from .tracking import Mirror, connect
 
 PATIENCE = 60.0  # seconds for W&B to answer, and for one run to be written or uploaded
@@ -96,7 +99,7 @@ def choose(given: Sequence[str]) -> tuple[list[Path], Path]:
                 raise UserError(f"'{path}' is no run folder: it has no config.yaml")
         return list({path.resolve(): path for path in paths}.values()), runs
     if names:
-        planned = manifest(runs, names[-1])
+        planned = [runs / run["folder"] for run in manifest.read(runs, names[-1])["runs"]]
         folders = [folder for folder in planned if (folder / "config.yaml").is_file()]
         if len(folders) < len(planned):
             print(f"{len(planned) - len(folders)} of {len(planned)} runs of {names[-1]} were never started")
@@ -105,19 +108,6 @@ def choose(given: Sequence[str]) -> tuple[list[Path], Path]:
     if not folders:
         raise UserError(f"no runs at '{runs}': run `make reproduce` first, or name the folder of the runs")
     return folders, runs
-
-
-def manifest(runs: Path, name: str) -> list[Path]:
-    """The folders of the runs that the sweep `name` planned."""
-    path = runs / ".sweeps" / f"{name}.json"
-    try:
-        return [runs / run["folder"] for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
-    except FileNotFoundError:
-        known = [p.stem for p in path.parent.glob("*.json")]
-        hint = did_you_mean(name, known) if known else "no sweep was started here"
-        raise UserError(f"no sweep '{name}' under '{runs}': {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
 
 
 @dataclass

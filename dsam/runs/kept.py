@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from ..config import Config, first_line
+from ..config import Config
 from ..errors import UserError
+from ..text import first_line
 from .identity import identify
 from .record import seal
 

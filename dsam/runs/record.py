@@ -2,41 +2,17 @@
 
 import hashlib
 import json
-import math
-import os
 import sys
 import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..errors import UserError
+from ..files import for_json, write_atomically
+from ..text import first_line
 from .lease import Lease
-
-
-def plain(value: Any) -> Any:
-    """`value` for JSON: NaN and infinities become null, never 0."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
-def write_atomically(path: Path, contents: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(contents.encode() if isinstance(contents, str) else contents)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def seal(result: dict) -> str:
@@ -82,8 +58,7 @@ class Record:
 
     def fail(self, error: BaseException) -> str:
         """Notes why the attempt failed, with the traceback in log.txt where the disk allows; returns the reason."""
-        first = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+        reason = f"{type(error).__name__}: {first_line(error, 'no message')}"
         log = self.folder / "log.txt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +87,7 @@ class Record:
                 if left.suffix[1:].isdigit():
                     left.unlink(missing_ok=True)
             write_atomically(
-                self.folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+                self.folder / "config.yaml", yaml.safe_dump(for_json(config), sort_keys=False, allow_unicode=True)
             )
             self.write("provenance.json", provenance)
             (self.folder / "failure.json").unlink(missing_ok=True)
@@ -124,18 +99,18 @@ class Record:
 
     def write(self, name: str, contents: dict) -> None:
         write_atomically(
-            self.folder / name, json.dumps(plain(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            self.folder / name, json.dumps(for_json(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         )
 
     def finish(self, result: dict) -> None:
         """Writes result.json, after which the run is finished."""
-        result = plain(result)
+        result = for_json(result)
         self.write("result.json", result | {"result_sha256": seal(result)})
 
     def log(self, line: dict) -> None:
         """Appends one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(plain(line), allow_nan=False) + "\n")
+            stream.write(json.dumps(for_json(line), allow_nan=False) + "\n")
 
     def cut_log(self, step: int) -> None:
         """Drops the lines after `step`: a resumed run writes them again."""

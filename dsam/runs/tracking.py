@@ -6,9 +6,10 @@ import sys
 import threading
 from pathlib import Path
 
-from ..config import Config, first_line
+from ..config import Config
 from ..errors import UserError
-from .record import plain
+from ..files import for_json
+from ..text import first_line
 
 # Seconds that a run gives W&B to answer, and again at its end to take what is left. Offline nothing can hang: only a
 # busy machine makes wandb slow.
@@ -48,7 +49,7 @@ class Mirror:
             name="-".join([*names, str(config["seed"])]),
             group=config["experiment"],
             job_type=config["optimizer"]["name"],
-            config=plain(config) | {"identity": identity},
+            config=for_json(config) | {"identity": identity},
             dir=str(folder),
             mode=mode,
             resume="allow",
@@ -72,10 +73,10 @@ class Mirror:
 
     def log(self, number: int, line: dict) -> None:
         """Line `number`, from 0, of metrics.jsonl: nested metrics become names with slashes."""
-        self.run.log({k: v for k, v in flat(plain(line)).items() if k != "event"}, step=number, commit=True)
+        self.run.log({k: v for k, v in flat(for_json(line)).items() if k != "event"}, step=number, commit=True)
 
     def summary(self, result: dict) -> None:
-        self.run.summary.update(flat(plain(result)))
+        self.run.summary.update(flat(for_json(result)))
 
     def finish(self, exit_code: int) -> None:
         self.run.finish(exit_code=exit_code)

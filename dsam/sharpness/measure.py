@@ -12,17 +12,18 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
-from ..config import Config, first_line
+from ..config import Config
 from ..errors import Parser, UserError
+from ..files import for_json, write_atomically
 from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
+from ..progress import Stages
 from ..runs.kept import read_run
-from ..runs.record import plain, write_atomically
 from ..runs.run import choose_device
+from ..text import first_line
 from ..training import model as models
 from ..training.batches import training_subset
 from ..training.loop import to
-from ..training.progress import Stages
 from .curvature import top_eigenvalues, trace
 from .objective import Objective
 from .rise import rises
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, figure in figures.items():
         for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
             figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)
-    write_atomically(out / "sharpness.json", json.dumps(plain(found), indent=2) + "\n")
+    write_atomically(out / "sharpness.json", json.dumps(for_json(found), indent=2) + "\n")
     print(summary(found))
     print(out)
 

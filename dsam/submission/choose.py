@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..config import Config
 from ..errors import UserError, did_you_mean
-from ..glue.submission import FILES
 from ..results.collect import collect
 from ..runs.kept import read_run
+from .formats import FILES
 
 WEIGHTS = "best"
 TASKS = tuple(dict.fromkeys(file.trained_on for file in FILES))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..config import Data
 from ..errors import Parser, UserError, did_you_mean
-from ..glue import TASKS, submission
-from ..glue.submission import FILES
-from ..runs.record import plain, write_atomically
-from ..training.progress import Stages
-from . import choose
+from ..files import for_json, write_atomically
+from ..glue import TASKS
+from ..progress import Stages
+from . import choose, formats
 from .choose import Run
+from .formats import FILES
 from .predict import Answered, Prepared, answer, prepare, score_on_ax
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     """Makes, scores or checks, and says what came of it."""
     options = parse(arguments)
     if options.check:
-        print(table(submission.validate(options.check)))
+        print(table(formats.validate(options.check)))
         print(f"{options.check}: as the GLUE server takes it")
     elif options.ax:
         ax(options)
@@ -86,16 +86,16 @@ def make(options: argparse.Namespace) -> None:
             origins[file.name] = f"no run: the constant {file.constant}"
         else:
             predictions = answered[task].predictions[file.task, file.split]
-            contents[file.name] = submission.answers(TASKS[file.task], predictions)
+            contents[file.name] = formats.answers(TASKS[file.task], predictions)
             sources[file.name] = source(file, prepared[task], answered[task])
             run = runs[task]
             origins[file.name] = f"{run.folder} (seed {run.result['seed']}, development {run.score:.4f})"
-    archive = submission.write(options.out, contents)
+    archive = formats.write(options.out, contents)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     write_atomically(
-        options.out / "runs.json", json.dumps(plain({"zip_sha256": digest, "files": sources}), indent=1) + "\n"
+        options.out / "runs.json", json.dumps(for_json({"zip_sha256": digest, "files": sources}), indent=1) + "\n"
     )
-    print(table(submission.validate(archive), origins))
+    print(table(formats.validate(archive), origins))
     if "mnli" in runs:
         print(ax_line(score_on_ax(prepared["mnli"], answered["mnli"])))
     if filled:
@@ -139,7 +139,7 @@ def test_sets(task: str) -> dict[str, tuple[str, ...]]:
     return {name: TASKS[name].test_splits for name in sorted(tasks)}
 
 
-def source(file: submission.File, prepared: Prepared, answered: Answered) -> dict:
+def source(file: formats.File, prepared: Prepared, answered: Answered) -> dict:
     """What runs.json says of a file."""
     run = prepared.run
     found = {
@@ -166,7 +166,7 @@ def ax(options: argparse.Namespace) -> None:
         answered = answer(prepared, stages.passed)
     score = score_on_ax(prepared, answered)
     file = next(file for file in FILES if file.task == "ax")
-    write_atomically(run.folder / "ax.json", json.dumps(plain(source(file, prepared, answered)), indent=1) + "\n")
+    write_atomically(run.folder / "ax.json", json.dumps(for_json(source(file, prepared, answered)), indent=1) + "\n")
     print(ax_line(score))
     print(run.folder / "ax.json")
 

@@ -1,6 +1,5 @@
 """The training loop: one function that reads from top to bottom."""
 
-import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from ..config import Config
 from ..errors import NonFiniteGradient, Stopped
 from ..glue import Task, Tokenised, compute, headline, headline_name, predictions
 from ..methods import ExampleLosses, Method, example_losses
+from ..progress import Bar
+from ..signals import StopSignals
 from .batches import epoch_order, evaluation_batches, pieces, training_subset
 from .checkpoint import Checkpoints
-from .progress import Bar
 
 LOG_EVERY = 10  # steps
 
@@ -254,27 +254,3 @@ def predict(
 
 def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-class StopSignals:
-    """Inside, SIGTERM and SIGINT are only noted in `signum`, so that a run can leave a checkpoint first."""
-
-    signum: int | None = None
-    noted = 0.0
-
-    def __enter__(self) -> "StopSignals":
-        self.earlier = {}
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self.earlier[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for signum, handler in self.earlier.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, frame) -> None:
-        # Asked twice: leave at once. A scheduler and the sweep passing on the same request are one.
-        if self.signum is not None and time.monotonic() - self.noted > 2:
-            raise KeyboardInterrupt
-        if self.signum is None:
-            self.signum, self.noted = signum, time.monotonic()

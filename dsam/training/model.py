@@ -16,10 +16,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..config import Config, Model, first_line
+from ..config import Config, Model
 from ..errors import UserError, did_you_mean
 from ..glue.builtin import VOCABULARY
 from ..glue.hub import why_unreachable
+from ..text import described, first_line
 from .model_files import check_folder
 
 transformers_logging.set_verbosity_error()
@@ -49,7 +50,7 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         try:
             network = BertForSequenceClassification(architecture)
         except Exception as error:  # whatever sizes that do not fit each other, or memory, raise inside torch
-            raise UserError(f"model.architecture={model.architecture}: {_one_line(error)}") from None
+            raise UserError(f"model.architecture={model.architecture}: {described(error)}") from None
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
         architecture.num_labels = num_labels
@@ -96,7 +97,7 @@ def start_from(network: PreTrainedModel, folder: Path) -> None:
         parent = type(network).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         network.base_model.load_state_dict(parent.base_model.state_dict())
     except Exception as error:  # whatever a broken or foreign file raises inside transformers or safetensors
-        raise UserError(f"initialise_from: {folder} cannot be used: {_one_line(error)}") from None
+        raise UserError(f"initialise_from: {folder} cannot be used: {described(error)}") from None
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def _try(model: Model, network: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     try:
         logits = network.eval()(**tokenizer("one", "two", return_tensors="pt")).logits
     except Exception as error:  # whatever sizes that do not fit each other raise inside torch
-        raise UserError(f"model {model.path or model.id or model.name} cannot be used: {_one_line(error)}") from None
+        raise UserError(f"model {model.path or model.id or model.name} cannot be used: {described(error)}") from None
     if logits.shape != (1, num_labels):
         raise UserError(f"model {model.path or model.id or model.name} gives outputs of shape {tuple(logits.shape)}")
     network.train(was_training)
@@ -124,17 +125,13 @@ def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFa
     try:
         return BertConfig(**own | given, num_labels=num_labels)
     except Exception as error:  # whatever its checks of types raise
-        raise UserError(f"model.architecture={given}: {_one_line(error)}") from None
+        raise UserError(f"model.architecture={given}: {described(error)}") from None
 
 
 def _set_dropout(architecture, dropout: float | None) -> None:
     if dropout is not None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             setattr(architecture, name, dropout)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _load(model: Model, what: str, load, **options):

@@ -1,4 +1,4 @@
-"""Hands a Hydra multirun to `dsam.runs.sweep`. Hydra looks for launchers only in `hydra_plugins`."""
+"""Hands a Hydra multirun to `dsam.sweeps.sweep`. Hydra looks for launchers only in `hydra_plugins`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

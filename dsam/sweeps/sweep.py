@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,47 +9,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, Launcher
-from ..errors import Stopped, UserError, counted
-from . import estimate, lease, server
-from .display import STATUSES, Display, counts
-from .estimate import Expected
-from .identity import Identity, hyperparameters, identify
-from .lease import Busy
-from .record import Record, write_atomically
+from ..errors import Stopped, UserError
+from ..runs import lease, manifest
+from ..runs.identity import identify
+from ..runs.lease import Busy
+from ..runs.record import Record
+from ..signals import StopSignals
+from ..text import counted, duration
+from . import estimate, server
+from .display import Display
+from .planned import STATUSES, Planned, counts, unfinished
 
 BUSY = 75  # exit status of a run that another process is working on (EX_TEMPFAIL)
 GRACE = 60.0  # seconds between asking a run to stop and killing it
-
-
-@dataclass
-class Planned:
-    """One run of a sweep; its configuration is frozen here."""
-
-    config: Config
-    identity: Identity
-    status: str = "missing"  # or finished, diverged, failed, running, elsewhere
-    reason: str = ""
-    started: float = 0.0
-    seconds: float = 0.0
-    attempts: int = 0
-    cost: float = 0.0  # the training's arithmetic, in no unit: passes × tokens × weights
-    expected: Expected = field(default_factory=Expected)
-
-    @property
-    def title(self) -> str:
-        c = self.config
-        return f"{c.task.name} {c.model.name} {c.optimizer.name} seed {c.seed} [{self.identity.id}]"
-
-    @property
-    def record(self) -> Record:
-        return Record(self.identity.folder)
 
 
 def plan(configs: list[Config]) -> list[Planned]:
@@ -89,16 +67,12 @@ def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
     return found
 
 
-def unfinished(runs: list[Planned]) -> list[Planned]:
-    return [r for r in runs if r.status not in ("finished", "diverged")]
-
-
 def show_plan(runs: list[Planned], workers: int) -> None:
     columns = ("task", "model", "optimizer", "seed", "status", "expected", "memory", "from", "folder")
     table = Table(*columns, box=None, header_style="bold")
     for r in runs:
         c, e = r.config, r.expected
-        time_ = "" if e.seconds is None else estimate.duration(e.seconds)
+        time_ = "" if e.seconds is None else duration(e.seconds)
         memory = "" if e.memory_bytes is None else f"{e.memory_bytes / 1e9:.1f} GB"
         cells = (c.task.name, c.model.name, c.optimizer.name, str(c.seed), STATUSES[r.status], time_, memory, e.source)
         table.add_row(*cells, str(r.identity.folder))
@@ -126,8 +100,8 @@ def preflight(runs: list[Planned]) -> None:
 
 def _survey(configs: list[Config]) -> list[float]:
     """Each run's `Planned.cost`. Prints notes on the data."""
+    from ..runs.run import make_method, prepare, trained_examples
     from ..training.loop import total_steps
-    from .run import make_method, prepare, trained_examples
 
     seen, costs = {}, []
     for c in configs:
@@ -148,45 +122,13 @@ def _survey(configs: list[Config]) -> list[float]:
 
 def require_clean(configs: list[Config]) -> None:
     """Raises UserError where a run asks for committed code and tracked files differ from the last commit."""
-    from .provenance import git
+    from ..runs.provenance import git
 
     if any(c.launcher.require_clean for c in configs) and git()["dirty"]:
         raise UserError(
             "tracked files differ from the last commit, and the results could not be traced to code: commit first, or "
             "set launcher.require_clean=false"
         )
-
-
-def write_manifest(runs: list[Planned], name: str, command: str, chosen: Sequence[dict] = ()) -> Path:
-    """`<runs>/.sweeps/<name>.json`: which runs belong to the sweep, so that tables can show what is missing.
-
-    `chosen`: the rows of `choose.choose`, where the runs' settings were chosen by another sweep.
-    """
-    root = Path(runs[0].config.paths.runs)
-    contents = {
-        "experiment": name,
-        "command": command,
-        "chosen": list(chosen),
-        "runs": [
-            {
-                "id": r.identity.id,
-                "task": r.config.task.name,
-                "model": r.config.model.name,
-                "optimizer": r.config.optimizer.name,
-                "seed": r.config.seed,
-                "folder": str(r.identity.folder.relative_to(root)),
-                "hyperparameters": hyperparameters(r.config),
-            }
-            for r in runs
-        ],
-    }
-    path = root / ".sweeps" / f"{name}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(contents, indent=1))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.runs=DIR") from None
-    return path
 
 
 def work(
@@ -203,7 +145,7 @@ def work(
     launcher, before = runs[0].config.launcher, plan(parents([r.config for r in runs]))
     print(f"{counted(len(runs), 'run')}: {counts(runs)}")
     preflight(unfinished([*before, *runs]))
-    write_manifest(runs, name, command, chosen)
+    manifest.write([r.config for r in runs], [r.identity for r in runs], name, command, chosen)
     failed = []
     if unfinished(before):
         print(f"first {counted(len(before), 'other run')} that they start from: {counts(before)}")
@@ -230,7 +172,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     display = Display(runs)
     free = list(launcher.slots)
     running: dict[int, _Running] = {}
-    stop = _Stop()
+    stop = StopSignals(patience=None)
     with stop, display:
         while waiting or running or elsewhere:
             while waiting and free and not stop.signum:
@@ -346,7 +288,7 @@ def describe_exit(code: int | None) -> str:
 
 def _child(config: Config, folder: str, device: str | None) -> None:
     """The body of a run's own process: everything it prints goes to its log."""
-    from .run import run
+    from ..runs.run import run
 
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -371,18 +313,3 @@ def _child(config: Config, folder: str, device: str | None) -> None:
         sys.stderr.flush()
         record.fail(error)
         raise SystemExit(1) from None
-
-
-@dataclass
-class _Stop:
-    signum: int | None = None
-    earlier: dict = field(default_factory=dict)
-
-    def __enter__(self):
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self.earlier[signum] = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
-        return self
-
-    def __exit__(self, *exc):
-        for signum, handler in self.earlier.items():
-            signal.signal(signum, handler)

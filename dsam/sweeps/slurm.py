@@ -20,13 +20,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..config import Config, Launcher, first_line
-from ..errors import UserError, counted
+from ..config import Config, Launcher
+from ..errors import UserError
+from ..files import write_atomically
+from ..runs.lease import path_in
+from ..text import counted, first_line
 from . import estimate, sweep
 from .display import Display
-from .lease import path_in
-from .record import write_atomically
-from .sweep import Planned
+from .planned import Planned, unfinished
 
 JOB_NAME = "dsam"
 # All other states of Slurm's are on the way to one of these.
@@ -54,10 +55,10 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     """
     folder = Path(runs[0].config.paths.runs).absolute() / ".slurm"
     jobs = submitted(folder, queue())
-    for r in sweep.unfinished(runs):  # a job that has ended since the plan was made has left its result
+    for r in unfinished(runs):  # a job that has ended since the plan was made has left its result
         if result := r.record.result(set_aside=False):
             r.status, r.seconds = result["status"], result["train"]["seconds"]
-    left = sweep.unfinished(runs)
+    left = unfinished(runs)
     new = [r for r in left if r.identity.id not in jobs]
     if len(new) < len(left):
         print(f"in jobs already: {counted(len(left) - len(new), 'run')}")

@@ -11,11 +11,11 @@ from IPython.display import Image
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
-from dsam.results.facts import Facts, whole_numbers
-from dsam.results.formatting import DASH, percent
-from dsam.results.rendering import Table
+from dsam.results.report.facts import Facts, whole_numbers
+from dsam.results.tables.formatting import DASH, percent
+from dsam.results.tables.rendering import Table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IDENTITY = ["data", "model", "record_version"]  # of what names a run; the rest are its settings
 NUMBERS = ["seed", "score", "best epoch", "last", "seconds"]
 

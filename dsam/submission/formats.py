@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UNREADABLE_ZIP, UserError
-from .tasks import TASKS, Task
+from ..glue import TASKS, Task
 
 HEADER = "index\tprediction"
 ARCHIVE = "submission.zip"

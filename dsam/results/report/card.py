@@ -1,6 +1,5 @@
 """What goes with an experiment's tables: README.md, how they came to be, and MODEL_CARD.md in Hugging Face's format."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,14 +7,16 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dsam.errors import counted
+from dsam.errors import UserError
 from dsam.glue.hub import DATASET
 from dsam.glue.tasks import TASKS
-from dsam.results import rendering
-from dsam.results.facts import Facts, configurations, whole_numbers
-from dsam.results.settings import PREFIX, selection_note
+from dsam.results.report.facts import Facts, configurations, whole_numbers
 from dsam.results.statistics import scored
-from dsam.results.tables import Tables
+from dsam.results.tables import rendering
+from dsam.results.tables.build import Tables
+from dsam.results.tables.settings import PREFIX, selection_note
+from dsam.runs import manifest
+from dsam.text import counted
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
 HUB_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
@@ -208,8 +209,8 @@ def _base(model: str, base: dict) -> str:
 
 def _command(runs_dir: Path, experiment: str) -> str:
     try:
-        return json.loads((runs_dir / ".sweeps" / f"{experiment}.json").read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest.read(runs_dir, experiment)["command"]
+    except (UserError, KeyError):
         return "not recorded"
 
 

@@ -16,10 +16,13 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from dsam.errors import UserError
-from dsam.results import card, plots, rendering, tables
+from dsam.results import plots
 from dsam.results.collect import collect
+from dsam.results.report import card
+from dsam.results.tables import build as tables
+from dsam.results.tables import rendering
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOTEBOOK = ROOT / "notebooks" / "results.ipynb"
 PAGE = Path(__file__).with_name("page.html")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dsam.errors import counted
+from dsam.text import counted
 
 DONE = ["finished", "diverged"]
 

@@ -3,31 +3,21 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .estimate import duration
-
-if TYPE_CHECKING:
-    from .sweep import Planned
-
-STATUSES = {s: s for s in ("finished", "diverged", "failed", "missing", "running")} | {"elsewhere": "running elsewhere"}
-
-
-def counts(runs: Sequence["Planned"]) -> str:
-    number = {s: sum(r.status == s for r in runs) for s in STATUSES}
-    return ", ".join(f"{n} {STATUSES[status]}" for status, n in number.items() if n)
+from ..text import duration
+from .planned import Planned, counts, unfinished
 
 
 class Display:
     """A live table on a terminal, a line per ended run elsewhere."""
 
-    def __init__(self, runs: Sequence["Planned"]):
+    def __init__(self, runs: Sequence[Planned]):
         self.runs, self.done = runs, 0
-        self.todo = sum(r.status not in ("finished", "diverged") for r in runs)
+        self.todo = len(unfinished(runs))
         self.work = self.took = 0.0  # of the runs that ended well: in the unit of `weight`, and in seconds
         self.slots = 1  # runs at once, as seen so far
         self.console = Console(stderr=True)
@@ -63,7 +53,7 @@ class Display:
                     table.add_row(r.title, duration(time.monotonic() - r.started))
             self.live.update(table, refresh=True)
 
-    def ended(self, r: "Planned") -> None:
+    def ended(self, r: Planned) -> None:
         self.done += 1
         result = r.record.result()
         if result and r.seconds:  # not one that ended elsewhere
@@ -84,6 +74,6 @@ class Display:
             print(line, file=sys.stderr, flush=True)
 
 
-def weight(r: "Planned") -> float:
+def weight(r: Planned) -> float:
     """How much of the sweep's work a run is."""
     return r.cost or 1.0

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from dsam.results.formatting import number
-from dsam.results.rendering import Table
 from dsam.results.statistics import baseline_label, methods
+from dsam.results.tables.formatting import number
+from dsam.results.tables.rendering import Table
 
 SECONDS_NOTE = (
     "Seconds per step: the least over the seeds, since what else a machine does can only add to them. They compare "

@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from dsam.results.formatting import DASH, percent
-from dsam.results.labels import value_text, without
-from dsam.results.rendering import Table
 from dsam.results.statistics import methods
+from dsam.results.tables.formatting import DASH, percent
+from dsam.results.tables.labels import value_text, without
+from dsam.results.tables.rendering import Table
 
 PREFIX = "hyperparameters."
 SELECTION = f"{PREFIX}selection"
@@ -43,7 +43,7 @@ def selection_note(frame: pd.DataFrame, which: str = "best") -> str:
 
 
 def chosen_table(rows: list[dict]) -> Table | None:
-    """The variants that the settings were chosen from (rows of `dsam.runs.choose.choose`), or None."""
+    """The variants that the settings were chosen from (rows of `dsam.sweeps.choose.choose`), or None."""
     if not rows:
         return None
     on = {"dev": "the development set, which flatters", "heldout": "a split of the training set"}[rows[0]["selection"]]

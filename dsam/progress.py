@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .text import duration
+
 
 class Bar:
     """Of a training. Context manager; `update` shows step, loss, score, rate (steps/s) and time left."""
@@ -43,15 +45,17 @@ class Bar:
 
     def update(self, step: int, loss: float) -> None:
         now = time.monotonic()
-        if self.first_step is None:
-            self.first_step, self.start = step - 1, now - 1e-3
-        rate = (step - self.first_step) / (now - self.start)
-        figures = f"loss {loss:.4f}  {rate:.1f} steps/s{self.score}"
+        if self.first_step is None:  # how long it took is not known: the training began before the bar was told of it
+            self.first_step, self.start = step, now
+        passed = now - self.start
+        rate = (step - self.first_step) / passed if step > self.first_step and passed > 0 else None
+        pace = "" if rate is None else f"  {rate:.3g} steps/s"
+        figures = f"loss {loss:.4f}{pace}{self.score}"
         self.progress.update(self.task, completed=step, figures=figures)
         if not self.console.is_terminal and now - self.said >= self.every:
             self.said = now
-            left = (self.total - step) / rate
-            print(f"{self.title}  step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = "" if rate is None else f"  {duration((self.total - step) / rate)} left"
+            print(f"{self.title}  step {step}/{self.total}  {figures}{left}", file=sys.stderr, flush=True)
 
     def evaluated(self, metric: str, score: float) -> None:
         self.score = f"  {metric} {score:.4f}"
@@ -102,5 +106,5 @@ class Stages:
         if not self.console.is_terminal and now - self.said >= self.every:
             self.said = now
             share = min(1.0, self.done / self.total)
-            left = (now - self.start) * (1 / share - 1)
-            print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = duration((now - self.start) * (1 / share - 1))
+            print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left} left", file=sys.stderr, flush=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from dsam.glue.tasks import TASKS
-from dsam.results.formatting import DASH, percent
-from dsam.results.rendering import Table
-from dsam.results.settings import PREFIX, selection_note
 from dsam.results.statistics import methods, scored
+from dsam.results.tables.formatting import DASH, percent
+from dsam.results.tables.rendering import Table
+from dsam.results.tables.settings import PREFIX, selection_note
 
-REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+REFERENCE = Path(__file__).parents[3] / "results" / "reference"
 LIMITS = [f"{PREFIX}max_steps", f"{PREFIX}max_train_examples"]
 
 

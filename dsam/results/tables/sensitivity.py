@@ -2,11 +2,11 @@
 
 import pandas as pd
 
-from dsam.results.formatting import DASH, score_cell
-from dsam.results.labels import value_text, without
-from dsam.results.rendering import BOLD, Table, styled
-from dsam.results.settings import selection_note
 from dsam.results.statistics import baseline_label, bootstrap_interval, scored, summarise
+from dsam.results.tables.formatting import DASH, score_cell
+from dsam.results.tables.labels import value_text, without
+from dsam.results.tables.rendering import BOLD, Table, styled
+from dsam.results.tables.settings import selection_note
 
 KEY = ["model", "task", "method_label"]
 

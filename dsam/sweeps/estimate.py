@@ -6,29 +6,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..config import Config
-from ..errors import counted
+from ..text import counted, duration
 from . import server
-
-if TYPE_CHECKING:
-    from .sweep import Planned
+from .planned import Expected, Planned, unfinished
 
 WARM_UP, MEASURED = 2, 4  # steps of a short measurement
 # What does not change a step's cost.
 FREE = ("lr", "weight_decay", "warmup_ratio", "betas", "eps", "dropout", "max_grad_norm")
-
-
-@dataclass
-class Expected:
-    """What a run will take; None where nothing is known."""
-
-    seconds: float | None = None
-    memory_bytes: int | None = None
-    source: str = ""
 
 
 def setting(config: Config) -> tuple:
@@ -50,13 +38,13 @@ def passes(config: Config) -> float:
     return METHODS[config.optimizer.method].passes * config.optimizer.steps_factor
 
 
-def from_finished(runs: Sequence["Planned"]) -> None:
+def from_finished(runs: Sequence[Planned]) -> None:
     """Fills in `expected` of the unfinished runs: the median of finished ones of their kind, or, scaled by the passes,
     of other methods' in the same setting."""
     same: dict[tuple, list[dict]] = {}
     others: dict[tuple, list[tuple[float, int]]] = {}
     for r in runs:
-        result = r.record.result(set_aside=False) if r.status in ("finished", "diverged") else None
+        result = r.record.result(set_aside=False) if r.done else None
         if result is not None and result["status"] == "finished":
             r.expected = Expected(result["train"]["seconds"], result["train"]["peak_memory_bytes"], "this run")
             same.setdefault(kind(r.config), []).append(result["train"])
@@ -74,7 +62,7 @@ def from_finished(runs: Sequence["Planned"]) -> None:
             r.expected = Expected(seconds, max(m for _, m in trained), "other methods' runs")
 
 
-def order(runs: Iterable["Planned"]) -> list["Planned"]:
+def order(runs: Iterable[Planned]) -> list[Planned]:
     """Longest first, by the expected seconds; the arithmetic (`cost`) stands in, on the same scale, where they are
     unknown."""
     runs = list(runs)
@@ -83,11 +71,11 @@ def order(runs: Iterable["Planned"]) -> list["Planned"]:
     return sorted(runs, key=lambda r: -(r.expected.seconds if r.expected.seconds is not None else rate * r.cost))
 
 
-def measure(runs: Sequence["Planned"]) -> None:
+def measure(runs: Sequence[Planned]) -> None:
     """A few steps of each kind of run of which nothing is known, each in a process of its own."""
     unknown: dict[tuple, list[Planned]] = {}
     for r in runs:
-        if r.expected.seconds is None and r.status not in ("finished", "diverged"):
+        if r.expected.seconds is None and not r.done:
             unknown.setdefault(kind(r.config), []).append(r)
     for number, group in enumerate(unknown.values(), 1):
         print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
@@ -106,9 +94,9 @@ class _Enough(Exception):
 
 def _few_steps(config: Config) -> tuple[float, int]:
     """(seconds of training, peak memory in bytes) of the whole run, from its first steps."""
+    from ..runs.run import make_method, peak_memory, prepare, trained_examples
     from ..training.checkpoint import Checkpoints
     from ..training.loop import fine_tune, total_steps
-    from .run import make_method, peak_memory, prepare, trained_examples
 
     ready = prepare(config)
     method = make_method(config, ready.network)
@@ -140,16 +128,9 @@ def _few_steps(config: Config) -> tuple[float, int]:
     return (times[1] - times[0]) / (last - first) * total, peak_memory(ready.device)
 
 
-def duration(seconds: float) -> str:
-    """For people: 45 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def total(runs: Sequence["Planned"], workers: int) -> str:
+def total(runs: Sequence[Planned], workers: int) -> str:
     """One sentence on what the unfinished runs will take."""
-    todo = [r for r in runs if r.status not in ("finished", "diverged")]
+    todo = unfinished(runs)
     known = [r for r in todo if r.expected.seconds is not None]
     if not todo:
         return ""

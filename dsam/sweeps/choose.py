@@ -7,8 +7,8 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UserError
-from .identity import hyperparameters
-from .sweep import Planned
+from ..runs.identity import hyperparameters
+from .planned import Planned
 
 
 def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:

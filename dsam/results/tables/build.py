@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsam.results import rendering
-from dsam.results.cost import SECONDS_NOTE, cost_table, per_step
-from dsam.results.formatting import DASH, interval, percent, score_cell
-from dsam.results.formatting import number as formatted
-from dsam.results.published import beside_published
-from dsam.results.rendering import BOLD, UNDERLINED, Table, styled
-from dsam.results.sensitivity import rho_table
-from dsam.results.settings import chosen_table, selection_note, settings_table
 from dsam.results.statistics import baseline_label, compare, methods, scored, summarise, worse_than_best
+from dsam.results.tables import rendering
+from dsam.results.tables.cost import SECONDS_NOTE, cost_table, per_step
+from dsam.results.tables.formatting import DASH, interval, percent, score_cell
+from dsam.results.tables.formatting import number as formatted
+from dsam.results.tables.published import beside_published
+from dsam.results.tables.rendering import BOLD, UNDERLINED, Table, styled
+from dsam.results.tables.sensitivity import rho_table
+from dsam.results.tables.settings import chosen_table, selection_note, settings_table
 
 NAMED_RUNS = 12  # how many runs without a score the main table names before it points to cells.csv
 

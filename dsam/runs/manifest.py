@@ -1,0 +1,79 @@
+"""The list of a sweep's runs, `<runs>/.sweeps/<name>.json`: it tells tables what is missing and where each run lies."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import UserError, did_you_mean
+from ..files import write_atomically
+from .identity import Identity, hyperparameters
+
+FOLDER = ".sweeps"
+
+
+def path_in(runs_dir: Path, name: str) -> Path:
+    return runs_dir / FOLDER / f"{name}.json"
+
+
+def names(runs_dir: Path) -> list[str]:
+    """The sweeps that were started under `runs_dir`."""
+    return sorted(path.stem for path in (runs_dir / FOLDER).glob("*.json"))
+
+
+def read(runs_dir: Path, name: str) -> dict[str, Any]:
+    """The manifest: experiment, command, chosen, and `runs` with id, task, model, optimizer, seed, folder,
+    hyperparameters of each. UserError where there is no such sweep, or its manifest cannot be read."""
+    path = path_in(runs_dir, name)
+    try:
+        return parsed(path.read_bytes())
+    except FileNotFoundError:
+        known = names(runs_dir)
+        hint = did_you_mean(name, known) if known else "no sweep was started here"
+        raise UserError(f"no sweep '{name}' under '{runs_dir}': {hint}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
+
+
+def parsed(contents: bytes) -> dict[str, Any]:
+    """Raises ValueError, KeyError or TypeError where `contents` is no manifest."""
+    manifest = json.loads(contents)
+    for run in manifest["runs"]:
+        run["folder"]
+    return manifest
+
+
+def write(
+    configs: Sequence[Config], identities: Sequence[Identity], name: str, command: str, chosen: Sequence[dict] = ()
+) -> Path:
+    """Writes the manifest of these runs.
+
+    Args:
+        chosen: the rows of `dsam.sweeps.choose`, where the runs' settings were chosen by another sweep.
+    """
+    root = Path(configs[0].paths.runs)
+    contents = {
+        "experiment": name,
+        "command": command,
+        "chosen": list(chosen),
+        "runs": [
+            {
+                "id": identity.id,
+                "task": config.task.name,
+                "model": config.model.name,
+                "optimizer": config.optimizer.name,
+                "seed": config.seed,
+                "folder": str(identity.folder.relative_to(root)),
+                "hyperparameters": hyperparameters(config),
+            }
+            for config, identity in zip(configs, identities, strict=True)
+        ],
+    }
+    path = path_in(root, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(contents, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.runs=DIR") from None
+    return path

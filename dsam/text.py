@@ -1,0 +1,23 @@
+"""Wording that messages share."""
+
+
+def counted(number: int, what: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def first_line(error: object, otherwise: str = "") -> str:
+    """The first line of an error's message that says something; `otherwise` where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), otherwise)
+
+
+def described(error: Exception) -> str:
+    """An error of another library in one line: its kind and all that it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
