@@ -42,8 +42,8 @@ wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their f
 test: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=30
 
-lint: .venv/installed ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: .venv/installed ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 lock: ## renew requirements.lock from pyproject.toml
 	rm -rf .venv && $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test]' && \
