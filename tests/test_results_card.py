@@ -94,8 +94,9 @@ def test_the_readme_says_how_the_numbers_came_to_be(few, tmp_path):
 
 def test_the_same_runs_give_the_same_bytes_in_any_process(few, tmp_path):
     code = """if True:
-        import sys; from pathlib import Path; from dsam.results.report import make as report
-from dsam.results.tables import build as tables
+        import sys; from pathlib import Path
+        from dsam.results.report import make as report
+        from dsam.results.tables import build as tables
         from dsam.results.collect import collect
         runs, folder = map(Path, sys.argv[1:]); frame = collect(runs, "few")
         report.write_tables(tables.build(frame), frame, "few", runs, folder)
