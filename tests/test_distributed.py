@@ -1,6 +1,7 @@
 """Two real processes (gloo) against one process with the joint batch, in float64."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsam import ASAM, SAM, DeltaSAM, NonFiniteGradient, Plain
+import dsam
+from dsam import ASAM, SAM, DeltaSAM, ExampleLosses, GroupSAM, NonFiniteGradient, Plain
 from dsam.integrations.distributed import Distributed
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
+SINGLE = {"rtol": 1e-5, "atol": 1e-7}  # the losses of `ExampleLosses` are float32
 METHODS = {
     "plain": lambda m: Plain(m),
     "sam": lambda m: SAM(m, 0.3),
@@ -82,6 +85,62 @@ def bounds(parts, rank):
     return start, start + parts[rank]
 
 
+class Classifier(nn.Module):
+    """As a Hugging Face classifier to `ExampleLosses`, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.first, self.norm = nn.Embedding(30, 6), nn.Linear(6, 8), nn.LayerNorm(8)
+        self.drop, self.last = nn.Dropout(0.1), nn.Linear(8, 3)
+        self.double()
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.drop(self.norm(torch.tanh(self.first(self.words(input_ids)))))
+        mask = attention_mask.unsqueeze(-1).to(hidden)
+        return SimpleNamespace(logits=self.last((hidden * mask).sum(1) / mask.sum(1)))
+
+
+EXAMPLES = (5, 7)
+OPTIONS = {"m_sam": {"m": 4}, "r3f": {"sigma": 0.1}, "smart": {"sigma": 0.1, "radius": 1.0, "step_size": 0.3}}
+NOT_JOINT = {"m_sam"}  # whose groups of examples are each rank's own
+
+
+def rows(*ranks):
+    """The ranks' examples: 5 of the first and 7 of the second."""
+    parts = []
+    for rank in ranks:
+        g = torch.Generator().manual_seed(rank)
+        ids = torch.randint(0, 30, (EXAMPLES[rank], 4), generator=g)
+        mask = torch.ones_like(ids)
+        mask[rank, 2:] = 0
+        parts.append((ids, mask, torch.randint(0, 3, (EXAMPLES[rank],), generator=g)))
+    return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+
+def a_step(name, batch, seed, dropout=True, ascent=None):
+    """(loss, gradient) of one step of the method; of this rank's part of it where `ascent` is given."""
+    network = Classifier().train(dropout)
+    method = dsam.METHODS[name](network, seed=3, **OPTIONS.get(name, {}))
+    method = method if ascent is None else Distributed(method, ascent=ascent)
+    torch.manual_seed(seed)
+    loss = method.backward(ExampleLosses(network, batch))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
+    return float(loss), torch.cat([g.flatten() for g in grads])
+
+
+def every_method(rank):
+    found = {}
+    for name in dsam.METHODS:
+        found[name, "local"] = a_step(name, rows(rank), 100 + rank, ascent="local")
+        if name not in NOT_JOINT:
+            found[name, "global"] = a_step(name, rows(rank), 0, dropout=False, ascent="global")
+    return found
+
+
 def a_rank(rank, port, folder):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -99,6 +158,7 @@ def a_rank(rank, port, folder):
                         *trained(method, lambda step, m=model, p=pieces: [closure(m, step, *ends) for ends in p]),
                         float(method.report.get("effective_sample_size", 0)),
                     )
+    found["every"] = every_method(rank)
     found["not finite"] = not_finite(rank)
     found["earlier"] = earlier(rank)
     found["scaled"] = scaled(rank)
@@ -224,6 +284,33 @@ def split(network, step, parts):
     return out
 
 
+@pytest.mark.parametrize("name", dsam.METHODS)
+def test_a_local_step_of_any_method_is_the_mean_of_the_ranks_by_their_sizes(found, name):
+    alone = [a_step(name, rows(rank), 100 + rank) for rank in (0, 1)]
+    loss, gradient = (sum(one[i] * n for one, n in zip(alone, EXAMPLES, strict=True)) / 12 for i in (0, 1))
+    for rank in (0, 1):
+        got = found[rank]["every"][name, "local"]
+        assert got[0] == pytest.approx(loss, rel=1e-6)
+        torch.testing.assert_close(got[1], gradient, **SINGLE)
+
+
+@pytest.mark.parametrize("name", sorted(set(dsam.METHODS) - NOT_JOINT - {"delta_sam", "freelb", "r3f", "smart"}))
+def test_a_global_step_of_any_method_is_that_of_one_process_with_the_joint_batch(found, name):
+    """δ-SAM's, with the same probes, is above; noise on embeddings is drawn for each rank's examples from one seed."""
+    loss, gradient = a_step(name, rows(0, 1), 0, dropout=False)
+    for rank in (0, 1):
+        got = found[rank]["every"][name, "global"]
+        assert got[0] == pytest.approx(loss, rel=1e-6)
+        torch.testing.assert_close(got[1], gradient, **SINGLE)
+
+
+@pytest.mark.parametrize("name", ["freelb", "r3f", "smart"])
+def test_a_global_step_with_noise_on_embeddings_is_the_mean_of_the_ranks(found, name):
+    alone = [a_step(name, rows(rank), 0, dropout=False) for rank in (0, 1)]
+    gradient = sum(one[1] * n for one, n in zip(alone, EXAMPLES, strict=True)) / 12
+    torch.testing.assert_close(found[0]["every"][name, "global"][1], gradient, **SINGLE)
+
+
 @pytest.mark.parametrize("wrapped", [True, False], ids=["DDP-2-pieces", "module"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_global_ascent_equals_one_process_with_the_joint_batch(found, name, wrapped):
@@ -330,16 +417,13 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'global' or 'local'"):
         Distributed(SAM(network), ascent="both")
 
-    class Twice(SAM):
-        def _backward(self, closures, scaler):
-            return super()._backward(closures, scaler)
-
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="Twice cannot ascend on the joint batch; use ascent='local'"):
-            Distributed(Twice(network))
-        with pytest.raises(ValueError, match="Gap needs the joint batch's cosines; use ascent='local'"):
+        with pytest.raises(ValueError, match=r"GroupSAM cannot ascend on the joint batch \(its groups.*'local'"):
+            Distributed(GroupSAM(network))
+        with pytest.raises(ValueError, match=r"\(weighting Gap needs the joint batch's cosines\); use ascent='local'"):
             Distributed(DeltaSAM(network, weighting="gap"))
-        assert Distributed(Twice(network), ascent="local").backward(closure(network, 0, 0, 6)) > 0
+        with pytest.raises(ValueError, match="none of the method's parameters"):
+            Distributed(SAM(Network())).backward(closure(network, 0, 0, 6))
     finally:
         dist.destroy_process_group()

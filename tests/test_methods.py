@@ -291,9 +291,9 @@ def test_a_sparse_direction_moves_its_rows_alone_and_they_come_back_whatever_hap
 
 def test_a_subclass_of_sam_gets_dense_gradients():
     class Tilted(SAM):
-        def _direction(self, gradient):
+        def direction(self, gradient):
             self.layouts = {g.layout for g in gradient}
-            return super()._direction(gradient)
+            return super().direction(gradient)
 
     ids = torch.ones(2, 3, dtype=torch.long)
     closure = ExampleLosses(model := classifier(), {"input_ids": ids, "labels": ids[:, 0]})

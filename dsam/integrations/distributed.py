@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import NonFiniteGradient
-from ..methods import SAM, DeltaSAM, Method, Probe
-from ..methods.base import Closure
-from ..methods.perturbation import Gradients, total_norm
+from ..methods import Closure, Method, Probe, Weighting
+from ..methods.perturbation import Gradients
+from ..methods.step import Step, count_of
 
 
 class Distributed:
@@ -24,7 +24,7 @@ class Distributed:
 
     Afterwards `.grad` is the same on every rank, and so is the returned loss: the mean over all examples, also where
     the ranks have unequal numbers of them. Every pass runs without DistributedDataParallel's own synchronisation
-    (`no_sync`): gradients are reduced here, once for the ascent ("global" only) and once for the step.
+    (`no_sync`): gradients are reduced here, in each pass over the batch ("global") or once for the step ("local").
 
     Args:
         method: built on every rank with the same parameters and the same `seed`.
@@ -39,7 +39,7 @@ class Distributed:
         NonFiniteGradient: in `backward`, on every rank together, when any rank's loss or gradient is not finite.
 
     Not synchronised: buffers. Batch-norm statistics stay each rank's own (use SyncBatchNorm). With mask="fresh" the
-    ascent's masks are drawn from the same seeds on every rank.
+    ascent's masks are drawn from the same seeds on every rank, and so is the noise of FreeLB, R3F and SMART.
     """
 
     def __init__(
@@ -54,18 +54,11 @@ class Distributed:
             raise ValueError(f"ascent must be 'global' or 'local', got {ascent!r}")
         if not dist.is_initialized():
             raise ValueError("several processes need torch.distributed.init_process_group first (torchrun, Accelerate)")
+        if ascent == "global" and method.local_only:
+            raise ValueError(
+                f"{type(method).__name__} cannot ascend on the joint batch ({method.local_only}); use ascent='local'"
+            )
         self.method, self.model, self.ascent, self.group = method, model, ascent, group
-        self.device = method.params[0].device
-        if ascent == "global" and type(method)._backward is not Method._backward:
-            if not _ascends_once(method):
-                raise ValueError(f"{type(method).__name__} cannot ascend on the joint batch; use ascent='local'")
-            if isinstance(method, DeltaSAM):
-                joint_only = {"cosines", "gram"}.intersection(method.weighting.exact)
-                if joint_only:  # products with other examples, which a rank's own backward pass does not have
-                    name, needs = type(method.weighting).__name__, ", ".join(sorted(joint_only))
-                    raise ValueError(f"weighting {name} needs the joint batch's {needs}; use ascent='local'")
-                method.weighting = _JointWeighting(method.weighting, self)
-            method.ranks = self
 
     def __getattr__(self, name: str):
         if name == "method":  # while unpickling or copying, before __init__
@@ -74,128 +67,125 @@ class Distributed:
 
     def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """As `Method.backward`, for the joint batch."""
-        method = self.method
-        closures = [closure] if callable(closure) else list(closure)
-        if self.ascent == "global" and method.mask == "fresh":
-            self._require_equal_pieces(len(closures))
-        earlier = [p.grad for p in method.params]
-        for p in method.params:
-            p.grad = None
-        loss, failure = torch.full((), torch.nan, device=self.device), None
+        step = (GlobalStep if self.ascent == "global" else LocalStep)(self.method, closure, scaler, group=self.group)
+        if self.ascent == "global" and self.method.mask == "fresh":
+            step.require_equal_pieces()
         try:
             with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext():
-                loss = method.backward(closures, scaler)
-        except NonFiniteGradient as error:
-            failure = error
-        if isinstance(getattr(method, "weighting", None), _JointWeighting) and method.weighting.joint is not None:
-            weights = method.weighting.joint
-            method.report |= {"effective_sample_size": 1 / weights.square().sum(), "largest_weight": weights.max()}
-        try:
-            return self._reduce(loss, sum(method._sizes), failure, scaler)
+                return self.method.take(step)
         except NonFiniteGradient:
-            for p in method.params:
-                p.grad = None
+            step.agree(failed=True)
             raise
-        finally:
-            for p, grad in zip(method.params, earlier, strict=True):
-                if grad is not None:
-                    p.grad = grad if p.grad is None else grad.add_(p.grad)
 
-    def _reduce(self, loss: Tensor, size: int, failure: NonFiniteGradient | None, scaler) -> Tensor:
-        """Joint loss; makes every rank's `.grad` the joint gradient. One small reduction agrees on all it needs."""
-        method = self.method
-        present = [p.grad is not None for p in method.params]
-        facts = [float(failure is not None), float(size), *map(float, present)]
-        facts = torch.tensor(facts, dtype=torch.float64, device=self.device)
-        facts = torch.cat([facts, (loss.double() * size).reshape(1)])
-        dist.all_reduce(facts, group=self.group)
-        failed, total, *present, loss_sum = facts.tolist()
-        if failed:
-            raise failure or NonFiniteGradient("another rank's loss or gradient is not finite: the step was not taken")
-        gradient = [p.grad for p in method.params]
-        for p, grad in zip(
-            method.params, self._weighted_sum(gradient, method.params, size / total, present), strict=True
-        ):
-            p.grad = grad
-        if scaler is None:
-            method.report["gradient_norm"] = total_norm([p.grad for p in method.params])
-        return torch.tensor(loss_sum / total, dtype=loss.dtype, device=self.device)
 
-    def joint(
-        self, loss: Tensor, gradient: Gradients, params: Sequence[nn.Parameter], size: int
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """(mean loss, ascent gradient) over the joint batch, from this rank's over `size` examples."""
-        facts = [float(size), *(float(g is not None) for g in gradient)]
-        facts = torch.tensor(facts, dtype=torch.float64, device=self.device)
-        facts = torch.cat([facts, (loss.double() * size).reshape(1)])
-        dist.all_reduce(facts, group=self.group)
-        total, *present, loss_sum = facts.tolist()
-        loss = torch.tensor(loss_sum / total, dtype=loss.dtype, device=self.device)
-        return loss, self._weighted_sum(gradient, params, size / total, present)
+class JointStep(Step):
+    """What the steps of several processes share: reductions."""
 
-    def _weighted_sum(
-        self, tensors: Gradients, like: Sequence[Tensor], share: float, present: Sequence[float]
-    ) -> list[Tensor | None]:
-        """Σ over ranks of share · tensors; None where no rank has one. One reduction for each dtype."""
+    def __init__(self, method: Method, closures, scaler, *, group: dist.ProcessGroup | None = None):
+        super().__init__(method, closures, scaler)
+        self.group = group
+        self.device = self.params[0].device
+        self.agreed = False
+
+    def agree(self, failed: bool) -> None:
+        """Once a step: NonFiniteGradient on every rank where any has failed."""
+
+    def sum(self, *values: Tensor | float) -> list[Tensor]:
+        """Each scalar summed over the ranks, in float64, in one reduction."""
+        own = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device).detach() for v in values])
+        dist.all_reduce(own, group=self.group)
+        return list(own)
+
+    def average(self, losses: Tensor) -> Tensor:
+        """The mean of all ranks' losses (B,), of which this one may have none."""
+        total, count = self.sum(losses.double().sum(), float(len(losses)))
+        return (total / count).to(losses.dtype)
+
+    def reduced(self, gradient: Gradients, share: Tensor | float) -> list[Tensor | None]:
+        """Σ over ranks of share · gradient; None where no rank has one. One reduction for each dtype."""
+        present = self.sum(*(float(g is not None) for g in gradient))
         kept = [
-            (torch.zeros_like(p) if t is None else t) if here else None
-            for t, p, here in zip(tensors, like, present, strict=True)
+            (torch.zeros_like(p) if g is None else g) if here else None
+            for g, p, here in zip(gradient, self.params, torch.stack(present).tolist(), strict=True)
         ]
         for dtype in {t.dtype for t in kept if t is not None}:
-            places = [k for k, t in enumerate(kept) if t is not None and t.dtype == dtype]
-            flat = torch.cat([kept[k].flatten() for k in places]).mul_(share)
+            places = [(k, t) for k, t in enumerate(kept) if t is not None and t.dtype == dtype]
+            flat = torch.cat([t.flatten() for _, t in places]).mul_(share)
             dist.all_reduce(flat, group=self.group)
-            for k, part in zip(places, flat.split([kept[k].numel() for k in places]), strict=True):
-                kept[k] = part.view_as(kept[k])
+            for (k, t), part in zip(places, flat.split([t.numel() for _, t in places]), strict=True):
+                kept[k] = part.view_as(t)
         return kept
+
+    def by_size(self, losses: Tensor, gradient: Gradients) -> list[Tensor | None]:
+        """The mean of the ranks' gradients, each weighing as many examples as it has."""
+        (total,) = self.sum(float(len(losses)))
+        return self.reduced(gradient, float(len(losses) / total))
 
     def gather(self, values: Tensor) -> tuple[Tensor, int]:
         """(all ranks' `values` joined along the last axis, where this rank's part starts)."""
         world, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(world)]
-        dist.all_gather(sizes, torch.tensor([values.shape[-1]], device=self.device), group=self.group)
-        sizes = [int(s) for s in sizes]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(world)]
+        dist.all_gather(lengths, torch.tensor([values.shape[-1]], device=self.device), group=self.group)
+        sizes = [int(n) for n in lengths]
         padded = values.new_zeros(*values.shape[:-1], max(sizes))
         padded[..., : values.shape[-1]] = values
         parts = [torch.empty_like(padded) for _ in range(world)]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], -1), sum(sizes[:rank])
 
-    def _require_equal_pieces(self, pieces: int) -> None:
+    def require_equal_pieces(self) -> None:
         # Each piece draws a mask's seed from the generator that also draws the probes, which ranks must share.
-        counts, _ = self.gather(torch.tensor([pieces], device=self.device))
+        counts, _ = self.gather(torch.tensor([len(self)], device=self.device))
         if len(set(counts.tolist())) > 1:
             raise ValueError(f"mask='fresh' needs equally many micro-batches on every rank, got {counts.tolist()}")
 
 
-def _ascends_once(method: Method) -> bool:
-    """Is all that the method does with the batch one ascent gradient, which can be summed over ranks?"""
-    kind = type(method)
-    return (
-        kind._backward is SAM._backward
-        and kind._descend is Method._descend
-        and kind._ascent_gradient in (SAM._ascent_gradient, DeltaSAM._ascent_gradient)
-    )
+class GlobalStep(JointStep):
+    """Every pass is over the joint batch, so that all ranks see the same gradients and take the same decisions."""
 
+    @property
+    def words(self) -> nn.Embedding | None:
+        return None  # the ranks' batches differ in their words, but not in their probes; dense gradients are reduced
 
-class _JointWeighting:
-    """A weighting that sees the joint batch and answers with this rank's part of the weights."""
+    def rows_suffice(self) -> bool:
+        return False
 
-    def __init__(self, weighting, ranks: Distributed):
-        self.weighting, self.ranks = weighting, ranks
-        self.joint: Tensor | None = None  # the latest weights of the joint batch
+    def joint(self, losses: Tensor, gradient: Gradients, weighted: bool = False) -> list[Tensor | None]:
+        return self.reduced(gradient, 1.0) if weighted else self.by_size(losses, gradient)
 
-    def __getattr__(self, name: str):
-        if name == "weighting":
-            raise AttributeError(name)
-        return getattr(self.weighting, name)
+    def mean(self, losses: Tensor) -> Tensor:
+        return self.average(losses)
 
-    def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
-        everyone, start = self.ranks.gather(losses)
+    def weigh(self, weighting: Weighting, losses: Tensor, probe: Probe) -> Tensor:
+        everyone, start = self.gather(losses)
         seen = {name: getattr(probe, name) for name in ("plus", "minus", "norms", "curvature", "labels", "logits")}
         seen = {name: value for name, value in seen.items() if value is not None}
         for name, value in seen.items():  # the examples are the last axis, except in logits (B, C)
-            seen[name] = self.ranks.gather(value.mT)[0].mT if name == "logits" else self.ranks.gather(value)[0]
-        self.joint = self.weighting(everyone, replace(probe, **seen))
-        # `Distributed.joint` averages the ranks' gradients by size: scaled like this, their average is Σ p_i g_i.
-        return self.joint[start : start + len(losses)] * (len(everyone) / len(losses))
+            seen[name] = self.gather(value.mT)[0].mT if name == "logits" else self.gather(value)[0]
+        weights = weighting(everyone, replace(probe, **seen))
+        self.report_weights(weights)
+        return weights[start : start + len(losses)]
+
+    def largest(self, values: Tensor, share: float) -> Tensor:
+        everyone, start = self.gather(values)
+        chosen = torch.zeros(len(everyone), dtype=torch.bool, device=everyone.device)
+        chosen[everyone.topk(count_of(share, len(everyone))).indices] = True
+        return chosen[start : start + len(values)]
+
+
+class LocalStep(JointStep):
+    """Each rank computes its own step; what is left in `.grad` is their mean."""
+
+    def agree(self, failed: bool) -> None:
+        if not self.agreed:
+            self.agreed = True
+            (others,) = self.sum(float(failed))
+            if others and not failed:
+                raise NonFiniteGradient("another rank's loss or gradient is not finite: the step was not taken")
+
+    def mean(self, losses: Tensor) -> Tensor:
+        return self.average(losses) if self.agreed else losses.mean()
+
+    def finish(self, losses: Tensor, gradient: Gradients) -> Tensor:
+        self.agree(failed=False)
+        return super().finish(losses, self.by_size(losses, gradient))

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from .ae_sam import AESAM
-from .base import Closure, Method, Plain
+from .base import Method, Plain
 from .delta_sam import DeltaSAM
 from .esam import ESAM
 from .freelb import FreeLB
@@ -15,6 +15,7 @@ from .losses import ExampleLosses, example_losses
 from .m_sam import GroupSAM
 from .msam import MomentumSAM
 from .per_instance import PerInstance
+from .piece import Closure
 from .r3f import R3F
 from .rdrop import RDrop
 from .sam import ASAM, SAM

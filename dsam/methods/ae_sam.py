@@ -1,12 +1,10 @@
 """AE-SAM: SAM in the steps whose gradient is large for its time, plain steps else."""
 
-import torch
 from torch import Tensor
 
-from .base import Closure
-from .gradients import gradient_apart
-from .perturbation import perturbed, total_norm
+from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step
 
 
 class AESAM(SAM):
@@ -36,36 +34,26 @@ class AESAM(SAM):
         self.mean: float | None = None
         self.variance = 0.0
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        losses, gradient = self._gradient(closures, self.params)
-        self._clean_pass_done()
-        loss, norm = losses.mean(), total_norm(gradient)
-        if scaler is None:
-            self._require_finite(norm, loss)
-        ascend = bool(torch.isfinite(norm)) and self._is_large(float(norm) ** 2)
-        self.report["ascended"] = float(ascend)
-        if ascend:
-            scale = self.rho / float(norm) if norm > 0 else 0.0
-            self.report["perturbation_norm"] = scale * norm
-            if self.mask == "fresh":
-                self._states = [None] * len(closures)
-            with perturbed(self.params, gradient, scale):
-                self._descend(closures, scaler)
-        else:
-            with gradient_apart(self.params):
-                for p, g in zip(self.params, gradient, strict=True):
-                    p.grad = g if g is None or scaler is None else g * scaler.get_scale()
-            if scaler is not None:
-                scaler.scale(loss)  # so that the scaler, which has seen no loss in this step, is ready
-        return loss
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses, gradient = step.gradient()
+        norm = total_norm(gradient)
+        step.require_finite(norm, losses, gradient)
+        ascend = self._is_large(float(norm) ** 2)
+        step.report["ascended"] = float(ascend)
+        if not ascend:
+            return losses, gradient
+        scale = self.rho / float(norm) if norm > 0 else 0.0
+        step.report["perturbation_norm"] = scale * norm
+        if self.mask == "fresh":
+            step.forget_masks()
+        with step.at(gradient, scale):
+            _, gradient = step.gradient(ascent=True)
+        return losses, gradient
 
     def _is_large(self, square: float) -> bool:
         self.mean = square if self.mean is None else self.decay * self.mean + (1 - self.decay) * square
         self.variance = self.decay * self.variance + (1 - self.decay) * (square - self.mean) ** 2
         return square >= self.mean + self.threshold * self.variance**0.5
-
-    def _forward(self, closures: list[Closure], k: int, *, ascent: bool = False, precise: bool = False) -> Tensor:
-        return super()._forward(closures, k, ascent=ascent != (self.mask == "fresh"), precise=precise)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"mean": self.mean, "variance": self.variance}

@@ -7,12 +7,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .base import Closure
-from .gradients import whole
 from .layers import TopLayers
 from .per_example import PerExampleGradients
-from .perturbation import perturbed, total_norm
+from .perturbation import Gradients, perturbed, total_norm
 from .sam import SAM
+from .step import Step
 from .weighting import Probe, Weighting, make_weighting
 
 
@@ -36,8 +35,6 @@ class DeltaSAM(SAM):
             `optimizer=dsam` has layers=2, here the default is the whole model.
     """
 
-    by_rows = True
-
     def __init__(
         self,
         params,
@@ -58,51 +55,54 @@ class DeltaSAM(SAM):
                 raise ValueError("layers looks inside the model: DeltaSAM(model, …)")
             self._top = TopLayers(self.module, self.weighting.layers)
 
-    def _ascent_gradient(self, closures: list[Closure]):
-        if self.weighting.exact:
-            return self._exact_ascent_gradient(closures)
-        with self._summing(closures, self._rows_suffice()):
-            losses, total = self._weighted_gradient(closures)
-        return losses, whole(total, self._rows_suffice())
+    @property
+    def local_only(self) -> str:  # type: ignore[override]
+        joint = {"cosines", "gram"}.intersection(self.weighting.exact)
+        # products with other examples, which a process's own backward pass does not have
+        return f"weighting {type(self.weighting).__name__} needs the joint batch's {min(joint)}" if joint else ""
 
-    def _weighted_gradient(self, closures: list[Closure]):
+    def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses, gradient = self._exactly_weighted(step) if self.weighting.exact else self._weighted(step)
+        return losses, step.joint(losses, gradient, weighted=True)
+
+    def _weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""
-        hold = len(closures) == 1 or not self.recompute
-        held = []
-        for k in range(len(closures)):
-            with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
-                held.append(self._forward(closures, k, ascent=True))
-        self._clean_pass_done()
-        losses = torch.cat([piece.detach() for piece in held])
-        weights = self.weighting(*self._probe(closures, losses))
-        self._report_weights(weights)
-        total, start = None, 0
-        for k, piece in enumerate(held):
-            if not hold:
-                piece = self._forward(closures, k, ascent=True)
-            held[k] = None  # its graph is freed by the backward pass
-            weighted = (piece * weights[start : start + len(piece)]).sum()
-            total = self._add_gradient(total, weighted, self.params, len(closures))
-            start += len(piece)
-        return losses, total
+        hold = len(step) == 1 or not self.recompute
+        held: list[Tensor | None] = []
+        with step.summing(by_rows=True):
+            for k in range(len(step)):
+                with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
+                    held.append(step.losses(k, ascent=True))
+            losses = torch.cat([piece.detach() for piece in held if piece is not None])
+            weights = step.weigh(self.weighting, *self._probe(step, losses))
+            total: list[Tensor | None] | None = None
+            start = 0
+            for k, piece in enumerate(held):
+                if not hold or piece is None:
+                    piece = step.losses(k, ascent=True)
+                held[k] = None  # its graph is freed by the backward pass
+                loss = (piece * weights[start : start + len(piece)]).sum()
+                total, _ = step.differentiate(total, loss, step.costs[k], scaled=False)
+                start += len(piece)
+        assert total is not None
+        return losses, step.whole(total, by_rows=True)
 
-    def _exact_ascent_gradient(self, closures: list[Closure]):
+    def _exactly_weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """As above with exact per-example quantities: one backward pass over the activations serves for the norms and
         for the weighted gradient."""
         if self.module is None:
             raise ValueError(f"weighting {type(self.weighting).__name__} looks inside the model: DeltaSAM(model, …)")
         pieces, recorded = [], []
-        for k in range(len(closures)):
+        for k in range(len(step)):
             gradients = PerExampleGradients(self.module, self.params)
             with gradients.record():
-                losses = self._forward(closures, k, ascent=True)
-            pieces.append(losses.detach())
-            gradients.backward(losses)
+                found = step.losses(k, ascent=True)
+            pieces.append(found.detach())
+            gradients.backward(found)
             recorded.append(gradients)
-            self.report["backwards"] += 1 / len(closures)
-        self._clean_pass_done()
+            step.report["backwards"] += step.costs[k]
         losses = torch.cat(pieces)
-        _, probe = self._probe(closures, losses)
+        _, probe = self._probe(step, losses)
         batch = PerExampleGradients.joined(recorded)
         exact = self.weighting.exact
         if "cosines" in exact:
@@ -117,23 +117,18 @@ class DeltaSAM(SAM):
         if "gram" in exact:
             probe.gram = batch.gram()
         if "curvature" in exact:
-            probe.curvature = torch.cat([self._curvature(closures, k, g) for k, g in enumerate(recorded)])
-        weights = self.weighting(losses, probe)
-        self._report_weights(weights)
-        return losses, batch.weighted_gradient(weights, self._rows_suffice())
+            probe.curvature = torch.cat([self._curvature(step, k, g) for k, g in enumerate(recorded)])
+        weights = step.weigh(self.weighting, losses, probe)
+        return losses, batch.weighted_gradient(weights, step.rows_suffice())
 
-    def _curvature(self, closures: list[Closure], k: int, gradients: PerExampleGradients) -> Tensor:
+    def _curvature(self, step: Step, k: int, gradients: PerExampleGradients) -> Tensor:
         def losses() -> Tensor:
-            self.report["backwards"] += 1 / len(closures)
-            return self._forward(closures, k, ascent=True)
+            step.report["backwards"] += step.costs[k]
+            return step.losses(k, ascent=True)
 
         return curvature_along_own_gradients(gradients, losses)
 
-    def _report_weights(self, weights: Tensor) -> None:
-        self.report["effective_sample_size"] = 1 / weights.square().sum()
-        self.report["largest_weight"] = weights.max()
-
-    def _probe(self, closures: list[Closure], losses: Tensor) -> tuple[Tensor, Probe]:
+    def _probe(self, step: Step, losses: Tensor) -> tuple[Tensor, Probe]:
         """(losses at w to compare with, what the probes saw): losses at w ± v for random directions v, same masks."""
         params = self.params
         if self._top is not None:
@@ -141,23 +136,24 @@ class DeltaSAM(SAM):
             params = [p for p in params if id(p) in above]
         probe = Probe(rho=self.rho, radius=self.weighting.radius, dimension=sum(p.numel() for p in params))
         if self.weighting.needs_logits:
-            if any(getattr(closure, "logits", None) is None for closure in closures):
+            outputs = [found for piece in step.pieces if (found := piece.labelled_logits) is not None]
+            if len(outputs) < len(step):
                 raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
-            probe.logits = torch.cat([closure.logits for closure in closures])
-            probe.labels = torch.cat([closure.labels for closure in closures])
+            probe.logits = torch.cat([logits for logits, _ in outputs])
+            probe.labels = torch.cat([labels for _, labels in outputs])
         if not self.weighting.sides:
             return losses, probe
-        if any(getattr(closure, "autocast", None) for closure in closures):
-            losses = self._losses(closures)  # float32 on both sides of the difference
+        if any(piece.autocast for piece in step.pieces):
+            losses = self._losses(step)  # float32 on both sides of the difference
         plus, minus = [], []
         for _ in range(self.weighting.probes):
-            noise, not_drawn = self._noise(params, closures)
+            noise, not_drawn = self._noise(params, step)
             scale = self.weighting.radius / math.sqrt(float(total_norm(noise)) ** 2 + not_drawn)
             with perturbed(params, noise, scale):
-                plus.append(self._losses(closures))
+                plus.append(self._losses(step))
             if self.weighting.sides == 2:
                 with perturbed(params, noise, -scale):
-                    minus.append(self._losses(closures))
+                    minus.append(self._losses(step))
         probe.plus = torch.stack(plus)
         probe.minus = torch.stack(minus) if minus else None
         if self._top is not None:
@@ -165,27 +161,25 @@ class DeltaSAM(SAM):
         return losses, probe
 
     @torch.no_grad()
-    def _losses(self, closures: list[Closure]) -> Tensor:
+    def _losses(self, step: Step) -> Tensor:
         found, share = [], self._top.share if self._top is not None else 1.0
-        for k in range(len(closures)):
+        for k in range(len(step)):
             with self._top.resume(k) if self._top is not None else nullcontext():
-                found.append(self._forward(closures, k, ascent=True, precise=True, share=share).float())
+                found.append(step.losses(k, ascent=True, precise=True, share=share).float())
         return torch.cat(found)
 
-    def _noise(self, params: list[nn.Parameter], closures: list[Closure]) -> tuple[list[Tensor], int]:
+    def _noise(self, params: list[nn.Parameter], step: Step) -> tuple[list[Tensor], int]:
         """(a random direction in the parameters, of unit variance; how many of its elements are not drawn).
 
         Of the word embeddings only the rows that the batch looks up are drawn, a sparse tensor: the others change no
         loss, and count with their expected square.
         """
         draw = rademacher if self.weighting.noise == "rademacher" else torch.randn
-        words, direction, not_drawn = getattr(closures[0], "words", None), [], 0
-        if self.ranks is not None:  # whose batches differ, but not their probes
-            words = None
+        words, direction, not_drawn = step.words, [], 0
         for p in params:
             like = {"generator": self.generator, "device": p.device, "dtype": p.dtype}
             if words is not None and p is words.weight:
-                rows = torch.cat([closure.inputs["input_ids"].flatten() for closure in closures]).unique()
+                rows = torch.cat([piece.word_ids.flatten() for piece in step.pieces]).unique()
                 values = draw((len(rows), p.shape[1]), **like)
                 found = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
                 not_drawn += p.numel() - values.numel()

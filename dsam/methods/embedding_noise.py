@@ -6,51 +6,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Closure, Method
+from .base import Method
+from .perturbation import Gradients
+from .piece import Outputs
+from .step import Step
 
 
 class OutputMethod(Method):
-    """A method that works on the model's outputs: its closures are `ExampleLosses`, or have what these have:
-    `outputs(noise) -> (losses (B,), logits (B, C))`, `embedding_shape`, `token_mask` and `len()`.
+    """A method that works on the model's outputs: its closures are `ExampleLosses`, or have what `piece.Outputs` names.
 
     The clean forward draws the dropout masks that plain training would. mask="same" replays them in the forwards with
     noise, so that only the noise differs; "fresh" gives those masks from a stream aside.
     """
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        for closure in closures:
-            if not all(hasattr(closure, name) for name in ("outputs", "embedding_shape", "token_mask", "__len__")):
-                raise ValueError(
-                    f"{type(self).__name__} needs the model's logits and embeddings, which this closure does not give: "
-                    "pass dsam.ExampleLosses(model, batch)"
-                )
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        closures = [closure for piece in step.pieces if (closure := piece.outputs) is not None]
+        if len(closures) < len(step):
+            raise ValueError(
+                f"{type(self).__name__} needs the model's logits and embeddings, which this closure does not give: "
+                "pass dsam.ExampleLosses(model, batch)"
+            )
         examples = sum(len(closure) for closure in closures)
-        pieces = [self._piece(closures, k, examples, scaler).detach() for k in range(len(closures))]
-        return torch.cat(pieces).mean()
+        total: list[Tensor | None] | None = None
+        pieces = []
+        for k, closure in enumerate(closures):
+            losses, total = self.piece(step, k, closure, examples, total)
+            pieces.append(losses.detach())
+        assert total is not None
+        found = torch.cat(pieces)
+        return found, step.joint(found, step.whole(total))
 
-    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
-        """Adds piece k's part of the gradient to `.grad`, 1/examples for each of its examples; returns its losses."""
+    def piece(
+        self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(losses (B_k,) of piece k, `total` plus its part of the gradient: 1/examples for each of its examples)."""
         raise NotImplementedError
 
-    def _outputs(self, closures: list[Closure], k: int, noise: Tensor | None = None, other_masks: bool = False):
-        """(losses (B_k,), logits (B_k, C)) of piece k; the first call of a step draws the masks."""
-        self.report["forwards"] += 1 / len(closures)
-        if self._states[k] is None:
-            self._states[k] = self.random.get()
-            return closures[k].outputs(noise)
-        if self.mask == "same" and not other_masks:
-            with self.random.replay(self._states[k]):
-                return closures[k].outputs(noise)
-        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
-        with self.random.aside(seed):
-            return closures[k].outputs(noise)
-
-    def _descend_from(self, loss: Tensor, scaler, passes: float) -> None:
-        """Adds the gradient of the scalar `loss`, whose graph holds so many (shares of) forward passes, to `.grad`."""
-        (scaler.scale(loss) if scaler is not None else loss).backward()
-        self.report["backwards"] += passes
-
-    def _noise(self, closure: Closure, kind: str) -> Tensor:
+    def _noise(self, closure: Outputs, kind: str) -> Tensor:
         """Noise (B, T, d) in float32, 0 at padding: "normal" N(0, 1) or "uniform" U(−1, 1).
 
         Each example draws from its own seed, so that (on the CPU) the noise is the same however the batch is cut.
@@ -68,6 +60,11 @@ class OutputMethod(Method):
         return torch.stack(rows) * closure.token_mask
 
 
+def add_to_report(step: Step, name: str, value: Tensor) -> None:
+    """Adds what a piece contributes to the batch's figure."""
+    step.report[name] = step.report.get(name, 0) + value
+
+
 def divergence(a: Tensor, b: Tensor) -> Tensor:
     """KL(a‖b) + KL(b‖a) of two sets of logits (B, C), shape (B,); for one output (a regression) (a − b)²."""
     if a.shape[-1] == 1:
@@ -81,7 +78,7 @@ def over_examples(norms: Tensor) -> Tensor:
     return norms.clamp_min(torch.finfo(norms.dtype).tiny).reshape(-1, 1, 1)
 
 
-def numbers_at_tokens(closure: Closure) -> Tensor:
+def numbers_at_tokens(closure: Outputs) -> Tensor:
     """How many numbers of its embeddings belong to tokens, for each example, shape (B,)."""
     return closure.token_mask.sum((1, 2)) * closure.embedding_shape[2]
 

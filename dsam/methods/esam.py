@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from .base import Closure
-from .losses import restricted
-from .perturbation import total_norm
+from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step, count_of
 
 
 class ESAM(SAM):
@@ -37,47 +36,34 @@ class ESAM(SAM):
         self.beta, self.gamma = beta, gamma
         self.passes = 2.0 if gamma == 1 else (4 + 3 * gamma) / 3
 
-    def _ascent_gradient(self, closures: list[Closure]):
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses, ascent = step.gradient(ascent=True, only=self._drawn())
+        norm = total_norm(ascent)
+        step.require_finite(norm, losses, ascent)
+        scale = torch.where(norm > 0, self.rho / self.beta / norm, 0)
+        step.report["perturbation_norm"] = scale * norm
+        with step.at(ascent, scale):
+            if self.gamma == 1:
+                _, gradient = step.gradient()
+            else:
+                _, gradient = self._hurt_most(step, losses, norm).gradient()
+        return losses, gradient
+
+    def _drawn(self) -> list[bool]:
         drawn = torch.rand(len(self.params), generator=self.generator, device=self.generator.device)
         chosen = (drawn < self.beta).tolist()
         if not any(chosen):
             chosen[int(drawn.argmin())] = True
-        self.losses, gradient = self._gradient(closures, [p for p, c in zip(self.params, chosen, strict=True) if c])
-        given = iter(gradient)
-        return self.losses, [next(given) if c else None for c in chosen]
+        return chosen
 
-    def _direction(self, gradient):
-        return gradient, total_norm(gradient)
-
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        rho = self.rho
-        try:
-            self.rho = rho / self.beta
-            return super()._backward(closures, scaler)
-        finally:
-            self.rho, self.losses = rho, None
-
-    def _descend(self, closures: list[Closure], scaler, weights: Tensor | None = None) -> Tensor:
-        examples = len(self.losses)
-        count = max(1, int(self.gamma * examples + 1e-9))
-        if count == examples:
-            return super()._descend(closures, scaler, weights)
-        with torch.no_grad():
-            pieces = [self._forward(closures, k, ascent=True) for k in range(len(closures))]
+    def _hurt_most(self, step: Step, losses: Tensor, norm: Tensor) -> Step:
+        """The step of the examples whose losses ε has raised most from `losses` (B,); the weights are at w + ε."""
+        pieces = step.all_losses(ascent=True)
         after = torch.cat(pieces)
-        if scaler is None:
-            self._require_finite(self.report["perturbation_norm"], after.mean())
-        chosen = torch.zeros(examples, dtype=torch.bool, device=self.losses.device)
-        chosen[(after - self.losses).topk(count).indices] = True
-        selected, states, cost = [], [], 0.0
-        for k, (closure, part) in enumerate(zip(closures, chosen.split([len(p) for p in pieces]), strict=True)):
-            if part.any():
-                selected.append(restricted(closure, part.nonzero().squeeze(1).tolist()))
-                states.append(self._states[k])
-                cost += (int(part.sum()) if hasattr(closure, "subset") else len(part)) / examples
-        spent = dict(self.report)
-        self._states = states
-        super()._descend(selected, scaler)
-        self.report |= {"forwards": spent["forwards"] + cost, "backwards": spent["backwards"] + cost}
-        self.report["selected"] = float(count)
-        return self.losses.mean()
+        if step.scaler is None:
+            step.require_finite(norm, after, [])
+        chosen = step.largest(after - losses, self.gamma)
+        step.report["selected"] = float(count_of(self.gamma, len(losses)))
+        sizes = [len(piece) for piece in pieces]
+        parts = [(k, part.nonzero().squeeze(1).tolist()) for k, part in enumerate(chosen.split(sizes)) if part.any()]
+        return step.restricted(parts, sizes)

@@ -2,15 +2,16 @@
 
 from torch import Tensor
 
-from .base import Closure
 from .embedding_noise import (
     OutputMethod,
+    add_to_report,
     example_norms,
     numbers_at_tokens,
     over_examples,
     require_at_least,
 )
-from .gradients import buffers_kept
+from .piece import Outputs
+from .step import Step
 
 
 class FreeLB(OutputMethod):
@@ -45,26 +46,26 @@ class FreeLB(OutputMethod):
         self.steps, self.step_size, self.init, self.max_norm = steps, step_size, init, max_norm
         self.passes = float(steps)
 
-    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
-        closure = closures[k]
+    def piece(
+        self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
         noise = self._noise(closure, "uniform") * (self.init / over_examples(numbers_at_tokens(closure)).sqrt())
         noise = self._bounded(noise).requires_grad_()
-        first, _ = self._outputs(closures, k, noise)
-        losses = first
-        for step in range(self.steps):
-            if step:
-                with buffers_kept(self.module):
-                    losses, _ = self._outputs(closures, k, noise)
-            self._descend_from(losses.sum() / (examples * self.steps), scaler, 1 / len(closures))
-            if step + 1 < self.steps:
-                gradient = noise.grad.nan_to_num(0, 0, 0)  # the parameters' gradients show what is not finite
+        first: Tensor | None = None
+        for ascent in range(self.steps):
+            losses, _ = step.outputs(k, noise)
+            first = losses if first is None else first
+            loss = losses.sum() / (examples * self.steps)
+            total, (slope,) = step.differentiate(total, loss, step.costs[k], also=[noise])
+            if ascent + 1 < self.steps:
+                gradient = slope.nan_to_num(0, 0, 0)  # the parameters' gradients show what is not finite
                 largest = gradient.abs().amax((1, 2), keepdim=True)
                 unit = gradient / over_examples(largest)  # first, lest a tiny gradient's square vanish
                 unit = unit / over_examples(example_norms(unit))
                 noise = self._bounded(noise.detach() + self.step_size * unit).requires_grad_()
-        norm = example_norms(noise.detach()).sum() / examples
-        self.report["noise_norm"] = self.report.get("noise_norm", 0) + norm
-        return first
+        assert first is not None and total is not None
+        add_to_report(step, "noise_norm", example_norms(noise.detach()).sum() / examples)
+        return first, total
 
     def _bounded(self, noise: Tensor) -> Tensor:
         if not self.max_norm:

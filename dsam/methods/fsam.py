@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .gradients import combine
-from .perturbation import total_norm
+from .perturbation import Gradients, total_norm
 from .sam import SAM
 
 
@@ -29,7 +29,7 @@ class FSAM(SAM):
         self.sigma, self.decay = sigma, decay
         self.average: list[Tensor | None] | None = None
 
-    def _direction(self, gradient):
+    def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
         norm = total_norm(gradient)
         if self.average is None:
             if torch.isfinite(norm):
@@ -39,12 +39,12 @@ class FSAM(SAM):
         if torch.isfinite(norm):
             self.average = combine(self.average, gradient, 1 - self.decay, self.decay)
         # A layer that this pass skipped is not moved, and a non-finite gradient shows in the direction's norm.
-        direction = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
-        return direction, total_norm(direction)
+        moved = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
+        return moved, total_norm(moved)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.average = state["average"]
+        self.average = state["average"] and self._like_params(state["average"])

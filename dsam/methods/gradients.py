@@ -1,6 +1,6 @@
 """Arithmetic on gradients (lists with one tensor per parameter, None where none came); passes without a trace."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,34 +35,32 @@ def without_component(a: Gradients, along: Gradients) -> list[Tensor | None]:
     return combine(a, along, -share)
 
 
-@contextmanager
-def gradient_apart(params: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, `.grad` starts empty, so that it is this step's alone; afterwards what was there before is added."""
-    earlier = [p.grad for p in params]
-    for p in params:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, grad in zip(params, earlier, strict=True):
-            if grad is not None:
-                p.grad = grad if p.grad is None else grad.add_(p.grad)
+def add(total: list[Tensor | None] | None, gradient: Gradients) -> list[Tensor | None]:
+    """`total`, written in place, plus `gradient`; None marks parameters that nothing has reached."""
+    if total is None:
+        return list(gradient)
+    both = [(t, g) for t, g in zip(total, gradient, strict=True) if t is not None and g is not None]
+    if both:
+        torch._foreach_add_([t for t, _ in both], [g for _, g in both])
+    return [g if t is None else t for t, g in zip(total, gradient, strict=True)]
 
 
-@contextmanager
-def buffers_kept(module: nn.Module | None) -> Iterator[None]:
-    """Inside, passes may move the buffers (batch-norm statistics); afterwards they are what they were.
+def owned(gradients: Gradients) -> list[Tensor | None]:
+    """Gradients of `torch.autograd.grad` that can be written: none expanded, no two in the same memory."""
+    seen: set[int] = set()
+    found: list[Tensor | None] = []
+    for g in gradients:
+        if g is not None and not g.is_sparse:
+            if g.data_ptr() in seen or not (g.is_contiguous() or _is_dense(g)):
+                g = g.clone(memory_format=torch.contiguous_format)
+            seen.add(g.data_ptr())
+        found.append(g)
+    return found
 
-    The passes inside move copies, so that a graph recorded before stays valid.
-    """
-    before = [(b, b.data) for b in module.buffers()] if module is not None and module.training else []
-    try:
-        for buffer, value in before:
-            buffer.data = value.clone()
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data = value
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its numbers lie side by side in memory, in whatever order of the dimensions."""
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
 @contextmanager

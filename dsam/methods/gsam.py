@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from .base import Closure
-from .gradients import combine, gradient_apart, without_component
+from .gradients import combine, without_component
+from .perturbation import Gradients
 from .sam import SAM
+from .step import Step
 
 
 class GSAM(SAM):
@@ -23,21 +24,9 @@ class GSAM(SAM):
             raise ValueError(f"alpha must be at least 0, got {alpha}")
         self.alpha = alpha
 
-    def _ascent_gradient(self, closures: list[Closure]):
-        losses, self._at_w = super()._ascent_gradient(closures)
-        return losses, self._at_w
-
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        try:
-            with gradient_apart(self.params):
-                loss = super()._backward(closures, scaler)
-                if self.alpha and self.rho:  # at ρ = 0 the orthogonal part is nothing but rounding and other masks
-                    perturbed_gradient = [p.grad for p in self.params]
-                    scale = 1.0 if scaler is None else scaler.get_scale()
-                    orthogonal = without_component(self._at_w, perturbed_gradient)
-                    both = combine(perturbed_gradient, orthogonal, -self.alpha * scale)
-                    for p, g in zip(self.params, both, strict=True):
-                        p.grad = g
-            return loss
-        finally:
-            self._at_w = None
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses, at_w = step.gradient(ascent=True)
+        gradient = self.descent(step, losses, at_w)
+        if self.alpha and self.rho:  # at ρ = 0 the orthogonal part is nothing but rounding and other masks
+            gradient = combine(gradient, without_component(at_w, gradient), -self.alpha)
+        return losses, gradient

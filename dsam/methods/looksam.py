@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .base import Closure
-from .gradients import combine, gradient_apart, without_component
-from .perturbation import total_norm
+from .gradients import combine, without_component
+from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step
 
 
 class LookSAM(SAM):
@@ -33,31 +33,26 @@ class LookSAM(SAM):
         self.step = 0
         self.reused: list[Tensor | None] = [None] * len(self.params)
 
-    def _ascent_gradient(self, closures: list[Closure]):
-        losses, self._at_w = super()._ascent_gradient(closures)
-        return losses, self._at_w
-
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         ascend = self.step % self.k == 0
-        with gradient_apart(self.params):
-            loss = super()._backward(closures, scaler) if ascend else self._descend(closures, scaler)
-            gradient = [p.grad for p in self.params]
-            norm = total_norm(gradient)
-            if torch.isfinite(norm):  # else nothing is learnt, and the next step is of the same kind
-                self.step += 1
-                if not ascend:
-                    size = total_norm(self.reused)
-                    scale = self.alpha * norm / size if size > 0 else torch.zeros_like(norm)
-                    for p, g in zip(self.params, combine(gradient, self.reused, scale), strict=True):
-                        p.grad = g
-                elif self.k > 1:
-                    self._keep(gradient, norm)
-        self._at_w = None
-        self.report["ascended"] = float(ascend)
-        return loss
+        step.report["ascended"] = float(ascend)
+        losses, gradient = step.gradient(ascent=ascend)
+        at_w = gradient
+        if ascend:
+            gradient = self.descent(step, losses, at_w)
+        norm = total_norm(gradient)
+        if not torch.isfinite(norm):  # nothing is learnt, and the next step is of the same kind
+            return losses, gradient
+        self.step += 1
+        if ascend:
+            if self.k > 1:
+                self._keep(gradient, at_w, norm)
+            return losses, gradient
+        size = total_norm(self.reused)
+        return losses, combine(gradient, self.reused, torch.where(size > 0, self.alpha * norm / size, 0))
 
-    def _keep(self, gradient: list[Tensor | None], norm: Tensor) -> None:
-        reused = without_component(gradient, self._at_w)  # times a scaler's scale, which the ratio takes away again
+    def _keep(self, gradient: Gradients, at_w: Gradients, norm: Tensor) -> None:
+        reused = without_component(gradient, at_w)
         # What is left where the two gradients are equal is rounding, which the ratio ‖g‖/‖g_v‖ would blow up.
         rounding = 100 * max(torch.finfo(p.dtype).eps for p in self.params)
         if self.rho == 0 or total_norm(reused) <= rounding * norm:
@@ -69,4 +64,4 @@ class LookSAM(SAM):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.step, self.reused = state["step"], list(state["reused"])
+        self.step, self.reused = state["step"], self._like_params(state["reused"])

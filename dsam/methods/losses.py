@@ -1,6 +1,6 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +98,3 @@ class ExampleLosses:
                 hook.remove()
         self.logits = logits.detach()
         return example_losses(logits, self.labels), logits
-
-
-def restricted(closure: Callable[[], Tensor], indices: list[int]) -> Callable[[], Tensor]:
-    """A closure for some of the examples; without `closure.subset` it runs them all and picks the losses."""
-    if hasattr(closure, "subset"):
-        return closure.subset(indices)
-    return lambda: closure()[indices]

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from .base import Closure
-from .gradients import buffers_kept
-from .losses import restricted
-from .perturbation import perturbed, total_norm
+from .gradients import add
+from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step
 
 
 class GroupSAM(SAM):
@@ -26,46 +25,39 @@ class GroupSAM(SAM):
         m: examples in a group, ≥ 1.
     """
 
+    local_only = "its groups of examples are each process's own"
+
     def __init__(self, params, rho: float = 0.05, m: int = 8, **options):
         super().__init__(params, rho, **options)
         if not m >= 1:
             raise ValueError(f"m must be at least 1, got {m}")
         self.m = m
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        sizes = [self._size(closures, k) for k in range(len(closures))]
-        examples, spent = sum(sizes), dict(self.report)
-        cost, groups, loss, norms = 0.0, 0, 0.0, 0.0
-        states = self._states
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        sizes = step.sizes()
+        examples, seen, norms = sum(sizes), [], []
+        total: list[Tensor | None] | None = None
         for start in range(0, examples, self.m):
-            parts, origin, offset = [], [], 0
-            for k, (closure, size) in enumerate(zip(closures, sizes, strict=True)):
-                first, last = max(start - offset, 0), min(start + self.m - offset, size)
-                if first < last:
-                    parts.append(restricted(closure, list(range(first, last))))
-                    origin.append(k)
-                    cost += ((last - first) if hasattr(closure, "subset") else size) / examples
-                offset += size
-            self._states = [states[k] for k in origin]
-            losses, gradient = self._gradient(parts, self.params)
-            norm = total_norm(gradient)
-            if scaler is None:
-                self._require_finite(norm, losses.mean())
-            norms, groups, loss = norms + norm, groups + 1, loss + losses.sum() / examples
-            scale = torch.where(norm > 0, self.rho / norm, 0) if torch.isfinite(norm) else norm
-            weights = torch.full_like(losses, 1 / examples)
-            with buffers_kept(self.module), perturbed(self.params, gradient, float(scale)):
-                self._descend(parts, scaler, weights)
-        self.report |= {"forwards": spent["forwards"] + 2 * cost, "backwards": spent["backwards"] + 2 * cost}
-        self.report |= {"groups": float(groups), "group_gradient_norm": norms / groups}
-        return loss
+            part = step.restricted(_between(start, start + self.m, sizes), sizes)
+            losses, ascent = part.gradient(ascent=True)
+            norm = total_norm(ascent)
+            part.require_finite(norm, losses, ascent)
+            with part.at(ascent, torch.where(norm > 0, self.rho / norm, 0)):
+                _, gradient = part.gradient(weights=torch.full_like(losses, 1 / examples))
+            total = add(total, gradient)
+            seen.append(losses)
+            norms.append(norm)
+        assert total is not None
+        step.report |= {"groups": float(len(norms)), "group_gradient_norm": torch.stack(norms).mean()}
+        return torch.cat(seen), total
 
-    def _size(self, closures: list[Closure], k: int) -> int:
-        """Examples in piece k. A closure that cannot be restricted is run once to count them; this fixes its masks."""
-        if hasattr(closures[k], "subset"):
-            return len(closures[k])
-        with torch.no_grad():
-            size = len(self._forward(closures, k, ascent=True))
-        if k == len(closures) - 1:
-            self._clean_pass_done()
-        return size
+
+def _between(start: int, end: int, sizes: list[int]) -> list[tuple[int, list[int]]]:
+    """The batch's examples from `start` to before `end`: (piece, indices in it) of each piece that they are in."""
+    parts, offset = [], 0
+    for k, size in enumerate(sizes):
+        first, last = max(start - offset, 0), min(end - offset, size)
+        if first < last:
+            parts.append((k, list(range(first, last))))
+        offset += size
+    return parts

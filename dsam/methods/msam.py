@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .base import Closure
-from .gradients import combine, gradient_apart
-from .perturbation import perturbed, total_norm
+from .gradients import combine
+from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step
 
 
 class MomentumSAM(SAM):
@@ -31,22 +31,19 @@ class MomentumSAM(SAM):
         self.momentum = momentum
         self.average: list[Tensor | None] = [None] * len(self.params)
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         size = total_norm(self.average)
-        scale = -self.rho / float(size) if size > 0 else 0.0
-        self.report["perturbation_norm"] = abs(scale) * size
-        with gradient_apart(self.params):
-            with perturbed(self.params, self.average, scale):
-                loss = self._descend(closures, scaler)
-            gradient = [p.grad for p in self.params]
-            if torch.isfinite(total_norm(gradient)):
-                unscale = 1.0 if scaler is None else 1 / scaler.get_scale()
-                self.average = combine(self.average, gradient, (1 - self.momentum) * unscale, self.momentum)
-        return loss
+        scale = torch.where(size > 0, -self.rho / size.double(), 0)
+        step.report["perturbation_norm"] = scale.abs() * size
+        with step.at(self.average, scale):
+            losses, gradient = step.gradient()
+        if torch.isfinite(total_norm(gradient)):
+            self.average = combine(self.average, gradient, 1 - self.momentum, self.momentum)
+        return losses, gradient
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"average": list(self.average)}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.average = list(state["average"])
+        self.average = self._like_params(state["average"])

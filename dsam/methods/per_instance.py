@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .base import Closure
 from .per_example import PerExampleGradients
+from .perturbation import Gradients
 from .sam import SAM
+from .step import Step
 
 
 class PerInstance(SAM):
@@ -28,31 +29,30 @@ class PerInstance(SAM):
             raise ValueError("PerInstance looks inside the model: PerInstance(model, …), or GroupSAM(params, m=1)")
         self._gradients = PerExampleGradients(self.module, self.params)
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        self._losses, self._norms = [], []
-        self._descend(closures, scaler, around=self._worst_cases)
-        norms, loss = torch.cat(self._norms), torch.cat(self._losses).mean()
-        if scaler is None:
-            self._require_finite(norms.sum(), loss)
-        self.report["example_gradient_norm"] = norms.mean()
-        return loss
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
 
-    @contextmanager
-    def _worst_cases(self, closures: list[Closure], k: int) -> Iterator[None]:
-        """Inside, each example of piece k is at its own w + ρ g_i/‖g_i‖."""
-        gradients = self._gradients
-        with gradients.record():
-            losses = self._forward(closures, k, ascent=True)
-        gradients.backward(losses)
-        if k == len(closures) - 1:
-            self._clean_pass_done()
-        self.report["backwards"] += 1 / len(closures)
-        norms = gradients.squared_norms().sqrt()
-        self._losses.append(losses.detach())
-        self._norms.append(norms)
-        try:
-            # 0 where the gradient is 0; a norm that is not finite goes on into the gradient and is found there.
-            with gradients.perturbed(torch.where(norms == 0, 0, self.rho / norms)):
-                yield
-        finally:
-            gradients.clear()
+        @contextmanager
+        def at_its_worst(k: int) -> Iterator[None]:
+            """Inside, each example of piece k is at its own w + ρ g_i/‖g_i‖."""
+            gradients = self._gradients
+            with gradients.record():
+                found = step.losses(k, ascent=True)
+            gradients.backward(found)
+            step.report["backwards"] += step.costs[k]
+            losses.append(found.detach())
+            norms.append(gradients.squared_norms().sqrt())
+            try:
+                # 0 where the gradient is 0; a norm that is not finite goes on into the gradient and is found there.
+                with gradients.perturbed(torch.where(norms[k] == 0, 0, self.rho / norms[k])):
+                    yield
+            finally:
+                gradients.clear()
+
+        _, gradient = step.gradient(around=at_its_worst)
+        own = torch.cat(norms)
+        if step.scaler is None:
+            step.require_finite(own.sum(), torch.cat(losses), gradient)
+        step.report["example_gradient_norm"] = own.mean()
+        return torch.cat(losses), gradient

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from .base import Closure
-from .embedding_noise import OutputMethod, divergence, require_at_least
-from .gradients import buffers_kept
+from .embedding_noise import OutputMethod, add_to_report, divergence, require_at_least
+from .piece import Outputs
+from .step import Step
 
 
 class R3F(OutputMethod):
@@ -30,11 +30,13 @@ class R3F(OutputMethod):
             raise ValueError(f"noise must be 'normal' or 'uniform', got {noise!r}")
         self.weight, self.sigma, self.noise = weight, sigma, noise
 
-    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
-        losses, logits = self._outputs(closures, k)
-        with buffers_kept(self.module):
-            _, noisy = self._outputs(closures, k, self.sigma * self._noise(closures[k], self.noise))
+    def piece(
+        self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        losses, logits = step.outputs(k)
+        _, noisy = step.outputs(k, self.sigma * self._noise(closure, self.noise))
         apart = divergence(logits, noisy)
-        self._descend_from((losses + self.weight * apart).sum() / examples, scaler, 2 / len(closures))
-        self.report["divergence"] = self.report.get("divergence", 0) + apart.detach().sum() / examples
-        return losses
+        loss = (losses + self.weight * apart).sum() / examples
+        total, _ = step.differentiate(total, loss, 2 * step.costs[k])
+        add_to_report(step, "divergence", apart.detach().sum() / examples)
+        return losses, total

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from .base import Closure
-from .embedding_noise import OutputMethod, divergence, require_at_least
-from .gradients import buffers_kept
+from .embedding_noise import OutputMethod, add_to_report, divergence, require_at_least
+from .piece import Outputs
+from .step import Step
 
 
 class RDrop(OutputMethod):
@@ -26,13 +26,14 @@ class RDrop(OutputMethod):
         require_at_least(0, alpha=alpha)
         self.alpha = alpha
 
-    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
-        losses, logits = self._outputs(closures, k)
-        with buffers_kept(self.module):
-            others, other_logits = self._outputs(closures, k, other_masks=True)
+    def piece(
+        self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        losses, logits = step.outputs(k)
+        others, other_logits = step.outputs(k, other_masks=True)
         apart = divergence(logits, other_logits)
         share = 1.0 if logits.shape[-1] == 1 else 0.5
         loss = ((losses + others) / 2 + self.alpha * share * apart).sum() / examples
-        self._descend_from(loss, scaler, 2 / len(closures))
-        self.report["divergence"] = self.report.get("divergence", 0) + apart.detach().sum() / examples
-        return losses
+        total, _ = step.differentiate(total, loss, 2 * step.costs[k])
+        add_to_report(step, "divergence", apart.detach().sum() / examples)
+        return losses, total

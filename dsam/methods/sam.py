@@ -1,13 +1,11 @@
 """SAM and ASAM: the gradient at the worst point of a ball around the weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .base import Closure, Method
-from .gradients import dense
-from .perturbation import perturbed, total_norm
+from .base import Method, require_number
+from .perturbation import Gradients, total_norm
+from .step import Step
 
 
 class SAM(Method):
@@ -20,47 +18,42 @@ class SAM(Method):
     """
 
     passes = 2.0
-    by_rows = True  # not inherited: see _rows_suffice
 
     def __init__(self, params, rho: float = 0.05, **options):
         super().__init__(params, **options)
+        require_number(rho=rho)
         if not rho >= 0:
             raise ValueError(f"rho must be at least 0, got {rho}")
         self.rho = rho
 
-    def _backward(self, closures: list[Closure], scaler) -> Tensor:
-        losses, gradient = self._ascent_gradient(closures)
-        loss = losses.mean()
-        if self.ranks is not None:
-            loss, gradient = self.ranks.joint(loss, gradient, self.params, len(losses))
-        self._clean_pass_done()
-        direction, norm = self._direction(gradient)
-        if scaler is not None and not torch.isfinite(norm):
-            for p, g in zip(self.params, gradient, strict=True):
-                p.grad = dense(g)  # the scaler finds it, skips the step and lowers its scale
-            return loss
-        self._require_finite(norm, loss)
-        scale = self.rho / norm if norm > 0 else torch.zeros_like(norm)
-        self.report["perturbation_norm"] = scale * (norm if direction is gradient else total_norm(direction))
-        with perturbed(self.params, direction, float(scale)):
-            self._descend(closures, scaler)
-        return loss
+    def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        losses, ascent = self.ascent(step)
+        return losses, self.descent(step, losses, ascent)
 
-    def _ascent_gradient(self, closures: list[Closure]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), the gradient along which to ascend)."""
-        return self._gradient(closures, self.params, by_rows=self._rows_suffice())
+        return step.gradient(ascent=True, by_rows=self.takes_rows())
 
-    def _rows_suffice(self) -> bool:
-        """Whether the ascent's gradient of the word embeddings, half of a small encoder's weights, may stay sparse.
+    def descent(self, step: Step, losses: Tensor, ascent: Gradients) -> list[Tensor | None]:
+        """The mean gradient at w + ε, equation 2; `losses` are those at w."""
+        direction, norm = self.direction(ascent)
+        step.require_finite(norm, losses, ascent)
+        scale = torch.where(norm > 0, self.rho / norm, 0)
+        step.report["perturbation_norm"] = scale * (norm if direction is ascent else total_norm(direction))
+        with step.at(direction, scale):
+            _, gradient = step.gradient()
+        return gradient
 
-        It may where only `total_norm` and `perturbed` meet it. A subclass may make more of it, so that it must say so
-        itself; processes reduce dense gradients.
-        """
-        return vars(type(self)).get("by_rows", False) and self.ranks is None
-
-    def _direction(self, gradient: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], Tensor]:
+    def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
         """(d, n) such that ε = ρ d/n."""
         return gradient, total_norm(gradient)
+
+    def takes_rows(self) -> bool:
+        """Whether the ascent's gradient of the word embeddings, half of a small encoder's weights, may stay sparse.
+
+        It may where only the norm and the move meet it; a subclass with another direction gets dense gradients.
+        """
+        return type(self).direction is SAM.direction
 
 
 class ASAM(SAM):
@@ -75,7 +68,7 @@ class ASAM(SAM):
             raise ValueError(f"eta must be at least 0, got {eta}")
         self.eta = eta
 
-    def _direction(self, gradient):
+    def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
         present = [g for g in gradient if g is not None]
         scales = torch._foreach_abs([p.data for p, g in zip(self.params, gradient, strict=True) if g is not None])
         torch._foreach_add_(scales, self.eta)

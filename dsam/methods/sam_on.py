@@ -1,10 +1,10 @@
 """SAM-ON: only the normalisation layers are perturbed."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Closure
-from .perturbation import total_norm
+from .perturbation import Gradients
 from .sam import SAM
+from .step import Step
 
 
 class SAMON(SAM):
@@ -29,16 +29,10 @@ class SAMON(SAM):
             if not self.norms:
                 raise ValueError("sam_on perturbs normalisation layers and the module has none with trainable weights")
 
-    def _ascent_gradient(self, closures: list[Closure]):
+    def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
         if self.norms is None:
             raise ValueError("sam_on has to know the normalisation layers: pass the module, not its parameters")
-        chosen = [p for p in self.params if id(p) in self.norms]
-        losses, gradient = self._gradient(closures, chosen)
-        given = iter(gradient)
-        return losses, [next(given) if id(p) in self.norms else None for p in self.params]
-
-    def _direction(self, gradient):
-        return gradient, total_norm(gradient)
+        return step.gradient(ascent=True, only=[id(p) in self.norms for p in self.params])
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)

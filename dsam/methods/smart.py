@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .base import Closure
-from .embedding_noise import OutputMethod, divergence, over_examples, require_at_least
-from .gradients import buffers_kept
+from .embedding_noise import OutputMethod, add_to_report, divergence, over_examples, require_at_least
+from .piece import Outputs
+from .step import Step
 
 
 class SMART(OutputMethod):
@@ -42,19 +42,21 @@ class SMART(OutputMethod):
         self.weight, self.steps, self.step_size, self.radius, self.sigma = weight, steps, step_size, radius, sigma
         self.passes = 2.0 + steps
 
-    def _piece(self, closures: list[Closure], k: int, examples: int, scaler) -> Tensor:
-        losses, logits = self._outputs(closures, k)
-        noise = self.sigma * self._noise(closures[k], "normal")
-        with buffers_kept(self.module):
-            for _ in range(self.steps):
-                noise.requires_grad_()
-                _, noisy = self._outputs(closures, k, noise)
-                (gradient,) = torch.autograd.grad(divergence(logits.detach(), noisy).sum(), noise)
-                self.report["backwards"] += 1 / len(closures)
-                unit = gradient / over_examples(gradient.abs().amax((1, 2)))
-                noise = (noise.detach() + self.step_size * unit).clamp(-self.radius, self.radius)
-            _, noisy = self._outputs(closures, k, noise)
+    def piece(
+        self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        losses, logits = step.outputs(k)
+        noise = self.sigma * self._noise(closure, "normal")
+        for _ in range(self.steps):
+            noise.requires_grad_()
+            _, noisy = step.outputs(k, noise)
+            (gradient,) = torch.autograd.grad(divergence(logits.detach(), noisy).sum(), noise)
+            step.report["backwards"] += step.costs[k]
+            unit = gradient / over_examples(gradient.abs().amax((1, 2)))
+            noise = (noise.detach() + self.step_size * unit).clamp(-self.radius, self.radius)
+        _, noisy = step.outputs(k, noise)
         apart = divergence(logits, noisy)
-        self._descend_from((losses + self.weight * apart).sum() / examples, scaler, 2 / len(closures))
-        self.report["divergence"] = self.report.get("divergence", 0) + apart.detach().sum() / examples
-        return losses
+        loss = (losses + self.weight * apart).sum() / examples
+        total, _ = step.differentiate(total, loss, 2 * step.costs[k])
+        add_to_report(step, "divergence", apart.detach().sum() / examples)
+        return losses, total

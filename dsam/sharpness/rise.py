@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import Closure
+from ..methods import Closure
 from ..methods.perturbation import perturbed, total_norm
 
 

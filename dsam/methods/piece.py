@@ -1,0 +1,108 @@
+"""What a closure may offer besides its losses, asked for in one place."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Closure = Callable[[], Tensor]
+"""Runs the model on one (micro-)batch and returns its per-example losses, shape (B,)."""
+
+
+@runtime_checkable
+class Outputs(Protocol):
+    """What the methods that compare a model's outputs need of a closure; `ExampleLosses` has it."""
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def token_mask(self) -> Tensor: ...
+
+    def outputs(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Piece:
+    """One closure of a step. It need not have more than a call; `ExampleLosses` has all that is asked for here."""
+
+    def __init__(self, closure: Closure):
+        if not callable(closure):
+            raise TypeError(
+                f"a closure must be callable and return the batch's losses, got {_kind(closure)}: "
+                "method.backward(lambda: losses(model(x), y))"
+            )
+        self.closure: Any = closure
+
+    @property
+    def size(self) -> int | None:
+        """B, where the closure says it before it runs."""
+        return len(self.closure) if hasattr(self.closure, "__len__") else None
+
+    @property
+    def words(self) -> nn.Embedding | None:
+        """The table of word embeddings whose gradient may be sparse."""
+        return getattr(self.closure, "words", None)
+
+    @property
+    def word_ids(self) -> Tensor:
+        return self.closure.inputs["input_ids"]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return getattr(self.closure, "autocast", None)
+
+    @property
+    def labelled_logits(self) -> tuple[Tensor, Tensor] | None:
+        """(logits (B, C), labels (B,)) of the latest call, where the closure keeps them."""
+        logits = getattr(self.closure, "logits", None)
+        return None if logits is None else (logits, self.closure.labels)
+
+    @property
+    def outputs(self) -> Outputs | None:
+        return self.closure if isinstance(self.closure, Outputs) else None
+
+    @property
+    def restrictable(self) -> bool:
+        """Whether some of its examples can be run without the others."""
+        return hasattr(self.closure, "subset")
+
+    def restricted(self, indices: list[int]) -> "Piece":
+        """Some of its examples; where the closure cannot run them alone it runs them all and their losses are taken."""
+        if self.restrictable:
+            return Piece(self.closure.subset(indices))
+        return Piece(lambda: self.closure()[indices])
+
+    def losses(self, precise: bool = False) -> Tensor:
+        """Losses, shape (B,); `precise`: in float32 where the closure can."""
+        losses = getattr(self.closure, "in_float32", self.closure)() if precise else self.closure()
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"the closure must return a tensor of per-example losses, shape (B,), got {_kind(losses)}")
+        if losses.ndim != 1 or not losses.is_floating_point():
+            raise ValueError(
+                "the closure must return per-example losses of shape (B,), e.g. with reduction='none'; "
+                f"got shape {tuple(losses.shape)}"
+            )
+        if not len(losses):
+            raise ValueError("the closure returned no losses: an empty batch has no gradient")
+        return losses
+
+
+def pieces_of(closure: Closure | Sequence[Closure]) -> list[Piece]:
+    """The pieces of a step. TypeError or ValueError for what is none."""
+    if callable(closure):
+        return [Piece(closure)]
+    if closure is None or isinstance(closure, Tensor) or not hasattr(closure, "__iter__"):
+        return [Piece(closure)]  # type: ignore[arg-type]  # refused there
+    pieces = [Piece(one) for one in closure]
+    if not pieces:
+        raise ValueError("backward needs at least one closure")
+    return pieces
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"

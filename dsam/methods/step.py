@@ -1,0 +1,338 @@
+"""One batch on its way through a method: its pieces, their masks, and the passes over them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteGradient
+from .gradients import add, owned, sparse_gradient, whole
+from .perturbation import Gradients, perturbed, total_norm
+from .piece import Closure, pieces_of
+
+if TYPE_CHECKING:
+    from .base import Method
+    from .weighting import Probe, Weighting
+
+Around = Callable[[int], AbstractContextManager]
+
+
+class Overflowed(Exception):
+    """A gradient that the scaler is to find, so that it skips the step and lowers its scale."""
+
+    def __init__(self, losses: Tensor, gradient: Gradients):
+        super().__init__("a gradient overflowed under the scaler")
+        self.losses, self.gradient = losses, gradient
+
+
+class Step:
+    """The batch of one `Method.backward`, which may come in several pieces: results are those of the undivided batch.
+
+    Methods ask it for gradients (lists with one tensor per parameter, None where no piece reached it) and never touch
+    `.grad`, dropout's masks, buffers, scalers or the batch's division themselves.
+
+    `report` counts forwards and backwards, each over the whole batch, and takes what the method adds.
+    """
+
+    def __init__(
+        self,
+        method: "Method",
+        closures: Closure | Sequence[Closure],
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.pieces = pieces_of(closures)
+        self.params, self.module = method.params, method.module
+        self.mask, self.random, self.generator = method.mask, method.random, method.generator
+        self.scaler = scaler
+        self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
+        self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
+        self._masks: list[list[Tensor] | None] = [None] * len(self.pieces)
+        self._run = [False] * len(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    # Passes over one piece.
+
+    def losses(self, k: int, *, ascent: bool = False, precise: bool = False, share: float = 1.0) -> Tensor:
+        """Losses of piece k, shape (B_k,).
+
+        Args:
+            ascent: it serves to find the perturbation: with mask="fresh" its masks come from a stream aside.
+            precise: in float32 where the closure can.
+            share: how much of the model is run, for the count.
+        """
+        with self.passing(k, share), self._masks_of(k, ascent):
+            return self.pieces[k].losses(precise)
+
+    def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
+        """Losses of all pieces without their graphs."""
+        with torch.no_grad():
+            return [self.losses(k, ascent=ascent) for k in range(len(self))]
+
+    @contextmanager
+    def passing(self, k: int, share: float = 1.0) -> Iterator[None]:
+        """Around one forward pass of piece k: counts it, and undoes what any but the piece's first does to buffers."""
+        self.report["forwards"] += share * self.costs[k]
+        again, self._run[k] = self._run[k], True
+        grads = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.params]
+        with self._buffers_kept() if again else nullcontext():
+            yield
+        for p, (grad, version) in zip(self.params, grads, strict=True):
+            if p.grad is not grad or (grad is not None and grad._version != version):
+                raise ValueError(
+                    "the closure changed .grad: it must only compute and return the losses, without backward() or "
+                    "zero_grad(), as in method.backward(lambda: losses(model(x), y)); optimizer.step(); "
+                    "optimizer.zero_grad()"
+                )
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        before = [(b, b.data) for b in self._buffers]  # the pass moves copies: a graph recorded before stays valid
+        try:
+            for buffer, value in before:
+                buffer.data = value.clone()
+            yield
+        finally:
+            for buffer, value in before:
+                buffer.data = value
+
+    @cached_property
+    def _buffers(self) -> list[Tensor]:
+        return list(self.module.buffers()) if self.module is not None and self.module.training else []
+
+    @contextmanager
+    def _masks_of(self, k: int, ascent: bool) -> Iterator[None]:
+        """The first forward of a step fixes the piece's masks, and later ones replay them. With mask="fresh" the ascent
+        (and its probes) draw from a stream aside, and the descent from the main one."""
+        known = self._masks[k]
+        if known is not None and (ascent or self.mask == "same"):
+            with self.random.replay(known):
+                yield
+        elif ascent and self.mask == "fresh":
+            with self.other_masks():
+                self._masks[k] = self.random.get()
+                yield
+        else:
+            self._masks[k] = self.random.get()
+            yield
+
+    def other_masks(self) -> AbstractContextManager:
+        """Inside, masks come from a stream aside, begun anew."""
+        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+        return self.random.aside(seed)
+
+    def outputs(self, k: int, noise: Tensor | None = None, other_masks: bool = False) -> tuple[Tensor, Tensor]:
+        """(losses (B_k,), logits (B_k, C)) of piece k, `noise` on its embeddings; the first call draws the masks."""
+        closure = self.pieces[k].outputs
+        assert closure is not None
+        other = other_masks or (self.mask == "fresh" and self._masks[k] is not None)
+        with self.passing(k), self.other_masks() if other else self._masks_of(k, ascent=False):
+            return closure.outputs(noise)
+
+    def forget_masks(self) -> None:
+        """The next pass draws its masks anew."""
+        self._masks = [None] * len(self)
+
+    # Gradients of all pieces.
+
+    def gradient(
+        self,
+        *,
+        ascent: bool = False,
+        weights: Tensor | None = None,
+        only: Sequence[bool] | None = None,
+        by_rows: bool = False,
+        around: Around | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(losses (B,), gradient of their mean), the gradient dense.
+
+        Args:
+            ascent: see `losses`; a descent's goes through the scaler.
+            weights: (B,): of the weighted sum in place of the mean.
+            only: for which parameters; the others' gradient is None.
+            by_rows: that of the word embeddings may stay sparse, coalesced: `total_norm` and `at` take it.
+            around: around(k) is a context in which piece k runs.
+        """
+        seen: list[Tensor] = []
+        total: list[Tensor | None] | None = None
+        size, start = self.size, 0
+        with self.summing(by_rows):
+            for k in range(len(self)):
+                with around(k) if around is not None else nullcontext():
+                    losses = self.losses(k, ascent=ascent)
+                    seen.append(losses.detach())
+                    if weights is not None:
+                        loss = (losses * weights[start : start + len(losses)]).sum()
+                    elif len(self) == 1:
+                        loss = losses.mean()
+                    else:
+                        loss = losses.sum() if size is None else losses.sum() / size
+                    start += len(losses)
+                    total, _ = self.differentiate(total, loss, self.costs[k], only=only, scaled=not ascent)
+        if total is None:  # of several processes' examples none fell to this one
+            found, total = torch.zeros(0, device=self.params[0].device), [None] * len(self.params)
+        else:
+            found = torch.cat(seen)
+        if size not in (None, len(found)):
+            raise ValueError(f"the closures' len() adds up to {size} examples, but they returned {len(found)} losses")
+        gradient = self.whole(total, by_rows)
+        if size is None and len(self) > 1 and weights is None:
+            torch._foreach_div_([g for g in gradient if g is not None], len(found))
+        return found, self.joint(found, gradient, weighted=weights is not None)
+
+    def differentiate(
+        self,
+        total: list[Tensor | None] | None,
+        loss: Tensor,
+        passes: float,
+        *,
+        also: Sequence[Tensor] = (),
+        only: Sequence[bool] | None = None,
+        scaled: bool = True,
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """(`total` plus the gradient of the scalar `loss`, its gradients in `also`); counts so many backward passes."""
+        self.report["backwards"] += passes
+        chosen = [p for p, wanted in zip(self.params, only, strict=True) if wanted] if only is not None else self.params
+        scale = None
+        if scaled and self.scaler is not None:
+            loss = self.scaler.scale(loss)
+            scale = self.scaler.get_scale()
+        try:
+            found = torch.autograd.grad(loss, [*chosen, *also], allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" in str(error):
+                raise ValueError(
+                    "gradient checkpointing needs use_reentrant=False: the re-entrant kind works with backward() alone"
+                ) from None
+            raise
+        gradient, further = owned(found[: len(chosen)]), [g for g in found[len(chosen) :] if g is not None]
+        if scale is not None:  # exact, a power of two; the step's end scales again
+            torch._foreach_div_([g for g in (*gradient, *further) if g is not None], scale)
+        if only is not None:
+            given = iter(gradient)
+            gradient = [next(given) if wanted else None for wanted in only]
+        return add(total, gradient), further
+
+    @property
+    def size(self) -> int | None:
+        """The batch's size, if all closures say theirs before they run."""
+        sizes = [piece.size for piece in self.pieces]
+        return None if None in sizes else sum(s for s in sizes if s is not None)
+
+    @property
+    def words(self) -> nn.Embedding | None:
+        """The table of word embeddings of which only the rows of the batch matter."""
+        return self.pieces[0].words if self.pieces else None
+
+    def rows_suffice(self) -> bool:
+        return True
+
+    def summing(self, by_rows: bool = False) -> AbstractContextManager:
+        """Around passes over the pieces whose gradients `whole` then makes whole."""
+        return sparse_gradient(self.words if (by_rows and self.rows_suffice()) or len(self) > 1 else None)
+
+    def whole(self, total: Gradients, by_rows: bool = False) -> list[Tensor | None]:
+        return whole(total, by_rows and self.rows_suffice())
+
+    # What several processes do together (`dsam.integrations.distributed`); one process is alone.
+
+    def joint(self, losses: Tensor, gradient: Gradients, weighted: bool = False) -> list[Tensor | None]:
+        """The gradient over the batches of all processes, from this one's over its `losses` (B,)."""
+        return list(gradient)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean loss over the batches of all processes."""
+        return losses.mean()
+
+    def weigh(self, weighting: "Weighting", losses: Tensor, probe: "Probe") -> Tensor:
+        """This process's part (B,) of the weights of all processes' examples; reports how even they are."""
+        weights = weighting(losses, probe)
+        self.report_weights(weights)
+        return weights
+
+    def report_weights(self, weights: Tensor) -> None:
+        self.report["effective_sample_size"] = 1 / weights.square().sum()
+        self.report["largest_weight"] = weights.max()
+
+    def largest(self, values: Tensor, share: float) -> Tensor:
+        """Which of `values` (B,) are among the largest `share` of all processes' examples, at least one: (B,), bool."""
+        chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+        chosen[values.topk(count_of(share, len(values))).indices] = True
+        return chosen
+
+    # Moving, and the step's end.
+
+    def at(self, direction: Gradients, scale: Tensor | float) -> AbstractContextManager:
+        """Inside, the weights are at w + scale · direction."""
+        return perturbed(self.params, direction, float(scale))
+
+    def require_finite(self, norm: Tensor, losses: Tensor, gradient: Gradients) -> None:
+        """Ends the step where the ascent's norm or a loss is not finite: NonFiniteGradient, or the scaler skips it."""
+        loss = self.mean(losses)
+        if self.scaler is not None:
+            if not torch.isfinite(norm):
+                raise Overflowed(losses, self.whole(gradient))
+        elif not (torch.isfinite(norm) & torch.isfinite(loss)):
+            raise not_finite(norm, loss)
+
+    def restricted(self, parts: Sequence[tuple[int, list[int]]], sizes: Sequence[int]) -> "Step":
+        """The step of some examples of this batch alone, under the same report, masks and buffers.
+
+        Args:
+            parts: (piece, indices of its examples) of each.
+            sizes: of this step's pieces.
+        """
+        part = object.__new__(type(self))
+        _ = self._buffers  # looked up once for all parts
+        vars(part).update(vars(self))
+        pieces = [self.pieces[k] for k, _ in parts]
+        part.pieces = [piece.restricted(indices) for piece, (_, indices) in zip(pieces, parts, strict=True)]
+        run = [len(indices) if self.pieces[k].restrictable else sizes[k] for k, indices in parts]
+        part.costs = [examples / sum(sizes) for examples in run]
+        part._masks = [self._masks[k] for k, _ in parts]
+        part._run = [self._run[k] for k, _ in parts]
+        return part
+
+    def sizes(self) -> list[int]:
+        """Examples of each piece. One that cannot be restricted is run to count them, which fixes its masks."""
+        return [
+            size if piece.restrictable and (size := piece.size) is not None else self._counted(k)
+            for k, piece in enumerate(self.pieces)
+        ]
+
+    @torch.no_grad()
+    def _counted(self, k: int) -> int:
+        return len(self.losses(k, ascent=True))
+
+    def finish(self, losses: Tensor, gradient: Gradients) -> Tensor:
+        """Adds `gradient` to `.grad`, scaled by the scaler, and returns the mean loss at w."""
+        loss = self.mean(losses)
+        if self.scaler is not None:
+            self.scaler.scale(loss)  # so that a scaler that has seen no loss in this step is ready
+            torch._foreach_mul_([g for g in gradient if g is not None], self.scaler.get_scale())
+        else:
+            norm = total_norm(gradient)
+            if not (torch.isfinite(norm) & torch.isfinite(loss)):
+                raise not_finite(norm, loss)
+            self.report["gradient_norm"] = norm
+        earlier = False
+        for p, g in zip(self.params, gradient, strict=True):
+            if g is not None:
+                earlier = earlier or p.grad is not None
+                p.grad = g if p.grad is None else p.grad.add_(g)
+        if earlier and self.scaler is None:
+            self.report["gradient_norm"] = total_norm([p.grad for p in self.params])
+        return loss
+
+
+def count_of(share: float, examples: int) -> int:
+    """⌊share · examples⌋, at least one."""
+    return max(1, int(share * examples + 1e-9))
+
+
+def not_finite(norm: Tensor, loss: Tensor) -> NonFiniteGradient:
+    return NonFiniteGradient(f"gradient norm {float(norm)} at loss {float(loss)}: the step was not taken")
