@@ -113,6 +113,7 @@ def test_perturbing_and_restoring_take_two_passes_over_the_weights_that_the_batc
         with Seen() as seen:
             METHODS[name](model).backward(closure)
         passes[name] = seen.passes
+        model.zero_grad()
     # Clipping's norm of the final gradient is in each: SAM has one norm and one sum more, and nothing is copied back.
     table, rows = words.numel(), used * words.shape[1]
     more = passes["sam"] - passes["plain"]

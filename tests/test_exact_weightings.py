@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import DeltaSAM, ExampleLosses
+from dsam.integrations.distributed import GlobalStep
 from dsam.methods import WEIGHTINGS, Probe, make_weighting
 from dsam.methods.per_example import PerExampleGradients
 from dsam.methods.perturbation import perturbed
@@ -271,9 +272,8 @@ def test_ranks_draw_the_same_probe_whatever_their_words():
     found = []
     for ids in (batch()["input_ids"], batch()["input_ids"].flip(1) // 2):
         method = DeltaSAM(model := bert(), RHO, "probe", seed=3)
-        method.ranks = object()  # as dsam.integrations.distributed marks it
-        closure = ExampleLosses(model, batch() | {"input_ids": ids})
-        found.append((*method._noise(method.params, [closure])[0], method.generator.get_state()))
+        step = GlobalStep(method, ExampleLosses(model, batch() | {"input_ids": ids}), None)
+        found.append((*method._noise(method.params, step)[0], method.generator.get_state()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -88,7 +88,7 @@ def direction_of(method, size):
     generator = torch.Generator()
     generator.set_state(method.generator.get_state())
     if method.weighting.noise == "rademacher":
-        return rademacher((size,), generator=generator, device=torch.device("cpu"), dtype=torch.float64)
+        return rademacher((size,), torch.zeros((), dtype=torch.float64), generator)
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
@@ -263,13 +263,13 @@ def test_pieces_whose_word_gradients_are_summed_by_rows_equal_the_undivided_batc
 def test_rademacher_signs_are_even_and_independent():
     """Of the 64 signs of a draw each is +1 half of the time, and each pair agrees half of the time."""
     draws = 40_000
-    options = {"generator": torch.Generator().manual_seed(5), "device": torch.device("cpu"), "dtype": torch.float64}
-    signs = rademacher((draws, 64), **options)
+    like, generator = torch.zeros((), dtype=torch.float64), torch.Generator().manual_seed(5)
+    signs = rademacher((draws, 64), like, generator)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     assert float(signs.mean(0).abs().max()) < 5 / draws**0.5
     products = signs.T @ signs / draws - torch.eye(64)
     assert float(products.abs().max()) < 5 / draws**0.5
-    assert [rademacher((n,), **options).shape for n in (1, 63, 65)] == [(1,), (63,), (65,)]
+    assert [rademacher((n,), like, generator).shape for n in (1, 63, 65)] == [(1,), (63,), (65,)]
 
 
 @pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])

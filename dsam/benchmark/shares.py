@@ -93,7 +93,7 @@ class _Run:
         self.batches = self._batches()
         keeping = _Keeping(model)
         keeping.backward(self.batches[0])
-        self.ascent = keeping.ascent
+        self.ascent = keeping.ascent_gradient
 
     def _batches(self) -> list[list[ExampleLosses]]:
         return list(batches(self.ready, self.config, self.order, self.autocast))
@@ -121,11 +121,9 @@ class _Run:
 class _Keeping(SAM):
     """Keeps the gradient along which it ascends."""
 
-    by_rows = True
-
-    def _direction(self, gradient):
-        self.ascent = gradient
-        return super()._direction(gradient)
+    def descent(self, step, losses, ascent):
+        self.ascent_gradient = ascent
+        return super().descent(step, losses, ascent)
 
 
 def _operators(run: _Run, seconds: float) -> list[Share]:

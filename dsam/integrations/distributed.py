@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -143,7 +144,7 @@ class JointStep(Step):
 class GlobalStep(JointStep):
     """Every pass is over the joint batch, so that all ranks see the same gradients and take the same decisions."""
 
-    @property
+    @cached_property
     def words(self) -> nn.Embedding | None:
         return None  # the ranks' batches differ in their words, but not in their probes; dense gradients are reduced
 

@@ -65,7 +65,7 @@ def _collect(cls: type, options: dict[str, tuple[Any, Any]]) -> None:
     for base in cls.__mro__:
         if "__init__" not in vars(base) or base is object:
             continue
-        parameters = inspect.signature(base.__init__).parameters.values()
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
         for p in parameters:
             if p.default is not inspect.Parameter.empty and p.name != "seed":
                 options.setdefault(p.name, (p.annotation, p.default))

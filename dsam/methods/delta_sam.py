@@ -1,7 +1,7 @@
 """δ-SAM: one perturbation for the batch, in which the examples count as a weighting says."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -155,7 +155,8 @@ class DeltaSAM(SAM):
                 with perturbed(params, noise, -scale):
                     minus.append(self._losses(step))
         probe.plus = torch.stack(plus)
-        probe.minus = torch.stack(minus) if minus else None
+        if minus:
+            probe.minus = torch.stack(minus)
         if self._top is not None:
             self._top.clear()
         return losses, probe
@@ -174,27 +175,33 @@ class DeltaSAM(SAM):
         Of the word embeddings only the rows that the batch looks up are drawn, a sparse tensor: the others change no
         loss, and count with their expected square.
         """
-        draw = rademacher if self.weighting.noise == "rademacher" else torch.randn
+        draw = rademacher if self.weighting.noise == "rademacher" else gaussian
         words, direction, not_drawn = step.words, [], 0
         for p in params:
-            like = {"generator": self.generator, "device": p.device, "dtype": p.dtype}
             if words is not None and p is words.weight:
                 rows = torch.cat([piece.word_ids.flatten() for piece in step.pieces]).unique()
-                values = draw((len(rows), p.shape[1]), **like)
+                values = draw((len(rows), p.shape[1]), p, self.generator)
                 found = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
                 not_drawn += p.numel() - values.numel()
             else:
-                found = draw(p.shape, **like)
+                found = draw(p.shape, p, self.generator)
             direction.append(found)
         return direction, not_drawn
 
 
-def rademacher(shape, *, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+def gaussian(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent N(0, 1)."""
+    return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent signs ±1, 64 from each 64-bit draw."""
     n = math.prod(shape)
-    draws = torch.empty((n + 63) // 64, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
-    signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(dtype)
+    draws = torch.empty((n + 63) // 64, dtype=torch.int64, device=like.device).random_(
+        -(2**63), None, generator=generator
+    )
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(like.dtype)
     return signs.mul_(2).sub_(1).flatten()[:n].view(shape)
 
 

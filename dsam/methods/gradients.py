@@ -21,9 +21,9 @@ def combine(a: Gradients, b: Gradients, scale: Tensor | float, times: Tensor | f
     """times · a + scale · b, as new tensors."""
 
     def one(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        if x is None or y is None:
-            return None if x is y else (y * scale if x is None else x * times)
-        return (x * times).add_(y * scale)
+        if x is None:
+            return None if y is None else y * scale
+        return x * times if y is None else (x * times).add_(y * scale)
 
     return [one(x, y) for x, y in zip(a, b, strict=True)]
 
@@ -69,14 +69,15 @@ def sparse_gradient(table: nn.Embedding | None) -> Iterator[None]:
 
     A dense one is cleared and added once per piece: 47 MB for BERT's vocabulary at width 384.
     """
-    before = table.sparse if table is not None else None
+    if table is None:
+        yield
+        return
+    before = table.sparse
     try:
-        if table is not None:
-            table.sparse = True
+        table.sparse = True
         yield
     finally:
-        if table is not None:
-            table.sparse = before
+        table.sparse = before
 
 
 def dense(gradient: Tensor | None) -> Tensor | None:

@@ -223,7 +223,7 @@ class Step:
         sizes = [piece.size for piece in self.pieces]
         return None if None in sizes else sum(s for s in sizes if s is not None)
 
-    @property
+    @cached_property
     def words(self) -> nn.Embedding | None:
         """The table of word embeddings of which only the rows of the batch matter."""
         return self.pieces[0].words if self.pieces else None

@@ -8,10 +8,14 @@ p_i ∝ score_i ** power, then p ← (1 − mix) p + mix/B. What is known of eac
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ABSENT = cast(Tensor, None)
+"""In place of what was not looked at, since the weighting does not read it."""
 
 
 @dataclass
@@ -21,14 +25,14 @@ class Probe:
     rho: float = 0.0
     radius: float = 0.0
     dimension: int = 0  # of v
-    plus: Tensor | None = None  # (K, B) losses at w + v
-    minus: Tensor | None = None  # (K, B) losses at w − v
-    norms: Tensor | None = None  # (B,) ‖g_i‖, exact
-    cosines: Tensor | None = None  # (B,) between g_i and the mean gradient, exact
-    gram: Tensor | None = None  # (B, B) g_i · g_j, exact
-    curvature: Tensor | None = None  # (B,) ‖H_i ĝ_i‖, exact
-    logits: Tensor | None = None  # (B, C), where the closure keeps them
-    labels: Tensor | None = None  # (B,)
+    plus: Tensor = ABSENT  # (K, B) losses at w + v
+    minus: Tensor = ABSENT  # (K, B) losses at w − v
+    norms: Tensor = ABSENT  # (B,) ‖g_i‖, exact
+    cosines: Tensor = ABSENT  # (B,) between g_i and the mean gradient, exact
+    gram: Tensor = ABSENT  # (B, B) g_i · g_j, exact
+    curvature: Tensor = ABSENT  # (B,) ‖H_i ĝ_i‖, exact
+    logits: Tensor = ABSENT  # (B, C), where the closure keeps them
+    labels: Tensor = ABSENT  # (B,)
 
 
 class Weighting:
