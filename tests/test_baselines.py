@@ -1,17 +1,12 @@
 """R-Drop, R3F, FreeLB and SMART on a small BERT, each against a derivation that calls the model by itself."""
 
-import copy
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_methods import same, weights
+from test_methods import weights
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import BertConfig, BertForSequenceClassification
 
-from dsam import METHODS, R3F, SMART, ExampleLosses, FreeLB, NonFiniteGradient, Plain, RDrop
+from dsam import METHODS, R3F, SMART, ExampleLosses, FreeLB, Plain, RDrop
 
 BASELINES = {
     "freelb": lambda p, **o: FreeLB(p, **{"step_size": 0.5, "init": 0.3, "max_norm": 0.6} | o),
@@ -259,20 +254,6 @@ def test_mask_same_compares_under_one_mask_and_fresh_under_others(name):
         assert len(seen) == {"freelb": 3, "r3f": 2, "smart": 3}[name]
 
 
-@given(cuts=st.lists(st.integers(1, 5), max_size=3), name=st.sampled_from(list(BASELINES)))
-@settings(max_examples=25, deadline=None)
-def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name):
-    """The noise too: each example has its own seed. Divided batches keep their padding here."""
-    data, results = batch(), []
-    for edges in ([0, 6], [0, *sorted(set(cuts)), 6]):
-        model = bert()
-        pieces = [ExampleLosses(model, {k: v[a:b] for k, v in data.items()}) for a, b in pairwise(edges)]
-        method = BASELINES[name](model, seed=3)
-        results.append([method.backward(pieces), *(p.grad for p in model.parameters()), method.report["gradient_norm"]])
-    for one, divided in zip(*results, strict=True):
-        torch.testing.assert_close(one, divided, rtol=1e-4, atol=1e-6)  # the logits are float32
-
-
 def test_trimming_an_examples_padding_does_not_change_its_noise():
     model, data = bert(), batch()
     longest = int(data["attention_mask"].sum(1).max())
@@ -282,37 +263,6 @@ def test_trimming_an_examples_padding_does_not_change_its_noise():
     fits = data["attention_mask"].sum(1) < longest
     assert fits.any()
     assert torch.equal(a[fits, : longest - 1], b[fits])
-
-
-class Counted(ExampleLosses):
-    """Spoils or stops its n-th forward."""
-
-    def outputs(self, noise=None):
-        self.calls = getattr(self, "calls", 0) + 1
-        found, out = super().outputs(noise)
-        return self.what(found, out) if self.calls == self.n else (found, out)
-
-
-def stop(*_):
-    raise RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_raising_or_non_finite_pass_leaves_the_weights(name, n):
-    spoil = lambda found, out: (found * float("nan"), out * float("nan"))  # noqa: E731
-    for what, error in ((stop, RuntimeError), (spoil, NonFiniteGradient)):
-        model = bert(dropout=0.1)
-        before, closure = weights(model), Counted(model, batch())
-        closure.n, closure.what = n, what
-        method = BASELINES[name](model)
-        if n > round(method.passes):
-            method.backward(closure)
-        else:
-            with pytest.raises(error):
-                method.backward(closure)
-        assert same(before, weights(model))
-        assert not model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -325,55 +275,6 @@ def test_passes_are_true(name):
         spent = (method.report["forwards"] + 2 * method.report["backwards"]) / 3
         assert spent == pytest.approx(method.passes)
         assert options or method.passes == METHODS[name].passes
-
-
-@pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("mask", ["same", "fresh"])
-def test_a_resumed_method_goes_on_as_if_never_stopped(name, mask):
-    def train(model, method, optimizer, steps):
-        for t in steps:
-            method.backward(ExampleLosses(model, batch(seed=t)))
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model = bert(dropout=0.2)
-    method, optimizer = BASELINES[name](model, mask=mask), torch.optim.AdamW(model.parameters(), lr=0.01)
-    torch.manual_seed(0)
-    train(model, method, optimizer, range(2))
-    saved = copy.deepcopy([model.state_dict(), method.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
-    train(model, method, optimizer, range(2, 4))
-    resumed = bert(dropout=0.2, seed=7)
-    resumed.load_state_dict(saved[0])
-    method, optimizer = BASELINES[name](resumed, mask=mask, seed=9), torch.optim.AdamW(resumed.parameters(), lr=0.01)
-    method.load_state_dict(saved[1])
-    optimizer.load_state_dict(saved[2])
-    torch.set_rng_state(saved[3])
-    train(resumed, method, optimizer, range(2, 4))
-    assert same(weights(model), weights(resumed))
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
-    trained = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**8)):
-        model = bert(dtype=torch.float32)
-        method, optimizer = BASELINES[name](model), torch.optim.SGD(model.parameters(), lr=0.1)
-        for t in range(2):
-            method.backward(ExampleLosses(model, batch(seed=t)), scaler=scaler)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad()
-        trained.append(weights(model))
-    for p, q in zip(*trained, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
-    closure = Counted(model, batch())
-    closure.n, closure.what = 1, lambda found, out: (found * float("inf"), out)
-    method.backward(closure, scaler=scaler)
-    scaler.step(optimizer)
-    assert same(trained[1], weights(model))
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -276,9 +276,18 @@ def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
         ({"method": lambda m: SAM(m), "method_options": {"rho": 1.0}}, {}, "method_options"),
         ({"compute_loss_func": lambda *a, **k: None}, {}, "pass losses="),
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({}, {"optim": "adalomo"}, "steps inside the backward pass"),
+        ({}, {"optim": "galore_adamw_layerwise"}, "steps inside the backward pass"),
     ):
         with pytest.raises(ValueError, match=message):
             Ours(network(), arguments(tmp_path, **args), train_dataset=examples(), **options)
+
+    class Weighted(Ours):
+        def compute_loss(self, model, inputs, **options):
+            return super().compute_loss(model, inputs, **options)
+
+    with pytest.raises(ValueError, match="Weighted.compute_loss would not be called: pass losses="):
+        Weighted(network(), arguments(tmp_path), train_dataset=examples())
 
 
 def test_import_dsam_does_not_import_the_integrations():

@@ -77,3 +77,34 @@ def test_every_command_that_a_page_quotes_is_one_that_its_script_takes(page, lin
 
 def test_the_pages_quote_commands():
     assert len(QUOTED) >= 4
+
+
+def test_the_migration_page_shows_the_same_training_twice():
+    """Its second block is run; its first, in our own words, is the two-step algorithm by hand."""
+    from torch.nn import functional as F
+
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    *_, after = re.findall(r"```python\n(.*?)```", text, re.S)
+    trained = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+        loader = [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,))) for _ in range(3)]
+        if ours:
+            exec(after, {"torch": torch, "F": F, "model": model, "loader": loader})
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            for x, y in loader:
+                first = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+                norm = torch.cat([g.flatten() for g in first]).norm()
+                before = [p.detach().clone() for p in model.parameters()]
+                for p, g in zip(model.parameters(), first, strict=True):
+                    p.data.add_(0.05 * g / norm)
+                F.cross_entropy(model(x), y).backward()
+                for p, w in zip(model.parameters(), before, strict=True):
+                    p.data.copy_(w)
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

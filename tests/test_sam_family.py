@@ -2,13 +2,10 @@
 
 import copy
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pytorch_optimizer.optimizer.sam import FriendlySAM as ReferenceFSAM
 from test_methods import batch, losses, network, quadratic, same, weights
 from torch import nn
@@ -24,9 +21,7 @@ from dsam import (
     GroupSAM,
     LookSAM,
     MomentumSAM,
-    NonFiniteGradient,
     PerInstance,
-    Plain,
 )
 from dsam.config import check_method
 from dsam.errors import UserError
@@ -382,159 +377,6 @@ def test_esam_with_everything_drawn_is_sam():
 # The traps, for each
 
 
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("restrictable", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_restored_bit_for_bit(name, restrictable, dtype):
-    model = normed(dtype=dtype, dropout=0.2)
-    x, y = batch(dtype=dtype)
-    before, pointers = weights(model), [p.data_ptr() for p in model.parameters()]
-    method = FAMILY[name](model, 0.5)
-    for _ in range(3):
-        method.backward(Losses(model, x, y) if restrictable else lambda: losses(model, x, y).float())
-    assert same(before, weights(model))
-    assert pointers == [p.data_ptr() for p in model.parameters()]
-
-
-class Counted(Losses):
-    """Does `what` in its n-th forward, restricted or not."""
-
-    def __init__(self, model, x, y, calls, n, what):
-        super().__init__(model, x, y)
-        self.calls, self.n, self.what = calls, n, what
-
-    def __call__(self):
-        self.calls[0] += 1
-        found = super().__call__()
-        return self.what(found) if self.calls[0] == self.n else found
-
-    def subset(self, indices):
-        return Counted(self.model, self.x[indices], self.y[indices], self.calls, self.n, self.what)
-
-
-def forwards_of(name):
-    """Forwards of a first step on 12 examples."""
-    return {"esam": 3, "m_sam": 6, "msam": 1}.get(name, 2)
-
-
-def stop(_):
-    raise RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 24])
-def test_a_raising_or_non_finite_pass_leaves_the_weights(name, n):
-    for what, error in ((stop, RuntimeError), (lambda x: x * float("nan"), NonFiniteGradient)):
-        model = normed()
-        before = weights(model)
-        method, closure = FAMILY[name](model, 0.5), Counted(model, *batch(), [0], n, what)
-        if n > forwards_of(name):
-            method.backward(closure)
-        else:
-            with pytest.raises(error):
-                method.backward(closure)
-        assert same(before, weights(model))
-
-
-@given(cuts=st.lists(st.integers(1, 11), max_size=4), name=st.sampled_from(list(FAMILY)), restrictable=st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_micro_batches_of_any_sizes_equal_the_undivided_batch(cuts, name, restrictable):
-    edges = [0, *sorted(set(cuts)), 12]
-    results = []
-    for parts in ([slice(0, 12)], [slice(a, b) for a, b in pairwise(edges)]):
-        model = normed()
-        method = FAMILY[name](model, 0.1)
-        found = []
-        for t in range(3):
-            x, y = batch(12, seed=t)
-            pieces = [Losses(model, x[s], y[s]) for s in parts]
-            if not restrictable:
-                pieces = [piece.__call__ for piece in pieces]
-            model.zero_grad()
-            found += [method.backward(pieces), *(p.grad.clone() for p in model.parameters())]
-        results.append(found)
-    for one, divided in zip(*results, strict=True):
-        torch.testing.assert_close(one, divided, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_adds_to_a_gradient_that_is_already_there(name):
-    model, (x, y) = normed(), batch()
-    FAMILY[name](model, 0.1).backward(Losses(model, x, y))
-    once = [p.grad.clone() for p in model.parameters()]
-    FAMILY[name](model, 0.1).backward([Losses(model, x[:5], y[:5]), Losses(model, x[5:], y[5:])])
-    for p, g in zip(model.parameters(), once, strict=True):
-        torch.testing.assert_close(p.grad, 2 * g, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", sorted(set(FAMILY) - {*GROUPED, "esam"}))
-@pytest.mark.parametrize("mask", ["same", "fresh"])
-def test_rho_zero_trains_as_plain_bit_for_bit(name, mask):
-    """Also with dropout. Not for groups (rounding, own masks), ESAM (selects), AE-SAM with fresh masks."""
-    trained = []
-    for make in (lambda p, rho, **o: Plain(p, **o), FAMILY[name]):
-        model = normed(dropout=0.3, dtype=torch.float32)
-        method, optimizer = make(model, 0.0, mask=mask), torch.optim.AdamW(model.parameters(), lr=0.01)
-        torch.manual_seed(5)
-        for t in range(5):
-            x, y = batch(seed=t, dtype=torch.float32)
-            method.backward(Losses(model, x, y))
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append([*weights(model), torch.get_rng_state()])
-    if (name, mask) == ("ae_sam", "fresh"):
-        assert torch.equal(trained[0][-1], trained[1][-1])
-    else:
-        assert same(*trained)
-
-
-@pytest.mark.parametrize("name", GROUPED)
-def test_rho_zero_is_plain_up_to_rounding_for_groups(name):
-    model, (x, y) = normed(), batch()
-    Plain(model).backward(Losses(model, x, y))
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    FAMILY[name](model, 0.0).backward(Losses(model, x, y))
-    for p, g in zip(model.parameters(), plain, strict=True):
-        close(p.grad, g)
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_a_zero_gradient_is_finite(name):
-    model, (x, y) = normed(), batch()
-    method = FAMILY[name](model, 0.1)
-    for _ in range(3):
-        method.backward(lambda: 0 * losses(model, x, y))
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
-    x, y = batch(dtype=torch.float32)
-    trained = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_factor=8.0, growth_interval=1)):
-        model = normed(dtype=torch.float32)
-        method, optimizer = FAMILY[name](model, 0.1), torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(3):
-            method.backward(Losses(model, x, y), scaler=scaler)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad()
-        trained.append(weights(model))
-    assert same(*trained)
-    method.backward(lambda: losses(model, x, y) * float("inf"), scaler=scaler)
-    scaler.step(optimizer)
-    scaler.update()
-    assert same(trained[1], weights(model))
-    assert scaler.get_scale() == 2.0**12  # three steps that let it grow, and one that halved it
-    optimizer.zero_grad()
-    method.backward(Losses(model, x, y), scaler=scaler)  # and its own state is not spoilt
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 def test_a_scaler_works_with_ae_sams_plain_steps():
     model, (x, y) = normed(dtype=torch.float32), batch(dtype=torch.float32)
     method, scaler = AESAM(model, 0.1, threshold=1e9), torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -548,55 +390,6 @@ def test_a_scaler_works_with_ae_sams_plain_steps():
         torch.testing.assert_close(p.detach(), old - 0.1 * g)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "per_instance"])  # it refuses batch norm
-@pytest.mark.parametrize("restrictable", [True, False])
-def test_batch_norm_statistics_move_as_in_one_clean_pass(name, restrictable):
-    def make():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-
-    x, y = batch(dtype=torch.float32)
-    model, clean = make(), make()
-    if restrictable and name == "m_sam":
-        for part in x.split(5):
-            clean(part)
-    else:
-        clean(x)
-    if name == "msam":
-        FAMILY[name](model, 0.3)  # its first step is at w
-    FAMILY[name](model, 0.3).backward(Losses(model, x, y) if restrictable else lambda: losses(model, x, y))
-    for ours, expected in zip(model.buffers(), clean.buffers(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)  # a copied group is aligned otherwise
-
-
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("mask", ["same", "fresh"])
-def test_a_resumed_method_goes_on_as_if_never_stopped(name, mask):
-    def train(model, method, optimizer, steps):
-        for t in steps:
-            x, y = batch(seed=t)
-            method.backward(Losses(model, x, y))
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model = normed(dropout=0.2)
-    method, optimizer = FAMILY[name](model, 0.1, mask=mask), torch.optim.AdamW(model.parameters(), lr=0.01)
-    torch.manual_seed(0)
-    train(model, method, optimizer, range(3))
-    saved = copy.deepcopy([model.state_dict(), method.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
-    train(model, method, optimizer, range(3, 6))
-
-    resumed = normed(seed=7, dropout=0.2)
-    resumed.load_state_dict(saved[0])
-    method = FAMILY[name](resumed, 0.1, mask=mask, seed=9)
-    optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.01)
-    method.load_state_dict(saved[1])
-    optimizer.load_state_dict(saved[2])
-    torch.set_rng_state(saved[3])
-    train(resumed, method, optimizer, range(3, 6))
-    assert same(weights(model), weights(resumed))
-
-
 @pytest.mark.parametrize("name", ["fsam", "looksam", "msam", "ae_sam"])
 def test_the_state_matters(name):
     """Else the resume test could not fail."""
@@ -605,24 +398,6 @@ def test_the_state_matters(name):
     fresh = copy.deepcopy(method.state_dict())
     method.backward(Losses(model, x, y))
     assert str(fresh) != str(method.state_dict())
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_the_layer_that_one_pass_skips_does_not_break_the_step(name):
-    for skipped in (1, 2):
-        model, extra, (x, y), calls = normed(), nn.Linear(3, 3).double(), batch(), [0]
-
-        def closure(model=model, extra=extra, x=x, y=y, calls=calls, skipped=skipped):
-            calls[0] += 1
-            out = model(x)
-            return nn.functional.cross_entropy(out if calls[0] == skipped else extra(out), y, reduction="none")
-
-        both = nn.ModuleList([model, extra])
-        before = weights(both)
-        method = FAMILY[name](both, 0.1)
-        method.backward(closure)
-        method.backward(closure)
-        assert same(before, weights(both))
 
 
 @pytest.mark.parametrize(("name", "steps"), [(name, 20) for name in FAMILY if name != "ae_sam"])

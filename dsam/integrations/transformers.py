@@ -53,7 +53,8 @@ class SharpnessAwareMixin:
 
     Raises:
         ValueError: an unknown method, or a setting that would not do what it says here: DataParallel (start one
-            process per GPU with torchrun), FSDP, DeepSpeed, `compute_loss_func`, label smoothing without `losses`.
+            process per GPU with torchrun), FSDP, DeepSpeed, an overridden `compute_loss`, `compute_loss_func`, label
+            smoothing without `losses`, an optimizer that steps inside the backward pass.
         NonFiniteGradient: out of `train`; the step was not taken. With fp16 the scaler skips the step instead.
     """
 
@@ -75,6 +76,15 @@ class SharpnessAwareMixin:
         if method_options and not isinstance(method, type):
             raise ValueError("method_options go with a method's name or class; a function takes care of its own")
         super().__init__(*args, **kwargs)
+        if type(self).compute_loss is not Trainer.compute_loss:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss would not be called: pass losses=, one loss for each example"
+            )
+        if "layerwise" in self.args.optim or "lomo" in self.args.optim:
+            raise ValueError(
+                f"optim={self.args.optim} steps inside the backward pass, before the method has its gradient: take "
+                "another optimizer"
+            )
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func returns one number; pass losses=, which returns one loss per example")
         if self.args.label_smoothing_factor and losses is None:

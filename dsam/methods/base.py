@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .perturbation import Gradients, RandomState
 from .piece import Closure
-from .step import Overflowed, Step
+from .step import Overflowed, Step, require_reached
 
 
 class Method:
@@ -47,6 +47,7 @@ class Method:
         self.random = RandomState(self.params)
         self._generator: torch.Generator | None = None
         self.report: dict[str, float | Tensor] = {}
+        self.checked: set[str] = set()  # what one step has found to be in order, and no other looks at again
 
     @property
     def generator(self) -> torch.Generator:
@@ -80,11 +81,7 @@ class Method:
             losses, gradient = self.compute(step)
         except Overflowed as overflow:
             losses, gradient = overflow.losses, overflow.gradient
-        if all(g is None for g in gradient):
-            raise ValueError(
-                "the loss depends on none of the method's parameters: was the method made of another model, or a "
-                "copy of it?"
-            )
+        require_reached(gradient)
         return step.finish(losses, gradient)
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses (B,) in float32: cross-entropy for integer labels (B,) and logits (B, C), squared error for float ones."""
+    """Losses (B,) in float32: cross-entropy for integer labels (B,) and logits (B, C), squared error for float ones.
+
+    Raises ValueError for integer labels of a model with one output, which is a regression, and for an empty batch.
+    """
+    if not len(labels):
+        raise ValueError("the batch is empty: it has no losses")
+    if logits.shape[-1] == 1 and not labels.is_floating_point():
+        raise ValueError(
+            f"the model has one output, a regression, and the labels are {labels.dtype}: pass labels.float(), or make "
+            "the model with num_labels=2 for two classes"
+        )
     logits = logits.float()
     if labels.is_floating_point():
         return (logits.reshape(len(labels)) - labels.float()).square()

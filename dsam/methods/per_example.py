@@ -291,6 +291,8 @@ class PerExampleGradients:
         """The differences g_i − h_i to the gradients of another pass over the same batch, to be used like gradients."""
         difference = self.like()
         difference.batch_size = self.batch_size
+        if self._vectors.keys() != other._vectors.keys() or len(self._products) != len(other._products):
+            raise ValueError("two passes over one batch ran different layers: their gradients have no difference")
         difference._vectors = {k: vector - other._vectors[k] for k, vector in self._vectors.items()}
         difference._products = [a.minus(b) for a, b in zip(self._products, other._products, strict=True)]
         difference._rows = {k: rows.minus(other._rows[k]) for k, rows in self._rows.items()}

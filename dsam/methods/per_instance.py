@@ -27,16 +27,17 @@ class PerInstance(SAM):
         super().__init__(params, rho, **options)
         if self.module is None:
             raise ValueError("PerInstance looks inside the model: PerInstance(model, …), or GroupSAM(params, m=1)")
-        self._gradients = PerExampleGradients(self.module, self.params)
+        PerExampleGradients(self.module, self.params)  # says what it cannot look into before the first step
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        assert self.module is not None
+        gradients = PerExampleGradients(self.module, self.params)
         losses: list[Tensor] = []
         norms: list[Tensor] = []
 
         @contextmanager
         def at_its_worst(k: int) -> Iterator[None]:
             """Inside, each example of piece k is at its own w + ρ g_i/‖g_i‖."""
-            gradients = self._gradients
             with gradients.record():
                 found = step.losses(k, ascent=True)
             gradients.backward(found)

@@ -21,18 +21,18 @@ class SAMON(SAM):
 
     def __init__(self, params, rho: float = 0.5, **options):
         super().__init__(params, rho, **options)
-        self.norms: set[int] | None = None
+        self.norms: list[bool] | None = None
         if self.module is not None:
             layers = [m for m in self.module.modules() if "Norm" in type(m).__name__ or isinstance(m, _NORMS)]
             found = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-            self.norms = found & {id(p) for p in self.params}
-            if not self.norms:
+            self.norms = [id(p) in found for p in self.params]
+            if not any(self.norms):
                 raise ValueError("sam_on perturbs normalisation layers and the module has none with trainable weights")
 
     def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
         if self.norms is None:
             raise ValueError("sam_on has to know the normalisation layers: pass the module, not its parameters")
-        return step.gradient(ascent=True, only=[id(p) in self.norms for p in self.params])
+        return step.gradient(ascent=True, only=self.norms)
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .base import Method
     from .weighting import Probe, Weighting
 
+REENTRANT = (
+    "gradient checkpointing must be the kind with use_reentrant=False: the other one hides the parameters of its layers, "
+    "which would stay as they are"
+)
 Around = Callable[[int], AbstractContextManager]
 
 
@@ -46,7 +50,7 @@ class Step:
         self.pieces = pieces_of(closures)
         self.params, self.module = method.params, method.module
         self.mask, self.random, self.generator = method.mask, method.random, method.generator
-        self.scaler = scaler
+        self.scaler, self.checked = scaler, method.checked
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
         self._masks: list[list[Tensor] | None] = [None] * len(self.pieces)
@@ -182,7 +186,10 @@ class Step:
         gradient = self.whole(total, by_rows)
         if size is None and len(self) > 1 and weights is None:
             torch._foreach_div_([g for g in gradient if g is not None], len(found))
-        return found, self.joint(found, gradient, weighted=weights is not None)
+        gradient = self.joint(found, gradient, weighted=weights is not None)
+        if only is None:
+            require_reached(gradient)
+        return found, gradient
 
     def differentiate(
         self,
@@ -204,11 +211,12 @@ class Step:
         try:
             found = torch.autograd.grad(loss, [*chosen, *also], allow_unused=True)
         except RuntimeError as error:
-            if "checkpoint" in str(error):
-                raise ValueError(
-                    "gradient checkpointing needs use_reentrant=False: the re-entrant kind works with backward() alone"
-                ) from None
+            if "use_reentrant" in str(error):
+                raise ValueError(REENTRANT) from None
             raise
+        if "graph" not in self.checked and any(g is None for g in found):
+            require_no_reentrant_checkpoint(loss)
+            self.checked.add("graph")
         gradient, further = owned(found[: len(chosen)]), [g for g in found[len(chosen) :] if g is not None]
         if scale is not None:  # exact, a power of two; the step's end scales again
             torch._foreach_div_([g for g in (*gradient, *further) if g is not None], scale)
@@ -327,6 +335,26 @@ class Step:
         if earlier and self.scaler is None:
             self.report["gradient_norm"] = total_norm([p.grad for p in self.params])
         return loss
+
+
+def require_reached(gradient: Gradients) -> None:
+    if all(g is None for g in gradient):
+        raise ValueError(
+            "the loss depends on none of the method's parameters: was the method made of another model, or of a copy?"
+        )
+
+
+def require_no_reentrant_checkpoint(loss: Tensor) -> None:
+    """ValueError where layers are checkpointed in a way that hides their parameters from autograd.grad."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(REENTRANT)
+        left += [following for following, _ in node.next_functions]
 
 
 def count_of(share: float, examples: int) -> int:

@@ -241,6 +241,8 @@ class Equalised(Weighting):
         norms = probe.norms.double().clamp_min(1e-30)
         cosines = (probe.gram.double() / norms[:, None] / norms[None, :]).cpu().numpy()
         n = len(cosines)
+        if not np.isfinite(cosines).all():  # the solver would raise; weights that are NaN are found in the gradient
+            return torch.full_like(norms, torch.nan)
         system = np.vstack([cosines, self.ridge**0.5 * np.eye(n)])
         c, _ = nnls(system, np.concatenate([np.ones(n), np.zeros(n)]))
         return torch.from_numpy(c).to(norms) / norms
