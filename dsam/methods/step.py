@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .weighting import Probe, Weighting
 
 REENTRANT = (
-    "gradient checkpointing must be the kind with use_reentrant=False: the other one hides the parameters of its layers, "
-    "which would stay as they are"
+    "gradient checkpointing must be the kind with use_reentrant=False: the other one hides the parameters of its "
+    "layers, which would stay as they are"
 )
 Around = Callable[[int], AbstractContextManager]
 
