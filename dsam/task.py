@@ -167,17 +167,11 @@ class Task(_Part):
         if split not in self.files:
             raise UserError(f"task '{self.name}' has no file for its split '{split}': name one in files")
         given = self.files[split]
-        given = (given,) if isinstance(given, str | File) else given
-        files = [File(path=file) if isinstance(file, str) else file for file in given]
-        hidden = split in self.test
+        several = given if isinstance(given, tuple) else (given,)
+        files = [File(path=file) if isinstance(file, str) else file for file in several]
+        hidden = None if split in self.test else self.label
         return tuple(
-            file.model_copy(
-                update={
-                    "text": file.text or self.text,
-                    "label": file.label or (None if hidden else self.label),
-                }
-            )
-            for file in files
+            file.model_copy(update={"text": file.text or self.text, "label": file.label or hidden}) for file in files
         )
 
     @property

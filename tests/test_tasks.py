@@ -1,4 +1,4 @@
-"""Tasks of a user's own, by description alone: every kind of file, what is refused, and labels made wrong on purpose."""
+"""Tasks of a user's own, by description alone: every kind of file, what is refused, and label noise."""
 
 import csv
 import json
@@ -102,12 +102,12 @@ def test_scores_labels_in_other_words_and_files_without_a_header(tmp_path):
         (
             "a.jsonl",
             '{"question": "a", "passage": 3, "answer": "no"}',
-            ":1: column 'passage' holds 3, which is no text",
+            ":1: column 'passage' holds 3, which is",
         ),
         (
             "a.jsonl",
             '\n{"question": "a", "answer": "no"}',
-            ":2: expected each of the columns question, passage, answer",
+            ":2: expected each of the columns question,",
         ),
         ("a.jsonl", '{"question": "a"', ":1: not JSON"),
         ("a.json", '[{"question": "a", "passage": "b", "answer": "no"}]', ":1: [{'question'"),
