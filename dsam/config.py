@@ -271,7 +271,7 @@ def _describe(alternatives) -> str:
 
 def _check(config: Config) -> None:
     """Values that have the right type and cannot be meant."""
-    from .glue import get_task  # here, not above: `import dsam.config` stays light
+    from .task import get_task
 
     task = get_task(config.task.name)
     train = config.train
@@ -339,7 +339,7 @@ def _check(config: Config) -> None:
         at_least("fresh_seeds", seed, 0)
     if config.data.source == "local" and not config.data.root:
         raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
-    if not task.train_splits:
+    if not task.train:
         raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
     if not (config.model.path or config.model.id or config.model.architecture):
         raise UserError(f"model={config.model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")

@@ -8,7 +8,6 @@ import torch
 from conftest import ROOT, command
 from safetensors.torch import load_file
 
-from dsam import glue
 from dsam.config import CONF, Config
 from dsam.errors import UserError
 from dsam.overrides import check, compose_config
@@ -148,4 +147,3 @@ def test_the_grid_experiments_compose():
         assert (ROOT / "conf" / "experiment" / f"{name}.yaml").is_file()
     cfg = Config.load(compose_config(["experiment=rho_grid"], CONF))
     assert cfg.selection == "heldout" and not set(cfg.fresh_seeds) & {0, 1, 2}
-    assert glue.get_task(cfg.task.name)

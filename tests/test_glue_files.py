@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsam.errors import UserError
-from dsam.glue import TASKS, fingerprint, get_task, load
+from dsam.glue import fingerprint, load
+from dsam.task import get_task, shipped
 
 REAL = Path(__file__).parents[2] / "shared" / "glue"
 
@@ -166,11 +167,13 @@ def test_every_layout_is_read_in_every_form(tmp_path, layout, form):
     else:
         assert rows.labels.dtype == (np.float32 if name == "stsb" else np.int64)
         assert rows.labels.tolist() == pytest.approx([label] * 3)
-    assert data.notes == [f"{name} {split}: 3 rows, official {TASKS[name].rows[split]}"]
+    assert data.notes == [f"{name} {split}: 3 rows, official {get_task(name).rows[split]}"]
 
 
 def test_every_glue_task_has_its_layout_above():
-    assert {layout[0] for layout in LAYOUTS} == {name for name, task in TASKS.items() if "local" in task.sources}
+    assert {layout[0] for layout in LAYOUTS} == {
+        name for name, task in shipped().items() if task.hub and task.hub.dataset == "nyu-mll/glue"
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
@@ -189,13 +192,13 @@ def test_a_row_with_a_column_too_few_or_too_many_is_an_error(tmp_path, layout):
 def test_an_unknown_label_is_an_error_with_its_line(tmp_path, layout):
     name, split, file, header, row, _ = layout
     head = [header] if header else []
-    place = 1 if name == "cola" else (header.index(get_task(name).label_column) if name != "ax" else -1)
+    place = 1 if name == "cola" else (header.index(get_task(name).label) if name != "ax" else -1)
     changed = list(row)
     changed[place] = "maybe"
     path = write(tmp_path, file, *head, row, changed)
     message = error(get_task(name), "local", tmp_path, splits=[split])
     assert message.startswith(f"{path}:{len(head) + 2}: ") and "'maybe'" in message
-    assert "0 to 5" in message if name == "stsb" else all(word in message for word in get_task(name).file_labels)
+    assert "0 to 5" in message if name == "stsb" else all(word in message for word in get_task(name).as_written)
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-0.1", "5.1", "", "four"])
@@ -336,7 +339,7 @@ FRAGMENTS = st.sampled_from(
 )
 def test_any_bytes_give_rows_or_one_line(tmp_path, name, valid_start, content):
     header, row = next(layout[3:5] for layout in LABELLED if layout[0] == name)
-    path = write(tmp_path, f"{get_task(name).folder}/dev.tsv", *([header] if header else []), row)
+    path = write(tmp_path, get_task(name).files_of("dev")[0].path, *([header] if header else []), row)
     path.write_bytes((path.read_bytes() if valid_start else b"") + content)
     try:
         rows = load(get_task(name), "local", tmp_path, splits=["dev"])["dev"]
@@ -367,6 +370,6 @@ def test_real_files_have_the_official_rows_and_label_balance(name, positives):
     assert data["train"].labels.mean() == pytest.approx(positives, abs=1e-9)
     expected = hashlib.sha256()
     for split in ("dev", "train"):
-        content = hashlib.sha256((REAL / task.folder / f"{split}.tsv").read_bytes()).hexdigest()
+        content = hashlib.sha256((REAL / task.files_of(split)[0].path).read_bytes()).hexdigest()
         expected.update(f"{split} {content}\n".encode())
     assert fingerprint(task, "local", REAL).endswith(expected.hexdigest())

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dsam.errors import UserError
-from dsam.glue import get_task, hub, load
+from dsam.glue import hub, load
+from dsam.task import get_task
 
 
 def rows(names, columns=("sentence1", "sentence2"), labels=(0, 1, 0)):

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from dsam.glue import compute, get_task, headline, headline_name, majority, predictions
+from dsam.glue import compute, headline, headline_name, majority, predictions
+from dsam.task import get_task
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
 LABELS = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 from dsam.errors import UserError
-from dsam.glue import Split, builtin, fingerprint, get_task, load, tokenise, tokenising
+from dsam.glue import Split, builtin, fingerprint, load, tokenise, tokenising
+from dsam.task import get_task
 
 PAIR, SINGLE = get_task("entailment"), get_task("agreement")
 

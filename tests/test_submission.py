@@ -17,12 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsam.config import CONF, Config
 from dsam.errors import UserError
-from dsam.glue import TASKS
 from dsam.overrides import compose_config
 from dsam.runs.record import seal
 from dsam.runs.run import run
 from dsam.submission import choose, formats
 from dsam.submission.make import main
+from dsam.task import get_task
 
 OFFICIAL = {  # lines of the server's sample files less the header
     "CoLA.tsv": 1063, "SST-2.tsv": 1821, "MRPC.tsv": 1725, "STS-B.tsv": 1379, "QQP.tsv": 390965, "MNLI-m.tsv": 9796,
@@ -62,7 +62,7 @@ def small():
     """Test sets of a few rows each, in the table of tasks."""
     with pytest.MonkeyPatch.context() as patch:
         for file in formats.FILES:
-            patch.setitem(TASKS[file.task].rows, file.split, ROWS[file.name])
+            patch.setitem(get_task(file.task).rows, file.split, ROWS[file.name])
         yield
 
 
@@ -196,12 +196,12 @@ def test_without_labels_ax_has_answers_and_no_score(made, root, runs, small, tmp
 def test_files_written_by_hand(small, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         for file in formats.FILES:
-            patch.setitem(TASKS[file.task].rows, file.split, 3)
+            patch.setitem(get_task(file.task).rows, file.split, 3)
         predictions = {file.name: np.array([1, 0, 1]) for file in formats.FILES}
         for name in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
             predictions[name] = np.array([2, 0, 1])
         predictions["STS-B.tsv"] = np.array([-0.0001, 3.14159, 5.2])
-        contents = {f.name: formats.answers(TASKS[f.task], predictions[f.name]) for f in formats.FILES}
+        contents = {f.name: formats.answers(get_task(f.task), predictions[f.name]) for f in formats.FILES}
         archive = formats.write(tmp_path, contents)
         assert formats.validate(archive) == formats.validate(tmp_path) == contents
     binary = b"index\tprediction\n0\t1\n1\t0\n2\t1\n"
@@ -246,7 +246,7 @@ def test_the_command_writes_official_sizes_and_says_what_no_run_answered(root, r
 
 def test_constants_are_the_real_training_sets_most_frequent_answers(glue_root):
     for file in formats.FILES:
-        path = glue_root / TASKS[file.task].folder / "train.tsv"
+        path = glue_root / get_task(file.task).files_of("train")[0].path
         if file.task == "ax" or not path.is_file():
             continue
         rows = rows_of(path.read_text(encoding="utf-8-sig").replace("\u2028", " ").replace("\x85", " "))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_config import config
 
 from dsam.config import Train
-from dsam.glue import get_task
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
+from dsam.task import get_task
 from dsam.training.batches import epoch_order, evaluation_batches, pieces, training_subset
 from dsam.training.checkpoint import Checkpoints
 from dsam.training.loop import best, evaluate, learning_rate_factor, total_steps

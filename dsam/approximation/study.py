@@ -98,7 +98,7 @@ def at_phase(config: Config, phase: int) -> tuple[torch.nn.Module, glue.Tokenise
             )
         there = Config.load(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
         ready = prepare(there)
-    return ready.network.eval(), ready.data[ready.task.train_splits[0]], ready.device
+    return ready.network.eval(), ready.data[ready.task.train[0]], ready.device
 
 
 def batch_of(cell: Cell, model, examples: glue.Tokenised, device, size: int, train: Train):

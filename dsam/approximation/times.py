@@ -32,7 +32,7 @@ def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
 def of_task(config: Config, batch_size: int) -> list[dict]:
     """One alternating run over all weightings, after a round that does not count."""
     ready = prepare(config)
-    model, examples = ready.network.train(), ready.data[ready.task.train_splits[0]]
+    model, examples = ready.network.train(), ready.data[ready.task.train[0]]
     closures = [
         batch_of(Cell(config.task.name, 0, k), model, examples, ready.device, batch_size, config.train)[0]
         for k in range(BATCHES)

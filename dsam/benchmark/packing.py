@@ -33,7 +33,7 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
     Raises BrokenProcessPool where a process dies, as for want of memory.
     """
     ready = prepare(config)  # mistakes show here, and the processes find the tokens cached
-    steps = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
+    steps = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
     del ready
     cores = len(os.sched_getaffinity(0))
     threads = {number: config.device.threads or max(1, cores // number) for number in numbers}

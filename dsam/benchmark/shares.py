@@ -81,7 +81,7 @@ class _Run:
 
     def __init__(self, config: Config, count: int):
         self.config, self.ready = config, prepare(config)
-        examples = len(self.ready.data[self.ready.task.train_splits[0]])
+        examples = len(self.ready.data[self.ready.task.train[0]])
         self.order = epoch_order(examples, config.seeds.data, 0)[: count * config.train.batch_size]
         self.steps_per_epoch = -(-examples // config.train.batch_size)
         self.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None

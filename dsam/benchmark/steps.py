@@ -59,7 +59,7 @@ def batches(
     ready: Ready, config: Config, order: np.ndarray, autocast: torch.dtype | None
 ) -> Iterator[list[ExampleLosses]]:
     """The examples `order` in batches, each cut and moved as the training loop does it."""
-    examples, train = ready.data[ready.task.train_splits[0]], config.train
+    examples, train = ready.data[ready.task.train[0]], config.train
     for k in range(0, len(order), train.batch_size):
         parts = pieces(order[k : k + train.batch_size], examples.lengths, train)
         yield [ExampleLosses(ready.network, to(examples.batch(part), ready.device), autocast) for part in parts]
@@ -68,7 +68,7 @@ def batches(
 def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, list[list[ExampleLosses]]]:
     """(model in training mode, device, the first `count` batches of an epoch, each cut as a run would cut it)."""
     ready = prepare(config)
-    examples = ready.data[ready.task.train_splits[0]]
+    examples = ready.data[ready.task.train[0]]
     order = epoch_order(len(examples), config.seeds.data, 0)[: count * config.train.batch_size]
     autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
     return ready.network.train(), ready.device, list(batches(ready, config, order, autocast))

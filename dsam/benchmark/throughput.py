@@ -45,7 +45,7 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     the batch, forward, backward, clipping, AdamW.
     """
     ready = prepare(config)
-    examples, batch = ready.data[ready.task.train_splits[0]], config.train.batch_size
+    examples, batch = ready.data[ready.task.train[0]], config.train.batch_size
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
     limit = config.train.max_length
@@ -95,7 +95,7 @@ def own(ready: Ready, step: Stepper, order: np.ndarray, config: Config, autocast
 
 def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Config, width: int | None) -> float:
     """Seconds for the same in `Trainer`, from its first step's beginning to its last one's end."""
-    examples = ready.data[ready.task.train_splits[0]]
+    examples = ready.data[ready.task.train[0]]
     names = [name for name in ("input_ids", "token_type_ids") if getattr(examples, name) is not None]
     rows = [
         {name: getattr(examples, name)[examples.offsets[i] : examples.offsets[i + 1]].tolist() for name in names}

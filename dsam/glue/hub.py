@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
+from ..task import Task
 from ..text import first_line
 from .split import Split
-from .tasks import Task
 
 if TYPE_CHECKING:  # a second to import, and only runs with data=hub need it
     import datasets
@@ -90,9 +90,9 @@ def _split(task: Task, split: str, rows: datasets.Dataset) -> Split:
     if tuple(names) != task.labels:
         raise UserError(f"{DATASET}/{task.name}: labels {tuple(names)} where {task.labels} are expected")
     labels = np.asarray(rows["label"][:], dtype=np.float32 if task.regression else np.int64)
-    if split in task.test_splits and (labels == -1).all():
+    if split in task.test and (labels == -1).all():
         labels = None
     elif not task.regression and not ((labels >= 0) & (labels < len(task.labels))).all():
         raise UserError(f"{DATASET}/{task.name} {split}: row {int(np.argmin(labels))} has no label")
-    text = [list(rows[column][:]) for column in task.hub_columns]
+    text = [list(rows[column][:]) for column in (task.hub.text or task.text)]
     return Split(text[0], text[1] if len(text) == 2 else None, labels)

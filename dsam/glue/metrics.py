@@ -1,11 +1,11 @@
-"""GLUE's metrics, the one figure that its average takes from each task, and the best constant answer."""
+"""The metrics of GLUE and SuperGLUE, the one figure that an average takes from each task, and the best constant."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .tasks import Task
+from ..task import Task
 
 
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
@@ -36,15 +36,16 @@ def compute(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str
 def headline(
     task: Task, metrics_by_split: Mapping[str, Mapping[str, float]], splits: Sequence[str] | None = None
 ) -> float:
-    """The figure that GLUE averages: the mean of the task's metrics, and over MNLI's two sets (or over `splits`)."""
-    splits = task.evaluation_splits if splits is None else splits
-    return float(np.mean([[metrics_by_split[split][name] for name in task.metrics] for split in splits]))
+    """The task's score: the mean of the metrics that count, and over MNLI's two sets (or over `splits`)."""
+    splits = task.evaluation if splits is None else splits
+    return float(np.mean([[metrics_by_split[split][name] for name in task.scored_by] for split in splits]))
 
 
 def headline_name(task: Task) -> str:
     """What `headline` is, in words for a table's head."""
-    name = task.metrics[0] if len(task.metrics) == 1 else f"mean of {' and '.join(task.metrics)}"
-    return name if len(task.evaluation_splits) == 1 else f"{name}, mean of {' and '.join(task.evaluation_splits)}"
+    name = " and ".join(task.scored_by)
+    name = name if len(task.scored_by) == 1 else f"mean of {name}"
+    return name if len(task.evaluation) == 1 else f"{name}, mean of {' and '.join(task.evaluation)}"
 
 
 def majority(task: Task, labels_by_split: Mapping[str, np.ndarray]) -> float:
@@ -59,7 +60,7 @@ def majority(task: Task, labels_by_split: Mapping[str, np.ndarray]) -> float:
             task,
             {
                 split: compute(task, np.full_like(labels_by_split[split], answer), labels_by_split[split])
-                for split in task.evaluation_splits
+                for split in task.evaluation
             },
         )
         for answer in range(task.num_labels)
@@ -81,6 +82,7 @@ def _functions() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
     return {
         "accuracy": lambda predictions, labels: accuracy_score(labels, predictions),
         "f1": lambda predictions, labels: f1_score(labels, predictions, zero_division=np.nan),
+        "f1_macro": lambda predictions, labels: f1_score(labels, predictions, average="macro", zero_division=np.nan),
         "matthews_correlation": lambda predictions, labels: matthews_corrcoef(labels, predictions),
         "pearson": lambda predictions, labels: _correlation(stats.pearsonr, predictions, labels),
         "spearman": lambda predictions, labels: _correlation(stats.spearmanr, predictions, labels),

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, did_you_mean
+from ..task import Task, shipped
 from . import builtin, files, hub
 from .split import Split
-from .tasks import TASKS, Task
 
 SOURCES = ("builtin", "local", "hub")
 
@@ -86,14 +86,14 @@ def _check(task: Task, source: str, splits: Sequence[str] | None) -> tuple[str, 
         raise UserError(f"unknown data source '{source}': {did_you_mean(source, SOURCES)}")
     if source not in task.sources:
         if source == "builtin":
-            own = ", ".join(name for name, other in TASKS.items() if "builtin" in other.sources)
+            own = ", ".join(name for name, other in shipped().items() if "builtin" in other.sources)
             raise UserError(
                 f"task '{task.name}' is not built in: use data=local data.root=DIR or data=hub "
                 f"(data=builtin has the tasks {own})"
             )
         raise UserError(f"task '{task.name}' is built in, data={source} does not have it: use data=builtin")
     if splits is None:
-        return tuple(dict.fromkeys(task.train_splits + task.evaluation_splits))
+        return tuple(dict.fromkeys(task.train + task.evaluation))
     for split in splits:
         if split not in task.splits:
             raise UserError(f"task '{task.name}' has no split '{split}': {did_you_mean(split, task.splits)}")
@@ -106,6 +106,6 @@ def _builtin(task: Task, split: str) -> Split:
     sentence1, sentence2, labels = zip(*builtin.generate(task.name)[split], strict=True)
     return Split(
         list(sentence1),
-        list(sentence2) if len(task.columns) == 2 else None,
+        list(sentence2) if len(task.text) == 2 else None,
         np.array(labels, dtype=np.float32 if task.regression else np.int64),
     )

@@ -16,8 +16,8 @@ from filelock import FileLock
 
 from ..errors import UserError
 from ..files import replacing
+from ..task import Task
 from .split import Split
-from .tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +42,8 @@ class Tokenised:
     pad_id: int
     pad_type_id: int
     pad_left: bool
+    clean_labels: np.ndarray | None = None
+    """What the labels were before noise; None where there is none (`noise.noisy`)."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -63,6 +65,7 @@ class Tokenised:
             offsets=offsets,
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
             labels=None if self.labels is None else self.labels[indices],
+            clean_labels=None if self.clean_labels is None else self.clean_labels[indices],
         )
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:

@@ -74,7 +74,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
                 network.save_pretrained(record.folder / name)
                 ready.tokenizer.save_pretrained(record.folder / name)
 
-        total = total_steps(config, trained_examples(config, data[task.train_splits[0]]))[0]
+        total = total_steps(config, trained_examples(config, data[task.train[0]]))[0]
         phases = {
             max(1, round(percent / 100 * total)): partial(keep, f"at-{percent}", True)
             for percent in config.checkpoint.keep_at
@@ -126,7 +126,7 @@ def prepare(config: Config) -> Ready:
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
     data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
     if config.selection == "heldout":
-        (train,) = task.train_splits
+        (train,) = task.train
         kept, held = held_out(len(data[train]))
         data = data | {"heldout": data[train].take(held), train: data[train].take(kept)}
     return Ready(task, tokenizer, network, data, device, splits.notes)
@@ -142,7 +142,7 @@ def make_method(config: Config, network: PreTrainedModel) -> Method:
 
 def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:
     """What result.json holds."""
-    seen = trained_examples(config, data[task.train_splits[0]])
+    seen = trained_examples(config, data[task.train[0]])
     per_step = min(config.train.batch_size, seen)
     steps = max(1, state.step)
     return {
@@ -160,7 +160,7 @@ def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: S
         "best": best(state.evaluations),
         "last": state.evaluations[-1] if state.evaluations else None,
         "evaluations": state.evaluations,
-        "majority": glue.majority(task, {s: data[s].labels for s in task.evaluation_splits}),
+        "majority": glue.majority(task, {s: data[s].labels for s in task.evaluation}),
         "hyperparameters": hyperparameters(config),
         "train": {
             "steps": state.step,

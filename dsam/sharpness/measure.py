@@ -101,7 +101,7 @@ def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.To
         )
     except Exception as error:  # whatever a broken file raises inside transformers or safetensors
         raise UserError(f"{config.model.path}: cannot read the weights: {first_line(error)}") from None
-    return network.to(device).eval(), data[task.train_splits[0]]
+    return network.to(device).eval(), data[task.train[0]]
 
 
 def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:

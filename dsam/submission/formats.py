@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UNREADABLE_ZIP, UserError
-from ..glue import TASKS, Task
+from ..task import Task, get_task
 
 HEADER = "index\tprediction"
 ARCHIVE = "submission.zip"
@@ -32,7 +32,7 @@ class File:
 
     @property
     def rows(self) -> int:
-        return TASKS[self.task].rows[self.split]
+        return get_task(self.task).rows[self.split]
 
 
 FILES = (
@@ -55,7 +55,7 @@ def answers(task: Task, predictions: np.ndarray) -> list[str]:
     task's range with three decimals."""
     if task.regression:
         return [f"{score:.3f}" for score in np.clip(predictions, *task.score_range) + 0.0]  # + 0.0: no "-0.000"
-    return [task.file_labels[label] for label in predictions]
+    return [task.as_written[label] for label in predictions]
 
 
 def write(folder: Path, contents: Mapping[str, Sequence[str]]) -> Path:
@@ -124,15 +124,15 @@ def _check(file: File, where: str, content: bytes) -> list[str]:
         raise UserError(f"{where}:1: found header {lines[0]!r}, expected {HEADER!r}")
     if len(lines) - 1 != file.rows:
         raise UserError(f"{where}: found {len(lines) - 1} rows, expected {file.rows}")
-    task = TASKS[file.task]
+    task = get_task(file.task)
     found = []
     for number, line in enumerate(lines[1:]):
         index, _, answer = line.partition("\t")
         if index != str(number):
             raise UserError(f"{where}:{number + 2}: found index {index!r}, expected '{number}'")
-        if not (_is_score(task, answer) if task.regression else answer in task.file_labels):
+        if not (_is_score(task, answer) if task.regression else answer in task.as_written):
             low, high = task.score_range
-            expected = f"a number from {low:g} to {high:g}" if task.regression else " or ".join(task.file_labels)
+            expected = f"a number from {low:g} to {high:g}" if task.regression else " or ".join(task.as_written)
             raise UserError(f"{where}:{number + 2}: found prediction {answer!r}, expected {expected}")
         found.append(answer)
     return found

@@ -11,8 +11,8 @@ from pathlib import Path
 from ..config import Data
 from ..errors import Parser, UserError, did_you_mean
 from ..files import for_json, write_atomically
-from ..glue import TASKS
 from ..progress import Stages
+from ..task import get_task
 from . import choose, formats
 from .choose import Run
 from .formats import FILES
@@ -86,7 +86,7 @@ def make(options: argparse.Namespace) -> None:
             origins[file.name] = f"no run: the constant {file.constant}"
         else:
             predictions = answered[task].predictions[file.task, file.split]
-            contents[file.name] = formats.answers(TASKS[file.task], predictions)
+            contents[file.name] = formats.answers(get_task(file.task), predictions)
             sources[file.name] = source(file, prepared[task], answered[task])
             run = runs[task]
             origins[file.name] = f"{run.folder} (seed {run.result['seed']}, development {run.score:.4f})"
@@ -136,7 +136,7 @@ def place(run: Run, options: argparse.Namespace) -> None:
 def test_sets(task: str) -> dict[str, tuple[str, ...]]:
     """What a run of this task answers: splits by task."""
     tasks = {file.task for file in FILES if file.trained_on == task}
-    return {name: TASKS[name].test_splits for name in sorted(tasks)}
+    return {name: get_task(name).test for name in sorted(tasks)}
 
 
 def source(file: formats.File, prepared: Prepared, answered: Answered) -> dict:
@@ -159,7 +159,7 @@ def ax(options: argparse.Namespace) -> None:
     if run.task != "mnli":
         raise UserError(f"{run.folder} is a run of {run.task}: AX takes one of mnli")
     place(run, options)
-    prepared = prepare(run, {"ax": TASKS["ax"].test_splits})
+    prepared = prepare(run, {"ax": get_task("ax").test})
     if prepared.data["ax"]["test"].labels is None:
         raise UserError("AX's labels are only in diagnostic-full.tsv: put it into diagnostic/ of --data-root DIR")
     with Stages("AX", prepared.examples) as stages:
@@ -180,12 +180,12 @@ def table(contents: Mapping[str, Sequence[str]], origins: Mapping[str, str] | No
     lines = [("file", "rows", "answers", "from" if origins else "")]
     for file in FILES:
         given = contents[file.name]
-        if TASKS[file.task].regression:
+        if get_task(file.task).regression:
             scores = [float(score) for score in given]
             shares = f"{min(scores):.3f} to {max(scores):.3f}, mean {sum(scores) / len(scores):.3f}"
         else:
             counts = Counter(given)
-            shares = ", ".join(f"{a}: {100 * counts[a] / len(given):.1f} %" for a in TASKS[file.task].file_labels)
+            shares = ", ".join(f"{a}: {100 * counts[a] / len(given):.1f} %" for a in get_task(file.task).as_written)
         lines.append((file.name, str(len(given)), shares, (origins or {}).get(file.name, "")))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     return "\n".join(

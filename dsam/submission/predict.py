@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from .. import glue
 from ..errors import UserError
 from ..runs.run import choose_device
+from ..task import get_task
 from ..training import model as models
 from ..training.loop import predict
 from .choose import WEIGHTS, Run
@@ -48,16 +49,16 @@ def prepare(run: Run, others: Mapping[str, tuple[str, ...]]) -> Prepared:
         UserError: data that are missing or broken, or a test set that is not the official one.
     """
     config, source = run.config, run.config.data
-    wanted = {run.task: glue.get_task(run.task).evaluation_splits}
+    wanted = {run.task: get_task(run.task).evaluation}
     for task, splits in others.items():
         wanted[task] = wanted.get(task, ()) + splits
     tokenizer = models.load_tokenizer(config.model)
     data, fingerprints = {}, {}
     for name, splits in wanted.items():
-        task = glue.get_task(name)
+        task = get_task(name)
         place = {"root": source.root, "revision": source.revision, "splits": splits}
         rows = glue.load(task, source.source, **place)
-        for split in task.test_splits:
+        for split in task.test:
             if split in rows and len(rows[split]) != task.rows[split]:
                 raise UserError(f"{name} {split}: found {len(rows[split])} rows, expected {task.rows[split]}")
         fingerprints[name] = glue.fingerprint(task, source.source, **place)
@@ -73,17 +74,17 @@ def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: 
     Raises:
         UserError: weights that cannot be read, or do not give the run's development score.
     """
-    run, task = prepared.run, glue.get_task(prepared.run.task)
+    run, task = prepared.run, get_task(prepared.run.task)
     device = choose_device(run.config)
     network = models.build(run.config, task.num_labels, prepared.tokenizer).to(device)
     autocast = torch.bfloat16 if run.config.train.precision == "bfloat16" else None
 
     def predictions(name: str, split: str) -> np.ndarray:
-        return predict(glue.get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
+        return predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
 
-    found = {(task.name, split): predictions(task.name, split) for split in task.evaluation_splits}
+    found = {(task.name, split): predictions(task.name, split) for split in task.evaluation}
     metrics = {}
-    for split in task.evaluation_splits:
+    for split in task.evaluation:
         metrics[split] = glue.compute(task, found[task.name, split], prepared.data[task.name][split].labels)
     score = glue.headline(task, metrics)
     if not abs(score - run.score) <= TOLERANCE:
@@ -100,7 +101,7 @@ def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: 
 
 def score_on_ax(prepared: Prepared, answered: Answered) -> float | None:
     """Matthews correlation on AX, GLUE's figure for it; None where its labels are not in the data."""
-    ax = glue.get_task("ax")
+    ax = get_task("ax")
     labels = prepared.data["ax"]["test"].labels
     if labels is None:
         return None

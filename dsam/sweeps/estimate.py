@@ -100,7 +100,7 @@ def _few_steps(config: Config) -> tuple[float, int]:
 
     ready = prepare(config)
     method = make_method(config, ready.network)
-    total = total_steps(config, trained_examples(config, ready.data[ready.task.train_splits[0]]))[0]
+    total = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
     times: list[float] = []
 
     def note() -> None:

@@ -110,7 +110,7 @@ def _survey(configs: list[Config]) -> list[float]:
             ready = prepare(c)
             for note in ready.notes:
                 print(note, flush=True)
-            examples = ready.data[ready.task.train_splits[0]]
+            examples = ready.data[ready.task.train[0]]
             weights = sum(p.numel() for p in ready.network.parameters())
             seen[key] = examples, float(examples.lengths.mean()) * weights, ready.network
         examples, work, network = seen[key]

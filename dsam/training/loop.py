@@ -77,7 +77,7 @@ def fine_tune(
     """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
 
     Args:
-        data: the tokenised splits; trains on the task's training split, evaluates on `task.evaluation_splits`.
+        data: the tokenised splits; trains on the task's training split, evaluates on `task.evaluation`.
         log: takes one record (event "train" or "evaluation") at a time.
         resume: called with the checkpoint's state before training goes on, e.g. to cut the log back to it.
         on_best: called after an evaluation that is the best so far.
@@ -86,7 +86,7 @@ def fine_tune(
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
     """
     train = config.train
-    examples = data[task.train_splits[0]]
+    examples = data[task.train[0]]
     subset = training_subset(len(examples), train.max_train_examples, config.seeds.data)
     total, evaluate_every = total_steps(config, len(subset))
     per_epoch = -(-len(subset) // train.batch_size)
@@ -210,7 +210,7 @@ def evaluate(
     Score and loss are theirs alone; with a split "heldout" in `data` there is also its "heldout_score".
     """
     metrics, losses = {}, []
-    for split in [*task.evaluation_splits, *(["heldout"] if "heldout" in data else [])]:
+    for split in [*task.evaluation, *(["heldout"] if "heldout" in data else [])]:
         answers, of_split = predict(task, data[split], model, device, autocast)
         metrics[split] = compute(task, answers, data[split].labels)
         if split != "heldout":

@@ -9,13 +9,13 @@ import yaml
 
 from dsam.errors import UserError
 from dsam.glue.hub import DATASET
-from dsam.glue.tasks import TASKS
 from dsam.results.report.facts import Facts, configurations, whole_numbers
 from dsam.results.statistics import scored
 from dsam.results.tables import rendering
 from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
+from dsam.task import shipped
 from dsam.text import counted
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
@@ -101,7 +101,7 @@ folders it makes again what follows from `cells.csv`.
 
 def _model_card(built, frame, experiment, which, facts, configs) -> str:
     runs = scored(frame, which)
-    official = [task for task in frame["task"].unique() if task in TASKS and "builtin" not in TASKS[task].sources]
+    official = [task for task in frame["task"].unique() if task in shipped() and not shipped()[task].builtin]
     made_up = [task for task in frame["task"].unique() if task not in official]
     bases = {model: config.get("model") or {} for (model, _), config in configs.items()}
     columns = [name for name in frame.columns if name.startswith(f"{which}.") and runs[name].notna().any()]

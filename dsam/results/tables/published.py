@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsam.glue.tasks import TASKS
 from dsam.results.statistics import methods, scored
 from dsam.results.tables.formatting import DASH, percent
 from dsam.results.tables.rendering import Table
 from dsam.results.tables.settings import PREFIX, selection_note
+from dsam.task import shipped
 
 REFERENCE = Path(__file__).parents[3] / "results" / "reference"
 LIMITS = [f"{PREFIX}max_steps", f"{PREFIX}max_train_examples"]
@@ -27,7 +27,7 @@ def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "
     Only runs on the whole of an official GLUE task count. A model's published figures are those whose name begins
     with its own (bert_base: bert-base-uncased); if there are none, those of all models. None if nothing is beside.
     """
-    official = [name for name, task in TASKS.items() if "builtin" not in task.sources]
+    official = [name for name, task in shipped().items() if "builtin" not in task.sources]
     runs = frame[frame["task"].isin(official)]
     for limit in LIMITS:
         runs = runs[runs[limit].isna()] if limit in runs else runs
@@ -73,7 +73,7 @@ def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "
 def _score(runs: pd.DataFrame, task: str, metric: str, which: str) -> float:
     """The runs' mean `metric` as published: of MNLI's 'accuracy (matched)' one set, of 'accuracy' the mean of both."""
     name, _, group = metric.removesuffix(")").partition(" (")
-    splits = [f"dev_{group}"] if group else TASKS[task].evaluation_splits
+    splits = [f"dev_{group}"] if group else shipped()[task].evaluation
     columns = [f"{which}.{split}.{name}" for split in splits]
     return runs.reindex(columns=columns).mean(axis=1, skipna=False).mean()
 

@@ -1,0 +1,270 @@
+"""Tasks of a user's own, by description alone: every kind of file, what is refused, and label noise."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dsam.errors import UserError
+from dsam.glue import Split, load, noisy
+from dsam.glue.tokenising import Tokenised
+from dsam.task import Task, get_task, shipped
+
+ODD = "He said \"no\", \t{it}\n\u2028 is 'odd'"
+ROWS = [
+    {"id": 1, "question": "Is it so?", "passage": ODD.replace("\t", " "), "answer": "yes"},
+    {"id": 2, "question": "And, this?", "passage": "plain", "answer": "no"},
+]
+
+
+def task(**settings):
+    given = {"name": "mine", "labels": ["no", "yes"], "metrics": ["accuracy"], "text": ["question", "passage"]}
+    given |= {"label": "answer", "files": {"train": "train.csv", "dev": "train.csv"}, "test": []} | settings
+    return Task.model_validate({k: v for k, v in given.items() if v is not None})
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def read(root, own, split="train"):
+    return load(own, "local", root, splits=[split])[split]
+
+
+def refused(root, own, split="train"):
+    with pytest.raises(UserError) as caught:
+        read(root, own, split)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, file):
+    write(tmp_path / file, ROWS)
+    own = task(files={"train": file, "dev": file})
+    rows = read(tmp_path, own)
+    assert rows.sentence1 == [row["question"] for row in ROWS]
+    assert rows.sentence2 == [row["passage"] for row in ROWS]
+    assert rows.labels.tolist() == [1, 0]
+
+
+TEXT = st.text(st.characters(exclude_characters="\r", exclude_categories=["Cs"]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(TEXT, TEXT, st.sampled_from(["no", "yes"])), min_size=1, max_size=4))
+@pytest.mark.parametrize("file", ["a.csv", "a.jsonl", "a.parquet"])
+def test_any_text_comes_back(tmp_path, file, pairs):
+    write(tmp_path / file, [{"question": a, "passage": b, "answer": label} for a, b, label in pairs])
+    rows = read(tmp_path, task(files={"train": file, "dev": file}))
+    back = list(zip(rows.sentence1, rows.sentence2, [("no", "yes")[i] for i in rows.labels], strict=True))
+    assert back == pairs
+
+
+def test_a_text_is_put_together_from_columns_and_a_single_text_has_no_pair(tmp_path):
+    write(tmp_path / "train.csv", ROWS)
+    assert read(tmp_path, task(text=["{question} // {answer}"])).sentence1 == ["Is it so? // yes", "And, this? // no"]
+    assert read(tmp_path, task(text=["question"])).sentence2 is None
+
+
+def test_scores_labels_in_other_words_and_files_without_a_header(tmp_path):
+    (tmp_path / "s.csv").write_text("good,4.5\nbad,-1\n")
+    scores = task(labels=None, score_range=[-1, 5], metrics=["pearson"], text=["t"], label="s",
+                  files={s: {"path": "s.csv", "header": ["t", "s"]} for s in ("train", "dev")})  # fmt: skip
+    assert read(tmp_path, scores).labels.tolist() == [4.5, -1.0]
+    write(tmp_path / "b.jsonl", [{"t": "x", "s": True}, {"t": "y", "s": False}])
+    booleans = task(written=["false", "true"], text=["t"], label="s", files={"train": "b.jsonl", "dev": "b.jsonl"})
+    assert read(tmp_path, booleans).labels.tolist() == [1, 0]
+    write(tmp_path / "n.parquet", [{"t": "x", "s": 1}, {"t": "y", "s": 0}])
+    numbers = task(written=["0", "1"], text=["t"], label="s", files={"train": "n.parquet", "dev": "n.parquet"})
+    assert read(tmp_path, numbers).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a.jsonl", '{"question": "a", "passage": null, "answer": "no"}', ":1: column 'passage' holds None"),
+        (
+            "a.jsonl",
+            '{"question": "a", "passage": 3, "answer": "no"}',
+            ":1: column 'passage' holds 3, which is",
+        ),
+        (
+            "a.jsonl",
+            '\n{"question": "a", "answer": "no"}',
+            ":2: expected each of the columns question,",
+        ),
+        ("a.jsonl", '{"question": "a"', ":1: not JSON"),
+        ("a.json", '[{"question": "a", "passage": "b", "answer": "no"}]', ":1: [{'question'"),
+        ("a.csv", "question,passage,answer\na,b,maybe\n", ":2: unknown label 'maybe': known: no, yes (written= says"),
+        ("a.csv", "question,passage,label\na,b,no\n", ":1: expected each of the columns question, passage, answer"),
+        ("a.csv", "question,passage,answer\na,b\n", ":2: 2 columns where 3 are expected"),
+        ("a.csv", 'question,passage,answer\na,b,no\n"a,b,no\n', ":3: not CSV"),
+        ("a.csv", "", ": the file is empty"),
+        ("a.csv", "question,passage,answer\n", ": no rows"),
+        ("a.parquet", "PAR1 and then nothing", " cannot be read as Parquet"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_file_and_place(tmp_path, file, content, said):
+    (tmp_path / file).write_text(content)
+    message = refused(tmp_path, task(files={"train": file, "dev": file}))
+    assert message.startswith(f"{tmp_path / file}{said}"), message
+
+
+def test_a_line_of_a_csv_file_is_counted_over_line_ends_in_quotes(tmp_path):
+    (tmp_path / "a.csv").write_text('question,passage,answer\n"a\nb",c,no\nd,e,perhaps\n')
+    assert ":4: unknown label 'perhaps'" in refused(tmp_path, task(files={"train": "a.csv", "dev": "a.csv"}))
+
+
+def test_row_counts_are_checked_only_where_stated_and_incomplete_rows_left_out_only_where_allowed(tmp_path):
+    (tmp_path / "train.csv").write_text("question,passage,answer\na,b,no\na,b\n")
+    assert load(task(incomplete_rows=1), "local", tmp_path, splits=["train"]).notes == [
+        f"{tmp_path / 'train.csv'}: left out 1 incomplete rows, the first in line 3"
+    ]
+    (tmp_path / "train.csv").write_text("question,passage,answer\na,b,no\n")
+    assert load(task(), "local", tmp_path).notes == []
+    assert load(task(rows={"dev": 3}), "local", tmp_path).notes == ["mine dev: 1 rows, official 3"]
+
+
+def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
+    write(tmp_path / "there.csv", ROWS)
+    assert len(read(None, task(files={s: str(tmp_path / "there.csv") for s in ("train", "dev")}))) == 2
+    several = task(files={"train": [{"path": "no.csv"}, {"path": "there.csv", "text": ["answer"]}], "dev": "there.csv"})
+    assert read(tmp_path, several).sentence1 == ["yes", "no"]
+    assert f"file '{tmp_path}/gone.csv' is missing" in refused(
+        tmp_path, task(files={"train": "gone.csv", "dev": "gone.csv"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"metrics": ["acuracy"]}, "unknown metric 'acuracy'; did you mean 'accuracy'?"),
+        ({"metrics": ["pearson"]}, "metric 'pearson' is none of a classification"),
+        ({"labels": None}, "either labels (a classification) or score_range"),
+        ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "take f1_macro"),
+        ({"labels": ["a", "a"]}, "must differ"),
+        ({"labels": None, "score_range": [1, 1], "metrics": ["pearson"]}, "must rise"),
+        ({"written": ["0"]}, "as many different texts as 2 labels"),
+        ({"headline": ["f1"]}, "headline 'f1' is not among"),
+        ({"files": {"train": "a.csv"}}, "files has no 'dev'"),
+        ({"files": {"train": "a.csv", "dev": "a.xlsx"}}, "must end in one of .tsv, .csv"),
+        ({"files": {"train": "a.csv", "dev": "b.csv", "tets": "c.csv"}}, "unknown split 'tets'"),
+        ({"files": None}, "needs files or hub"),
+        ({"text": ["a", "b", "c"]}, "at most 2"),
+        ({"colums": 3}, "Extra inputs"),
+    ],
+)
+def test_a_description_that_cannot_be_meant_is_refused(settings, said):
+    with pytest.raises(ValidationError) as caught:
+        task(**settings)
+    assert said in str(caught.value)
+
+
+def test_superglue_s_tasks_are_read_in_their_official_form(tmp_path):
+    lines = {
+        "BoolQ/train.jsonl": {"question": "is it", "passage": "It is.", "idx": 0, "label": True},
+        "CB/train.jsonl": {"premise": "She said so.", "hypothesis": "so", "label": "neutral", "idx": 0},
+        "WiC/train.jsonl": {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "idx": 0, "label": False,
+                            "start1": 2, "start2": 4, "end1": 6, "end2": 8, "version": 1.1},
+    }  # fmt: skip
+    for file, line in lines.items():
+        (tmp_path / file).parent.mkdir()
+        write(tmp_path / file, [line])
+    found = {name: read(tmp_path, get_task(name)) for name in ("boolq", "cb", "wic")}
+    assert (found["boolq"].sentence1, found["boolq"].sentence2, found["boolq"].labels.tolist()) == (
+        ["is it"], ["It is."], [1]
+    )  # fmt: skip
+    assert found["cb"].labels.tolist() == [2]
+    assert (found["wic"].sentence1, found["wic"].labels.tolist()) == (["bank: A bank."], [0])
+
+
+def test_every_task_of_this_project_is_described_in_its_own_file():
+    for name, one in shipped().items():
+        assert one.name == name and one.title
+
+
+# Label noise
+
+
+def examples(labels):
+    labels = np.asarray(labels)
+    return Tokenised(np.zeros(0, np.int32), np.zeros(len(labels) + 1, np.int64), None, labels, 0, 0, False)
+
+
+CLASSES = {
+    2: task(),
+    3: task(labels=["a", "b", "c"]),
+    5: task(labels=[*"abcde"]),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.sampled_from([2, 3, 5]),
+    size=st.integers(1, 200),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 5),
+)
+def test_exactly_the_share_gets_another_label_and_the_rest_keeps_its_own(classes, size, share, seed):
+    true = np.random.default_rng(size).integers(0, classes, size)
+    given_ = examples(true)
+    spoilt = noisy(CLASSES[classes], given_, share, seed)
+    assert (spoilt.labels != true).sum() == round(share * size)
+    assert ((spoilt.labels >= 0) & (spoilt.labels < classes)).all()
+    assert (spoilt.clean_labels == true).all() and (given_.labels == true).all()
+    assert (noisy(CLASSES[classes], given_, share, seed).labels == spoilt.labels).all()
+
+
+def test_more_noise_spoils_the_same_examples_and_further_ones_and_another_seed_others():
+    true = np.zeros(1000, dtype=np.int64)
+    wrong = {share: noisy(CLASSES[3], examples(true), share, 0).labels != true for share in (0.2, 0.4)}
+    assert (wrong[0.2] <= wrong[0.4]).all()
+    other = noisy(CLASSES[3], examples(true), 0.2, 1).labels != true
+    assert (other & wrong[0.2]).sum() < 100  # 40 of 200 by chance
+
+
+def test_each_other_label_is_equally_likely():
+    spoilt = noisy(CLASSES[5], examples(np.full(20_000, 2)), 1.0, 3).labels
+    counts = np.bincount(spoilt, minlength=5)
+    assert counts[2] == 0
+    assert np.abs(counts[[0, 1, 3, 4]] - 5000).max() < 4 * (20_000 * 0.25 * 0.75) ** 0.5  # four standard deviations
+
+
+def test_a_regression_s_scores_go_round_among_the_chosen():
+    own = task(labels=None, score_range=[0, 5], metrics=["pearson"])
+    true = np.linspace(0, 5, 100, dtype=np.float32)
+    spoilt = noisy(own, examples(true), 0.3, 0).labels
+    assert (spoilt != true).sum() == 30
+    assert sorted(spoilt) == sorted(true)
+
+
+def test_the_chosen_examples_are_the_same_on_every_machine():
+    assert np.flatnonzero(noisy(CLASSES[2], examples(np.zeros(20, dtype=np.int64)), 0.25, 7).labels).tolist() == [
+        9,
+        10,
+        11,
+        15,
+        19,
+    ]
+
+
+def test_a_split_without_labels_is_refused():
+    with pytest.raises(ValueError, match="no labels"):
+        noisy(CLASSES[2], Tokenised(np.zeros(0, np.int32), np.zeros(3, np.int64), None, None, 0, 0, False), 0.5, 0)
+    assert len(Split(["a"], None, None)) == 1
