@@ -1,0 +1,293 @@
+"""Commands in processes that are forked from one that has imported everything: each starts in milliseconds, where a
+fresh interpreter needs four seconds of a processor for PyTorch and transformers alone.
+
+What a command finds is what a fresh interpreter has: arguments, environment, folder, standard streams, signals, a
+`__main__` of its own, no cache and no random state of another command. It ends as an interpreter does. What it starts
+by multiprocessing (a sweep's server) is forked from it, by the same rules. What only a fresh interpreter shows (an
+import that is missing, a warning while importing, the time it takes, another order of sets) the tests with cold=True
+look at.
+
+As a script it is that process, which serves as long as the process that started it lives, all of xdist's workers too:
+python warm.py SOCKET ALIVE
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = [
+    *("dsam.command_line", "dsam.overrides", "dsam.runs.run", "dsam.runs.export", "dsam.runs.archive"),
+    *("dsam.sweeps.sweep", "dsam.sweeps.choose", "dsam.sweeps.slurm", "dsam.results.report.make"),
+    *("dsam.results.verify", "dsam.approximation.study", "dsam.approximation.summary", "dsam.approximation.times"),
+    *("dsam.sharpness.measure", "dsam.submission.make", "dsam.benchmark", "hydra.main", "hydra._internal.hydra"),
+    *("sklearn.metrics", "scipy.stats", "wandb", "transformers.models.bert.modeling_bert", "rich.progress"),
+]
+READ_AT_IMPORT = re.compile("PYTHON|LC_|LANG|HOME|XDG|HF_|HUGGING|TRANSFORMERS|TOKENIZERS|TORCH|OMP|MKL|MPL|HYDRA")
+STARTED_WITH = dict(os.environ)
+ADDRESS = "DSAM_TESTS_WARM"  # the environment variable that holds it
+
+
+def start_server() -> None:
+    """Here, and for the processes started from here."""
+    folder = tempfile.mkdtemp(prefix="dsam-warm-")
+    os.environ[ADDRESS] = f"{folder}/socket"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(os.environ[ADDRESS])
+    listener.listen(64)
+    alive, _kept_open = os.pipe()
+    arguments = [str(listener.fileno()), str(alive)]
+    subprocess.Popen([sys.executable, __file__, *arguments], pass_fds=(listener.fileno(), alive), stdin=subprocess.DEVNULL)
+    listener.close()
+    os.close(alive)
+
+
+class Command:
+    """A command that was started; of subprocess.Popen what tests use.
+
+    Args:
+        target: a script's path, or "module:function" that takes the arguments.
+        before: "module:function" to be called first, without arguments.
+        session: whether it leads a session, and so a process group, of its own.
+        unbuffered: as python -u.
+    """
+
+    def __init__(self, target, arguments, cwd, environment, before=None, session=False, unbuffered=False):
+        changed = {name for name, _ in environment.items() ^ STARTED_WITH.items() if READ_AT_IMPORT.match(name)}
+        assert not changed, f"read when modules are imported, and so too late: {changed}"
+        self.args, self.returncode = [str(target), *arguments], None
+        asked = {"target": str(target), "arguments": arguments, "cwd": str(cwd), "environment": {k: v for k, v in environment.items() if k != ADDRESS}}
+        asked |= {"before": before, "session": session, "unbuffered": unbuffered}
+        pipes = [os.pipe() for _ in range(3)]
+        with tempfile.TemporaryFile() as request, socket.socket(socket.AF_UNIX) as server:
+            request.write(json.dumps(asked).encode())
+            request.seek(0)
+            server.connect(os.environ[ADDRESS])
+            socket.send_fds(server, [b"!"], [request.fileno(), *(theirs for _, theirs in pipes)])
+            for _, theirs in pipes:
+                os.close(theirs)
+        self._status, self.stdout, self.stderr = (os.fdopen(ours) for ours, _ in pipes)
+        self.pid = int(self._status.readline())
+
+    def poll(self):
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._status, selectors.EVENT_READ)
+            if self.returncode is None and selector.select(timeout=0):
+                self.wait()
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._status, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self._status.readline())
+            self._status.close()
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        said = {}
+        readers = [
+            threading.Thread(target=lambda s=stream: said.__setitem__(s, s.read()), daemon=True)
+            for stream in (self.stdout, self.stderr)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(timeout)
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(timeout)
+        self.stdout.close()
+        self.stderr.close()
+        return said[self.stdout], said[self.stderr]
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+# What follows happens in the server and the processes forked from it.
+
+
+def serve(listener: socket.socket, alive: int) -> dict:
+    """Forks a process for each request, and tells its exit status. Returns in each such process, with the request."""
+    woken, wake = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches a terminal's whole group
+    signal.set_wakeup_fd(wake)
+    children: dict[int, int] = {}
+    with selectors.DefaultSelector() as selector:
+        for readable in (listener, alive, woken):
+            selector.register(readable, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in selector.select()}
+            if alive in ready:
+                os._exit(0)
+            if woken in ready:
+                os.read(woken, 65536)
+                for pid in list(children):
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
+                        with contextlib.suppress(BrokenPipeError), os.fdopen(children.pop(pid), "w") as told:
+                            print(os.waitstatus_to_exitcode(status), file=told)
+            if listener in ready:
+                with listener.accept()[0] as client:
+                    _, (request, status, out, err), *_ = socket.recv_fds(client, 1, 4)
+                import_all()
+                pid = os.fork()
+                if pid == 0:
+                    break
+                children[pid] = status
+                for descriptor in (request, out, err):
+                    os.close(descriptor)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    listener.close()
+    for descriptor in (alive, woken, wake, *children.values()):
+        os.close(descriptor)
+    with os.fdopen(request) as stream:
+        asked = json.load(stream)
+    if asked["session"]:
+        os.setsid()
+    for descriptor, number in ((out, 1), (err, 2)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    with os.fdopen(status, "w") as told:
+        print(os.getpid(), file=told)
+    return asked
+
+
+def import_all() -> None:
+    """Once, at the first request: who only runs tests of the methods does not wait for it."""
+    if IMPORTED:
+        for name in IMPORTED:
+            importlib.import_module(name)
+        IMPORTED.clear()
+        gc.collect()
+        gc.freeze()  # what is never looked at by the collector stays shared
+
+
+def as_started(argv: list[str]) -> dict:
+    """Makes this process what an interpreter is that was started with these arguments; returns its `__main__`."""
+    import numpy
+
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    numpy.random.seed()  # as the standard library does by itself; torch's is always the same at first
+    sys.argv, tempfile.tempdir = argv, None
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    return sys.modules["__main__"].__dict__
+
+
+def spawned(execute, path: str, arguments: list[str], keep: list[int]) -> int:
+    """multiprocessing's way to start an interpreter, here by forking this process. `execute` really starts one."""
+    import multiprocessing.forkserver
+    import multiprocessing.util
+
+    code, *more = arguments[arguments.index("-c") + 1 :]
+    if "resource_tracker" in code:  # needs no import that takes time
+        return execute(path, arguments, keep)
+    if pid := os.fork():
+        return pid
+    with ending():
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        with open(os.devnull, "r+b") as null:  # over what an interpreter would not have: an object may still close it
+            for descriptor in map(int, os.listdir("/dev/fd")):
+                if descriptor not in (0, 1, 2, null.fileno(), *keep):
+                    with contextlib.suppress(OSError):
+                        os.fstat(descriptor)
+                        os.dup2(null.fileno(), descriptor)
+        atexit._clear()
+        multiprocessing.util._finalizer_registry.clear()
+        importlib.reload(multiprocessing.forkserver)
+        exec(code, as_started(["-c", *more]))
+
+
+@contextlib.contextmanager
+def ending():
+    """Ends this process after the block, as an interpreter ends, but for taking itself apart: a third of a second."""
+    status, interrupted = 0, False
+    try:
+        yield
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException as error:
+        sys.excepthook(*sys.exc_info())
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    finally:
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
+        if status is not None and not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            status = 120
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit((status or 0) & 255)
+
+
+def called(name: str, *arguments) -> None:
+    """`arguments` given to the function "module:function"."""
+    module, function = name.split(":")
+    getattr(importlib.import_module(module), function)(*arguments)
+
+
+def main() -> None:
+    asked = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    import multiprocessing.util
+
+    with ending():
+        target, arguments = asked["target"], asked["arguments"]
+        os.chdir(asked["cwd"])
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        if asked["unbuffered"]:
+            sys.stdout.reconfigure(write_through=True)
+        multiprocessing.util.spawnv_passfds = functools.partial(spawned, multiprocessing.util.spawnv_passfds)
+        if asked["before"]:
+            called(asked["before"])
+        names = as_started([target, *arguments])
+        if target.endswith(".py"):
+            names["__file__"], sys.path[0] = target, str(Path(target).parent)
+            exec(compile(Path(target).read_bytes(), target, "exec"), names)
+        else:
+            called(target, *arguments)
+
+
+if __name__ == "__main__":
+    main()
