@@ -10,12 +10,17 @@ forked from it. Runs of the seeds 101 to 106 then meet the ends that a run can m
 """
 
 import ctypes
+import functools
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
-from dsam.runs import run
+import torch
+
+from dsam.config import Config
+from dsam.runs import record, run
 from dsam.sweeps import server, sweep
 from dsam.training import loop
 
@@ -64,3 +69,48 @@ def loading_takes_long() -> None:
 
 def says_in_passing() -> None:
     server.call(print, "said in passing")
+
+
+def forgets_dsam() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dsam", "hydra_plugins")]:
+        del sys.modules[name]
+
+
+def run_that_dies(config: dict, where: str, n: int) -> None:
+    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there."""
+    passed = 0
+
+    def passes(name, first=lambda *arguments: None):
+        def around(function):
+            @functools.wraps(function)  # the scheduler looks at what the optimizer's step wraps
+            def wrapped(*arguments, **options):
+                nonlocal passed
+                passed += where == name
+                if where == name and passed == n:
+                    first(*arguments)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return wrapped
+
+        return around
+
+    def half_a_checkpoint(state, stream):
+        stream.write(b"half a checkpoint" * 100)
+        stream.flush()
+
+    def half_a_line(self, line):
+        with self.metrics.open("a") as stream:
+            stream.write('{"event": "train", "st')
+
+    def rename(function):
+        at_result, at_any = passes("result")(function), passes("rename")(function)
+        return lambda self, target: (at_result if Path(target).name == "result.json" else at_any)(self, target)
+
+    torch.save = passes("save", half_a_checkpoint)(torch.save)
+    os.fsync = passes("fsync")(os.fsync)
+    loop.compute = passes("evaluate")(loop.compute)
+    torch.optim.AdamW.step = passes("step")(torch.optim.AdamW.step)
+    Path.rename = rename(Path.rename)
+    record.Record.log = passes("log", half_a_line)(record.Record.log)
+    run.run(Config.load(config))

@@ -18,6 +18,7 @@ from conftest import ROOT, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 
 from dsam import command_line, overrides
 from dsam.command_line import CONF
@@ -237,6 +238,10 @@ MISTAKES = [
     ("launcher.per_device=0", "launcher.per_device=0"),
     ("launcher.minutes=0", "launcher.minutes=0"),
     ("launcher.memory_gb=nan", "launcher.memory_gb"),
+    ("launcher.memory_gb=-2", "launcher.memory_gb"),
+    ("launcher.devices=[]", "launcher.devices"),
+    ("launcher.devices=[0,0]", "launcher.devices"),
+    ("launcher.devices=[-1]", "launcher.devices"),
     ("launcher.retries=-1", "launcher.retries=-1"),
     ("launcher.plan=maybe", "launcher.plan"),
     ("tracking.mode=x", "'x'"),
@@ -376,6 +381,10 @@ SWEEPS = [
     ("device.name=cpu,tpu", "tpu"),
     ("device.threads=1,1e12", "device.threads"),
     ("launcher.workers=1,0", "launcher.workers=0"),
+    ("launcher=slurm launcher.pack=0", "launcher.pack=0 must be at least 1"),
+    ("launcher=slurm launcher.job_minutes=1", "launcher.warning_seconds=90 is all of launcher.job_minutes"),
+    ("launcher=slurm launcher.partitoin=low", "did you mean 'partition'"),
+    ("launcher=slurm launcher.sbatch=[qos]", "'qos' must be an option like --qos=low"),
     ("data=builtin,local task=agreement,rte", "data.root"),
     ("paths.runs=results/runs,/dev/null", "/dev/null"),
     ("seed=0,1 ~nope", "nope"),
@@ -547,12 +556,17 @@ def broken(task: str) -> dict[str, bytes | None]:
     return found
 
 
+# What a message says beside the file's name; a row's place where the fault is in one.
+NAMED = {"empty": ["empty"], "header alone": ["no rows"], "a column less": ["columns"], "unknown label": [":4", "maybe"], "broken UTF-8": [":4", "UTF-8"]}
+NAMED |= {"a field more": [":4"]}
+
 FILES = [(task, split, what) for task in LABELLED for split in ("train", "dev") for what in broken(task)]
 
 
 @pytest.mark.parametrize(("task", "split", "what"), FILES)
 def test_a_broken_data_file_is_named(task, split, what):
-    assert_one_line(with_data(task, broken(task)[what], split), f"{LABELLED[task][0]}/{split}.tsv")
+    words = [] if task == "cola" else NAMED.get(what, [])  # that has no header, and its rows count from 1
+    assert_one_line(with_data(task, broken(task)[what], split), f"{LABELLED[task][0]}/{split}.tsv", *words)
 
 
 def test_a_folder_in_place_of_a_data_file_is_named():
@@ -637,6 +651,20 @@ def folder_for_file(name: str):
     return spoil
 
 
+def shrink(folder: Path):
+    """A whole model, with fewer embeddings than its tokenizer has tokens."""
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    weights[name] = weights[name][:100].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(vocab_size=100)(folder)
+
+
+def code_of_its_own(folder: Path):
+    (folder / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
+    edit(model_type="evil", auto_map={"AutoConfig": "evil.Config"})(folder)
+
+
 NAMES = ("config.json", "model.safetensors", "tokenizer.json")
 SPOILS = {
     **{f"without {name}": lambda folder, name=name: (folder / name).unlink() for name in NAMES},
@@ -656,13 +684,29 @@ SPOILS = {
     "unknown activation": edit(hidden_act="nope"),
     "unknown kind": edit(model_type="nope"),
     "a model of images": edit(model_type="vit"),
-    "code of its own": edit(model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
+    "fewer embeddings than tokens": shrink,
+    "no tokenizer at all": lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "vocab.txt")
+                                           if (folder / name).exists()],
+    "code of its own": code_of_its_own,
+}  # fmt: skip
+# What a message says beside the folder.
+MISSING = {
+    "without model.safetensors": ["no weights", "model.safetensors"],
+    "without config.json": ["no configuration"],
+    "no tokenizer at all": ["no tokenizer"],
+    "config.json holds 'broken'": ["config.json"],
+    "model.safetensors holds 'broken'": ["weights"],
+    "tokenizer.json holds '{}'": ["tokenizer"],
+    "another size": ["do not fit"],
+    "more layers": ["do not fit", "missing"],
+    "fewer embeddings than tokens": ["tokenizer", "embeddings"],
 }
 
 
 @pytest.mark.parametrize("what", SPOILS)
 def test_a_broken_model_folder_is_named(model_folder, what):
-    assert_one_line(with_model(model_folder, SPOILS[what]), "spoilt")
+    assert_one_line(with_model(model_folder, SPOILS[what]), "spoilt", *MISSING.get(what, []))
+    assert not (model_folder.parent / "ran").exists()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -687,7 +731,7 @@ OTHERS = [
     ("paper.py", "nope=1", "nope"),
     ("paper.py", "task=", "''"),
     ("paper.py", "experiment=[", "experiment=["),
-    ("paper.py", "experiment=smoke paths.runs=/nowhere", "/nowhere"),
+    ("paper.py", "experiment=smoke paths.runs=/nowhere", "make reproduce"),
     ("verify.py", "experiment=smok", "did you mean 'smoke'"),
     ("verify.py", "--rerun -1", "--rerun"),
     ("verify.py", "--nope", "--nope"),
@@ -712,17 +756,24 @@ def test_mistakes_at_the_other_entry_points(script, line, word):
 
 
 @pytest.mark.parametrize(
-    ("script", "line", "word"),
+    ("script", "line", "word", "cold"),
     [
-        ("train.py", "train.lr=a\nb", "\\n"),
-        ("train.py", "optimizer.options=3", "optimizer.options"),
-        ("train.py", "-m seed=0,1 paths.cache=/dev/null", "/dev/null"),
-        ("reproduce.py", "experiment=smoke ~nope", "nope"),
-        ("paper.py", "paths.runs=", "no sweep"),
-        ("approximation.py", "--tasks agreemen", "agreemen"),
-        ("sharpness.py", "/nowhere", "/nowhere"),
+        ("train.py", "train.lr=a\nb", "\\n", True),
+        ("train.py", "optimizer.options=3", "optimizer.options", False),
+        ("train.py", "-m seed=0,1 paths.cache=/dev/null", "/dev/null", True),
+        ("reproduce.py", "experiment=smoke ~nope", "nope", True),
+        ("paper.py", "paths.runs=", "no sweep", True),
+        ("approximation.py", "--tasks agreemen", "agreemen", False),
+        ("sharpness.py", "/nowhere", "/nowhere", False),
+        ("benchmark.py", "--methods samm", "did you mean 'sam'", False),
+        ("submission.py", "--check /nowhere", "/nowhere", False),
+        ("export_wandb.py", "/nowhere", "/nowhere", False),
+        ("records.py", "mend", "mend", False),
+        ("verify.py", "--rerun -1", "--rerun", False),
     ],
 )
-def test_mistakes_as_a_user_types_them(tmp_path, script, line, word):
-    typed_ = command(*line.split(" "), script=script, cwd=tmp_path)
+def test_mistakes_as_a_user_types_them(tmp_path, script, line, word, cold):
+    """By a fresh interpreter, or by one that has to import all of dsam: either misses what a script does not import."""
+    how = {"cold": True} if cold else {"before": "faults:forgets_dsam"}
+    typed_ = command(*line.split(" "), script=script, cwd=tmp_path, **how)
     assert_one_line(Done(typed_.returncode, typed_.stdout, typed_.stderr, [str(p) for p in tmp_path.iterdir()]), word)

@@ -164,10 +164,10 @@ def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
 
 def test_planning_changes_nothing(tmp_path):
     done = command(
-        "experiment=smoke", "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"
+        "experiment=smoke", "seed=0", "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"
     )
     assert done.returncode == 0, done.stderr
-    assert "45 runs: 45 missing. 45 would start." in done.stdout
+    assert "15 runs: 15 missing. 15 would start." in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert not (ROOT / "multirun.yaml").exists()
 
@@ -186,8 +186,6 @@ def test_reproduce_makes_tables_figures_and_report(tmp_path):
     report = (tmp_path / "report.html").read_text()
     assert "dsam" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
-    again = command("experiment=smoke", *places, script="paper.py")
-    assert again.returncode == 0, again.stderr
 
 
 def test_make_help_lists_every_target():

@@ -37,7 +37,7 @@ IMPORTED = [
     *("dsam.sharpness.measure", "dsam.submission.make", "dsam.benchmark", "hydra.main", "hydra._internal.hydra"),
     *("sklearn.metrics", "scipy.stats", "wandb", "transformers.models.bert.modeling_bert", "rich.progress"),
 ]
-READ_AT_IMPORT = re.compile("PYTHON|LC_|LANG|HOME|XDG|HF_|HUGGING|TRANSFORMERS|TOKENIZERS|TORCH|OMP|MKL|MPL|HYDRA")
+READ_AT_IMPORT = re.compile("PYTHON|LC_|LANG|HOME|XDG|HF_|HUGGING|TRANSFORMERS|TOKENIZERS|OMP|MKL|MPL|HYDRA")
 STARTED_WITH = dict(os.environ)
 ADDRESS = "DSAM_TESTS_WARM"  # the environment variable that holds it
 
@@ -84,10 +84,8 @@ class Command:
         self.pid = int(self._status.readline())
 
     def poll(self):
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._status, selectors.EVENT_READ)
-            if self.returncode is None and selector.select(timeout=0):
-                self.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
         return self.returncode
 
     def wait(self, timeout=None):
@@ -281,12 +279,13 @@ def main() -> None:
         multiprocessing.util.spawnv_passfds = functools.partial(spawned, multiprocessing.util.spawnv_passfds)
         if asked["before"]:
             called(asked["before"])
-        names = as_started([target, *arguments])
-        if target.endswith(".py"):
+        if ":" in target:
+            as_started([target])
+            called(target, *arguments)
+        else:
+            names = as_started([target, *arguments])
             names["__file__"], sys.path[0] = target, str(Path(target).parent)
             exec(compile(Path(target).read_bytes(), target, "exec"), names)
-        else:
-            called(target, *arguments)
 
 
 if __name__ == "__main__":
