@@ -63,6 +63,7 @@ def done(act) -> Done:
     identity._data_fingerprint.cache_clear()
     model_files._folder_digest.cache_clear()
     before = {p for p in Path.cwd().rglob("*") if ".cache" not in p.parts}
+    environment = dict(os.environ)
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -70,6 +71,9 @@ def done(act) -> Done:
             act()
         except SystemExit as leaving:
             status = leaving.code or 0
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
     left = sorted(str(p) for p in Path.cwd().rglob("*") if ".cache" not in p.parts and p not in before)
     if status == 0:  # a folder for the run that would start
         shutil.rmtree("results", ignore_errors=True)
@@ -154,6 +158,8 @@ MISTAKES = [
     ("task@data=agreement", "task@data"),
     ("trian.lr=1", "did you mean 'train'"),
     ("train.LR=1", "train.LR"),
+    ("train.epoch=3", "did you mean 'epochs'"),
+    ("optimizer=sam optimizer.roh=0.1", "did you mean 'rho'"),
     ("train.lr.x=1", "train.lr.x"),
     ("train=null", "train"),
     ("train=3", "train"),
@@ -211,6 +217,7 @@ MISTAKES = [
     ("train.eps=0", "train.eps=0"),
     ("train.dropout=1", "train.dropout=1"),
     ("train.warmup_ratio=-0.1", "train.warmup_ratio=-0.1"),
+    ("train.warmup_ratio=1", "train.warmup_ratio=1"),
     ("train.precision=16", "'16'"),
     ("seed=x", "seed"),
     ("seed=1.5", "seed"),
@@ -266,6 +273,7 @@ MISTAKES = [
     ("optimizer=dsam optimizer.weighting={a:1}", "a"),
     ("optimizer=dsam optimizer.lam=2", "optimizer.lam"),
     ("optimizer=dsam optimizer.mix=2", "mix"),
+    ("optimizer=dsam optimizer.power=-1", "power"),
     ("optimizer=dsam optimizer.probes=0", "probes"),
     ("optimizer=dsam optimizer.recompute=perhaps", "perhaps"),
     ("optimizer=freelb optimizer.steps=0", "steps"),
@@ -274,6 +282,7 @@ MISTAKES = [
     # what does not go together, and places
     ("task=rte", "data=local"),
     ("task.name=ax", "'ax'"),
+    ("task=ax", "ax"),
     ("task.name=../x", "../x"),
     ("data=local", "data.root"),
     ("data=hub", "data=hub"),
