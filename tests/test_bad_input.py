@@ -55,7 +55,12 @@ def place(tmp_path_factory):
         patch.setattr(sweep, "run_all", would_start)
         patch.setattr(server, "call", lambda function, *arguments: function(*arguments))
         patch.setattr(sys, "path", list(sys.path))
+        compose = functools.cache(lambda given, *rest: overrides_compose_config(list(given), *rest))
+        patch.setattr(overrides, "compose_config", lambda given, *rest, **more: compose(tuple(given), *rest, **more))
         yield Path.cwd()
+
+
+overrides_compose_config = overrides.compose_config  # a composition costs most of what these tests do; each once
 
 
 def done(act) -> Done:
@@ -100,6 +105,17 @@ def composed(*given: str) -> DictConfig:
 def run_one(*given: str) -> Done:
     """One run of a configuration that composes, without Hydra's main."""
     return done(lambda: command_line.run_one(composed(*given)))
+
+
+def settled(*given: str) -> Done:
+    """The same of a configuration whose settings are looked at first, as a user's are."""
+
+    def act():
+        with command_line.one_line_errors():
+            cfg = composed(*overrides.check(list(given), CONF))
+        command_line.run_one(cfg)
+
+    return done(act)
 
 
 def assert_one_line(found: Done, *words: str) -> None:
@@ -188,10 +204,20 @@ MISTAKES = [
     ("train.lr=???", "lr"),
     ("seed=${seed}", "ecursi"),
     ("seed=${seeds.init}", "ecursi"),
-    # values
+    # Hydra's flags
+    ("--cfg job ~nope", "nope"),
+    # one of each kind below, through Hydra's main
+    ("train.lr=nan", "train.lr"),
+    ("optimizer=sam optimizer.rho=-1", "-1"),
+    ("data=local task=rte data.root=/nowhere", "/nowhere"),
+    ("model.name=..", "'..'"),
+    ("paths.runs=/proc/x", "/proc/x"),
+    ("+model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
+]
+
+VALUES = [
     ("train.lr=null", "train.lr"),
     ("train.lr=true", "train.lr"),
-    ("train.lr=nan", "train.lr"),
     ("train.lr=inf", "train.lr"),
     ("train.lr=-inf", "train.lr"),
     ("train.lr=1e400", "train.lr"),
@@ -263,7 +289,6 @@ MISTAKES = [
     ("optimizer.options={1:2}", "1"),
     ("optimizer.steps_factor=0", "optimizer.steps_factor=0"),
     ("optimizer=sam optimizer.rho=nan", "optimizer.rho"),
-    ("optimizer=sam optimizer.rho=-1", "-1"),
     ("optimizer=sam optimizer.rho=[1,2]", "optimizer.rho"),
     ("optimizer=sam optimizer.rho=null", "optimizer.rho"),
     ("optimizer=sam optimizer.mask=other", "other"),
@@ -289,7 +314,6 @@ MISTAKES = [
     ("data=hub task=rte", "data=local"),
     ("data=hub task=rte data.revision=null", "data.revision"),
     ("data.source=disk", "'disk'"),
-    ("data=local task=rte data.root=/nowhere", "/nowhere"),
     ("data=local task=rte data.root='a\x00b'", "data.root"),
     ("data=local task=rte data.root='~nosuchuser/x'", "~nosuchuser"),
     (f"data=local task=rte data.root=/tmp/{LONG}", "data.root"),
@@ -304,7 +328,6 @@ MISTAKES = [
     ("model=encoder model.id=a/b", "model.revision"),
     ("model.name=''", "model.name"),
     ("model.name=../../x", "../../x"),
-    ("model.name=..", "'..'"),
     (f"model.name={LONG}", "model.name"),
     ("optimizer.name=a/b", "a/b"),
     ("optimizer.name='a\x00b'", "optimizer.name"),
@@ -313,7 +336,6 @@ MISTAKES = [
     ("paths.runs=null", "paths.runs"),
     ("paths.runs=/dev/null", "/dev/null"),
     ("paths.runs=/dev/null/x", "/dev/null"),
-    ("paths.runs=/proc/x", "/proc/x"),
     ("paths.runs='a\x00b'", "paths.runs"),
     (f"paths.runs=/tmp/{LONG}", "paths.runs"),
     ("paths.cache=''", "paths.cache"),
@@ -332,13 +354,10 @@ MISTAKES = [
     ("model.architecture.num_attention_heads=0", "num_attention_heads"),
     ("model.architecture.num_hidden_layers=null", "num_hidden_layers"),
     ("model.architecture.max_position_embeddings=8", "8 positions"),
-    ("+model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
     ("+model.architecture.num_labels=7", "num_labels"),
     ("+model.architecture.vocab_size=10", "10"),
     ("+model.architecture.hidden_act=foo", "foo"),
     ("+model.architecture.type_vocab_size=1", "tiny"),
-    # Hydra's flags
-    ("--cfg job ~nope", "nope"),
 ]
 
 
@@ -351,6 +370,11 @@ def words(line: str) -> list[str]:
 @pytest.mark.parametrize(("line", "word"), MISTAKES, ids=[repr(line)[1:60] for line, _ in MISTAKES])
 def test_a_mistake_is_one_line_that_names_it(line, word):
     assert_one_line(typed(*words(line)), word)
+
+
+@pytest.mark.parametrize(("line", "word"), VALUES, ids=[repr(line)[1:60] for line, _ in VALUES])
+def test_a_value_that_cannot_be_meant_is_one_line_that_names_it(line, word):
+    assert_one_line(settled(*words(line)), word)
 
 
 SWEEPS = [
