@@ -30,6 +30,8 @@ from dsam.sweeps import server, sweep
 from dsam.training import model as models
 from dsam.training import model_files
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Done:
@@ -590,7 +592,13 @@ def broken(task: str) -> dict[str, bytes | None]:
 
 
 # What a message says beside the file's name; a row's place where the fault is in one.
-NAMED = {"empty": ["empty"], "header alone": ["no rows"], "a column less": ["columns"], "unknown label": [":4", "maybe"], "broken UTF-8": [":4", "UTF-8"]}
+NAMED = {
+    "empty": ["empty"],
+    "header alone": ["no rows"],
+    "a column less": ["columns"],
+    "unknown label": [":4", "maybe"],
+    "broken UTF-8": [":4", "UTF-8"],
+}
 NAMED |= {"a field more": [":4"]}
 
 FILES = [(task, split, what) for task in LABELLED for split in ("train", "dev") for what in broken(task)]

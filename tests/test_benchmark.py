@@ -19,6 +19,8 @@ from dsam.config import CONF, Config
 from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path):

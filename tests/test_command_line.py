@@ -11,6 +11,8 @@ import time
 import pytest
 from conftest import ROOT, command, start
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["train.max_steps=12", "tracking=disabled"]
 
 
@@ -164,7 +166,11 @@ def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
 
 def test_planning_changes_nothing(tmp_path):
     done = command(
-        "experiment=smoke", "seed=0", "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"
+        "experiment=smoke",
+        "seed=0",
+        "launcher.plan=true",
+        f"paths.runs={tmp_path}/runs",
+        f"paths.cache={tmp_path}/cache",
     )
     assert done.returncode == 0, done.stderr
     assert "15 runs: 15 missing. 15 would start." in done.stdout

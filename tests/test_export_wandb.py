@@ -21,6 +21,8 @@ from dsam.config import CONF, Config
 from dsam.overrides import compose_config
 from dsam.runs.tracking import PATIENCE, Tracker, flat
 
+pytestmark = pytest.mark.slow
+
 KEY = {"WANDB_API_KEY": "0" * 40}
 LONG = ["train.max_steps=120", "checkpoint.every_seconds=0.1"]
 SETTINGS = ("SILENT", "MODE", "API_KEY", "BASE_URL", "ENTITY", "PROJECT", "DIR")
@@ -362,7 +364,9 @@ def test_a_run_whose_wandb_is_out_of_reach_ends_well(paths, tmp_path):
 def track(folder, url, lines=50):
     """Begins a tracked run; what this returns waits for its end, and returns the seconds that the run took, and that
     W&B's end took after it, and what was said."""
-    process = warm.Command("test_export_wandb:tracked", [str(folder), lines], ROOT, os.environ | KEY | {"WANDB_BASE_URL": url})
+    process = warm.Command(
+        "test_export_wandb:tracked", [str(folder), lines], ROOT, os.environ | KEY | {"WANDB_BASE_URL": url}
+    )
 
     def ended():
         said, errors = process.communicate(timeout=120)

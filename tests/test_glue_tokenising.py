@@ -175,6 +175,7 @@ def tokenise_in_another_process(folder, barrier, queue):
     queue.put((len(calls), int(made["dev"].input_ids.sum())))
 
 
+@pytest.mark.slow
 def test_two_processes_tokenise_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(2), context.Queue()
@@ -188,6 +189,7 @@ def test_two_processes_tokenise_once(tmp_path):
     assert results[0][1] == results[1][1] > 0
 
 
+@pytest.mark.slow
 def test_a_warm_cache_of_sst2_s_size_loads_quickly(tmp_path, tokenizer):
     rows = pairs(*[("the dog is old and near a bus", "cars")] * 67_349)
     tokenise(PAIR, {"train": rows}, tokenizer, 64, tmp_path, "k")

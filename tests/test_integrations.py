@@ -318,6 +318,7 @@ def a_rank(rank, port, folder):
 TWO_PROCESSES = {"global": {"ascent": "global"}, "local": {"ascent": "local"}}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch_and_resume_exactly(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,6 +15,8 @@ from dsam.overrides import compose_config
 from dsam.runs.identity import identify
 from dsam.runs.record import Record
 
+pytestmark = pytest.mark.slow
+
 # Where to die, and at which passage there: each attempt gets one further than the one before.
 POINTS = [
     ("step", 2),

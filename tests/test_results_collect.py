@@ -187,6 +187,7 @@ def test_without_the_index_every_result_is_read(tmp_path):
     assert "0.99" in path.read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_may_collect_at_once(tmp_path):
     for seed in range(50):
         finish(tmp_path, plan(seed=seed))

@@ -16,6 +16,8 @@ from dsam.config import Config, Launcher
 from dsam.overrides import compose_config
 from dsam.sweeps import slurm
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["-m", "launcher=slurm", "task=agreement", "tracking=disabled", "train.max_steps=4"]
 LONG = ["-m", "task=agreement", "tracking=disabled", "checkpoint.every_seconds=0.2", "train.epochs=5"]
 

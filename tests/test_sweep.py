@@ -22,6 +22,8 @@ from dsam.sweeps import display, server
 from dsam.sweeps import sweep as sweeps
 from dsam.sweeps.planned import Planned
 
+pytestmark = pytest.mark.slow
+
 FAULTS = {"before": "faults:ends_of_runs"}
 QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
 

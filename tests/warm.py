@@ -1,14 +1,14 @@
 """Commands in processes that are forked from one that has imported everything: each starts in milliseconds, where a
 fresh interpreter needs four seconds of a processor for PyTorch and transformers alone.
 
-What a command finds is what a fresh interpreter has: arguments, environment, folder, standard streams, signals, a
-`__main__` of its own, no cache and no random state of another command. It ends as an interpreter does. What it starts
-by multiprocessing (a sweep's server) is forked from it, by the same rules. What only a fresh interpreter shows (an
-import that is missing, a warning while importing, the time it takes, another order of sets) the tests with cold=True
-look at.
+A command finds what it finds in a fresh interpreter: its arguments, environment, folder, streams and signals, a
+`__main__` of its own, no cache and no random state of another command; and it ends as an interpreter does. What it
+starts by multiprocessing, as a sweep does its server, is forked from it by the same rules.
 
-As a script it is that process, which serves as long as the process that started it lives, all of xdist's workers too:
-python warm.py SOCKET ALIVE
+What only a fresh interpreter shows stays with the tests that say cold=True: an import that is missing, what a library
+says while it is imported, another order of sets.
+
+Run as a script, this is that process. It serves all of xdist's workers, for as long as lives what has started it.
 """
 
 import atexit
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,9 +50,9 @@ def start_server() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(os.environ[ADDRESS])
     listener.listen(64)
-    alive, _kept_open = os.pipe()
-    arguments = [str(listener.fileno()), str(alive)]
-    subprocess.Popen([sys.executable, __file__, *arguments], pass_fds=(listener.fileno(), alive), stdin=subprocess.DEVNULL)
+    alive, _never_closed = os.pipe()
+    given = listener.fileno(), alive
+    subprocess.Popen([sys.executable, __file__, *map(str, given)], pass_fds=given, stdin=subprocess.DEVNULL)
     listener.close()
     os.close(alive)
 
@@ -60,7 +61,7 @@ class Command:
     """A command that was started; of subprocess.Popen what tests use.
 
     Args:
-        target: a script's path, or "module:function" that takes the arguments.
+        target: a script's path, or "module:function", which is given the arguments.
         before: "module:function" to be called first, without arguments.
         session: whether it leads a session, and so a process group, of its own.
         unbuffered: as python -u.
@@ -70,7 +71,8 @@ class Command:
         changed = {name for name, _ in environment.items() ^ STARTED_WITH.items() if READ_AT_IMPORT.match(name)}
         assert not changed, f"read when modules are imported, and so too late: {changed}"
         self.args, self.returncode = [str(target), *arguments], None
-        asked = {"target": str(target), "arguments": arguments, "cwd": str(cwd), "environment": {k: v for k, v in environment.items() if k != ADDRESS}}
+        environment = {name: value for name, value in environment.items() if name != ADDRESS}
+        asked = {"target": str(target), "arguments": arguments, "cwd": str(cwd), "environment": environment}
         asked |= {"before": before, "session": session, "unbuffered": unbuffered}
         pipes = [os.pipe() for _ in range(3)]
         with tempfile.TemporaryFile() as request, socket.socket(socket.AF_UNIX) as server:
@@ -142,8 +144,9 @@ def answer(name: str, *arguments) -> None:
 # What follows happens in the server and the processes forked from it.
 
 
-def serve(listener: socket.socket, alive: int) -> dict:
-    """Forks a process for each request, and tells its exit status. Returns in each such process, with the request."""
+def serve(listener: socket.socket, alive: int) -> tuple[dict, Exception | None]:
+    """Forks a process for each request, and tells its exit status. Returns in each such process, with the request and
+    with what was raised by the imports, if anything was."""
     woken, wake = os.pipe()
     os.set_blocking(woken, False)
     os.set_blocking(wake, False)
@@ -157,6 +160,7 @@ def serve(listener: socket.socket, alive: int) -> dict:
         while True:
             ready = {key.fileobj for key, _ in selector.select()}
             if alive in ready:
+                shutil.rmtree(Path(listener.getsockname()).parent)
                 os._exit(0)
             if woken in ready:
                 os.read(woken, 65536)
@@ -168,7 +172,7 @@ def serve(listener: socket.socket, alive: int) -> dict:
             if listener in ready:
                 with listener.accept()[0] as client:
                     _, (request, status, out, err), *_ = socket.recv_fds(client, 1, 4)
-                import_all()
+                failure = import_all()
                 pid = os.fork()
                 if pid == 0:
                     break
@@ -190,17 +194,20 @@ def serve(listener: socket.socket, alive: int) -> dict:
         os.close(descriptor)
     with os.fdopen(status, "w") as told:
         print(os.getpid(), file=told)
-    return asked
+    return asked, failure
 
 
-def import_all() -> None:
-    """Once, at the first request: who only runs tests of the methods does not wait for it."""
-    if IMPORTED:
+@functools.cache
+def import_all() -> Exception | None:
+    """At the first request: who only runs tests of the methods does not wait for it."""
+    try:
         for name in IMPORTED:
             importlib.import_module(name)
-        IMPORTED.clear()
-        gc.collect()
-        gc.freeze()  # what is never looked at by the collector stays shared
+    except Exception as error:
+        return error
+    gc.collect()
+    gc.freeze()  # what the collector never looks at stays shared
+    return None
 
 
 def as_started(argv: list[str]) -> dict:
@@ -279,10 +286,12 @@ def called(name: str, *arguments):
 
 
 def main() -> None:
-    asked = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    asked, failure = serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     import multiprocessing.util
 
     with ending():
+        if failure is not None:
+            raise failure
         target, arguments = asked["target"], asked["arguments"]
         os.chdir(asked["cwd"])
         os.environ.clear()
