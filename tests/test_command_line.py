@@ -181,7 +181,7 @@ def test_planning_changes_nothing(tmp_path):
 def test_reproduce_makes_tables_figures_and_report(tmp_path):
     """The smoke experiment on one task with one seed, shortened; `make reproduce` does all of it."""
     places = [f"paths.{p}={tmp_path}/{p}" for p in ("runs", "cache", "tables", "figures")]
-    arguments = ["experiment=smoke", "task=agreement", "seed=0", "train.max_steps=8", *places]
+    arguments = ["experiment=smoke", "task=agreement", "seed=0", "train.max_steps=8", "tracking=disabled", *places]
     done = command(*arguments, script="reproduce.py")
     assert done.returncode == 0, done.stderr
     for method in ("adamw", "adamw_2x", "sam", "asam", "dsam"):
