@@ -39,8 +39,8 @@ unpack: .venv/installed ## run folders from that file, where they are missing: t
 wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
-test: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=30
+test: .venv/installed ## all tests; ARGS='-m "not slow"' for those of the methods, data and figures alone
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -13,18 +13,33 @@ GLUE = ROOT.parent / "shared" / "glue"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once; before torch is imported
 
+import warm  # noqa: E402
 
-def command(*arguments: str, script: str = "train.py", timeout: float = 300, **options) -> subprocess.CompletedProcess:
-    """Runs an entry point as a user does, on one thread."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=options.pop("cwd", ROOT),
-        env=os.environ | options.pop("env", {}),
-        **options,
-    )
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # xdist's workers share it
+        warm.start_server()
+
+
+def start(*arguments: str, script: str = "train.py", cold: bool = False, env: dict | None = None, **options):
+    """Starts an entry point as a user does, on one thread: forked from a process that has everything imported, or
+    `cold`, by a fresh interpreter. Further options are those of warm.Command."""
+    script, env, options = ROOT / "experiments" / script, os.environ | (env or {}), {"cwd": ROOT} | options
+    if not cold:
+        return warm.Command(script, arguments, options.pop("cwd"), env, **options)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script, *arguments], env=env, **pipes, **options)
+
+
+def command(*arguments: str, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """Runs an entry point to its end; takes the options of `start`."""
+    process = start(*arguments, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture

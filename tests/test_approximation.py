@@ -149,6 +149,7 @@ def test_the_confirmation_leaves_out_what_was_looked_at():
     assert row["nearer"] == 2
 
 
+@pytest.mark.slow
 def test_the_study_measures_once_and_goes_on(tmp_path):
     arguments = [
         "--tasks",

@@ -18,6 +18,7 @@ from conftest import ROOT, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 
 from dsam import command_line, overrides
 from dsam.command_line import CONF
@@ -28,6 +29,8 @@ from dsam.runs import run as runs
 from dsam.sweeps import server, sweep
 from dsam.training import model as models
 from dsam.training import model_files
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -54,7 +57,12 @@ def place(tmp_path_factory):
         patch.setattr(sweep, "run_all", would_start)
         patch.setattr(server, "call", lambda function, *arguments: function(*arguments))
         patch.setattr(sys, "path", list(sys.path))
+        compose = functools.cache(lambda given, *rest: overrides_compose_config(list(given), *rest))
+        patch.setattr(overrides, "compose_config", lambda given, *rest, **more: compose(tuple(given), *rest, **more))
         yield Path.cwd()
+
+
+overrides_compose_config = overrides.compose_config  # a composition costs most of what these tests do; each once
 
 
 def done(act) -> Done:
@@ -62,6 +70,7 @@ def done(act) -> Done:
     identity._data_fingerprint.cache_clear()
     model_files._folder_digest.cache_clear()
     before = {p for p in Path.cwd().rglob("*") if ".cache" not in p.parts}
+    environment = dict(os.environ)
     out, err = io.StringIO(), io.StringIO()
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -69,6 +78,9 @@ def done(act) -> Done:
             act()
         except SystemExit as leaving:
             status = leaving.code or 0
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
     left = sorted(str(p) for p in Path.cwd().rglob("*") if ".cache" not in p.parts and p not in before)
     if status == 0:  # a folder for the run that would start
         shutil.rmtree("results", ignore_errors=True)
@@ -95,6 +107,17 @@ def composed(*given: str) -> DictConfig:
 def run_one(*given: str) -> Done:
     """One run of a configuration that composes, without Hydra's main."""
     return done(lambda: command_line.run_one(composed(*given)))
+
+
+def settled(*given: str) -> Done:
+    """The same of a configuration whose settings are looked at first, as a user's are."""
+
+    def act():
+        with command_line.one_line_errors():
+            cfg = composed(*overrides.check(list(given), CONF))
+        command_line.run_one(cfg)
+
+    return done(act)
 
 
 def assert_one_line(found: Done, *words: str) -> None:
@@ -153,6 +176,8 @@ MISTAKES = [
     ("task@data=agreement", "task@data"),
     ("trian.lr=1", "did you mean 'train'"),
     ("train.LR=1", "train.LR"),
+    ("train.epoch=3", "did you mean 'epochs'"),
+    ("optimizer=sam optimizer.roh=0.1", "did you mean 'rho'"),
     ("train.lr.x=1", "train.lr.x"),
     ("train=null", "train"),
     ("train=3", "train"),
@@ -181,10 +206,20 @@ MISTAKES = [
     ("train.lr=???", "lr"),
     ("seed=${seed}", "ecursi"),
     ("seed=${seeds.init}", "ecursi"),
-    # values
+    # Hydra's flags
+    ("--cfg job ~nope", "nope"),
+    # one of each kind below, through Hydra's main
+    ("train.lr=nan", "train.lr"),
+    ("optimizer=sam optimizer.rho=-1", "-1"),
+    ("data=local task=rte data.root=/nowhere", "/nowhere"),
+    ("model.name=..", "'..'"),
+    ("paths.runs=/proc/x", "/proc/x"),
+    ("+model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
+]
+
+VALUES = [
     ("train.lr=null", "train.lr"),
     ("train.lr=true", "train.lr"),
-    ("train.lr=nan", "train.lr"),
     ("train.lr=inf", "train.lr"),
     ("train.lr=-inf", "train.lr"),
     ("train.lr=1e400", "train.lr"),
@@ -210,6 +245,7 @@ MISTAKES = [
     ("train.eps=0", "train.eps=0"),
     ("train.dropout=1", "train.dropout=1"),
     ("train.warmup_ratio=-0.1", "train.warmup_ratio=-0.1"),
+    ("train.warmup_ratio=1", "train.warmup_ratio=1"),
     ("train.precision=16", "'16'"),
     ("seed=x", "seed"),
     ("seed=1.5", "seed"),
@@ -237,6 +273,10 @@ MISTAKES = [
     ("launcher.per_device=0", "launcher.per_device=0"),
     ("launcher.minutes=0", "launcher.minutes=0"),
     ("launcher.memory_gb=nan", "launcher.memory_gb"),
+    ("launcher.memory_gb=-2", "launcher.memory_gb"),
+    ("launcher.devices=[]", "launcher.devices"),
+    ("launcher.devices=[0,0]", "launcher.devices"),
+    ("launcher.devices=[-1]", "launcher.devices"),
     ("launcher.retries=-1", "launcher.retries=-1"),
     ("launcher.plan=maybe", "launcher.plan"),
     ("tracking.mode=x", "'x'"),
@@ -251,7 +291,6 @@ MISTAKES = [
     ("optimizer.options={1:2}", "1"),
     ("optimizer.steps_factor=0", "optimizer.steps_factor=0"),
     ("optimizer=sam optimizer.rho=nan", "optimizer.rho"),
-    ("optimizer=sam optimizer.rho=-1", "-1"),
     ("optimizer=sam optimizer.rho=[1,2]", "optimizer.rho"),
     ("optimizer=sam optimizer.rho=null", "optimizer.rho"),
     ("optimizer=sam optimizer.mask=other", "other"),
@@ -261,6 +300,7 @@ MISTAKES = [
     ("optimizer=dsam optimizer.weighting={a:1}", "a"),
     ("optimizer=dsam optimizer.lam=2", "optimizer.lam"),
     ("optimizer=dsam optimizer.mix=2", "mix"),
+    ("optimizer=dsam optimizer.power=-1", "power"),
     ("optimizer=dsam optimizer.probes=0", "probes"),
     ("optimizer=dsam optimizer.recompute=perhaps", "perhaps"),
     ("optimizer=freelb optimizer.steps=0", "steps"),
@@ -269,13 +309,13 @@ MISTAKES = [
     # what does not go together, and places
     ("task=rte", "data=local"),
     ("task.name=ax", "'ax'"),
+    ("task=ax", "ax"),
     ("task.name=../x", "../x"),
     ("data=local", "data.root"),
     ("data=hub", "data=hub"),
     ("data=hub task=rte", "data=local"),
     ("data=hub task=rte data.revision=null", "data.revision"),
     ("data.source=disk", "'disk'"),
-    ("data=local task=rte data.root=/nowhere", "/nowhere"),
     ("data=local task=rte data.root='a\x00b'", "data.root"),
     ("data=local task=rte data.root='~nosuchuser/x'", "~nosuchuser"),
     (f"data=local task=rte data.root=/tmp/{LONG}", "data.root"),
@@ -290,7 +330,6 @@ MISTAKES = [
     ("model=encoder model.id=a/b", "model.revision"),
     ("model.name=''", "model.name"),
     ("model.name=../../x", "../../x"),
-    ("model.name=..", "'..'"),
     (f"model.name={LONG}", "model.name"),
     ("optimizer.name=a/b", "a/b"),
     ("optimizer.name='a\x00b'", "optimizer.name"),
@@ -299,7 +338,6 @@ MISTAKES = [
     ("paths.runs=null", "paths.runs"),
     ("paths.runs=/dev/null", "/dev/null"),
     ("paths.runs=/dev/null/x", "/dev/null"),
-    ("paths.runs=/proc/x", "/proc/x"),
     ("paths.runs='a\x00b'", "paths.runs"),
     (f"paths.runs=/tmp/{LONG}", "paths.runs"),
     ("paths.cache=''", "paths.cache"),
@@ -318,13 +356,10 @@ MISTAKES = [
     ("model.architecture.num_attention_heads=0", "num_attention_heads"),
     ("model.architecture.num_hidden_layers=null", "num_hidden_layers"),
     ("model.architecture.max_position_embeddings=8", "8 positions"),
-    ("+model.architecture.hiden_size=3", "did you mean 'hidden_size'"),
     ("+model.architecture.num_labels=7", "num_labels"),
     ("+model.architecture.vocab_size=10", "10"),
     ("+model.architecture.hidden_act=foo", "foo"),
     ("+model.architecture.type_vocab_size=1", "tiny"),
-    # Hydra's flags
-    ("--cfg job ~nope", "nope"),
 ]
 
 
@@ -337,6 +372,11 @@ def words(line: str) -> list[str]:
 @pytest.mark.parametrize(("line", "word"), MISTAKES, ids=[repr(line)[1:60] for line, _ in MISTAKES])
 def test_a_mistake_is_one_line_that_names_it(line, word):
     assert_one_line(typed(*words(line)), word)
+
+
+@pytest.mark.parametrize(("line", "word"), VALUES, ids=[repr(line)[1:60] for line, _ in VALUES])
+def test_a_value_that_cannot_be_meant_is_one_line_that_names_it(line, word):
+    assert_one_line(settled(*words(line)), word)
 
 
 SWEEPS = [
@@ -376,6 +416,10 @@ SWEEPS = [
     ("device.name=cpu,tpu", "tpu"),
     ("device.threads=1,1e12", "device.threads"),
     ("launcher.workers=1,0", "launcher.workers=0"),
+    ("launcher=slurm launcher.pack=0", "launcher.pack=0 must be at least 1"),
+    ("launcher=slurm launcher.job_minutes=1", "launcher.warning_seconds=90 is all of launcher.job_minutes"),
+    ("launcher=slurm launcher.partitoin=low", "did you mean 'partition'"),
+    ("launcher=slurm launcher.sbatch=[qos]", "'qos' must be an option like --qos=low"),
     ("data=builtin,local task=agreement,rte", "data.root"),
     ("paths.runs=results/runs,/dev/null", "/dev/null"),
     ("seed=0,1 ~nope", "nope"),
@@ -547,12 +591,23 @@ def broken(task: str) -> dict[str, bytes | None]:
     return found
 
 
+# What a message says beside the file's name; a row's place where the fault is in one.
+NAMED = {
+    "empty": ["empty"],
+    "header alone": ["no rows"],
+    "a column less": ["columns"],
+    "unknown label": [":4", "maybe"],
+    "broken UTF-8": [":4", "UTF-8"],
+}
+NAMED |= {"a field more": [":4"]}
+
 FILES = [(task, split, what) for task in LABELLED for split in ("train", "dev") for what in broken(task)]
 
 
 @pytest.mark.parametrize(("task", "split", "what"), FILES)
 def test_a_broken_data_file_is_named(task, split, what):
-    assert_one_line(with_data(task, broken(task)[what], split), f"{LABELLED[task][0]}/{split}.tsv")
+    words = [] if task == "cola" else NAMED.get(what, [])  # that has no header, and its rows count from 1
+    assert_one_line(with_data(task, broken(task)[what], split), f"{LABELLED[task][0]}/{split}.tsv", *words)
 
 
 def test_a_folder_in_place_of_a_data_file_is_named():
@@ -637,6 +692,20 @@ def folder_for_file(name: str):
     return spoil
 
 
+def shrink(folder: Path):
+    """A whole model, with fewer embeddings than its tokenizer has tokens."""
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    weights[name] = weights[name][:100].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(vocab_size=100)(folder)
+
+
+def code_of_its_own(folder: Path):
+    (folder / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
+    edit(model_type="evil", auto_map={"AutoConfig": "evil.Config"})(folder)
+
+
 NAMES = ("config.json", "model.safetensors", "tokenizer.json")
 SPOILS = {
     **{f"without {name}": lambda folder, name=name: (folder / name).unlink() for name in NAMES},
@@ -656,13 +725,29 @@ SPOILS = {
     "unknown activation": edit(hidden_act="nope"),
     "unknown kind": edit(model_type="nope"),
     "a model of images": edit(model_type="vit"),
-    "code of its own": edit(model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
+    "fewer embeddings than tokens": shrink,
+    "no tokenizer at all": lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "vocab.txt")
+                                           if (folder / name).exists()],
+    "code of its own": code_of_its_own,
+}  # fmt: skip
+# What a message says beside the folder.
+MISSING = {
+    "without model.safetensors": ["no weights", "model.safetensors"],
+    "without config.json": ["no configuration"],
+    "no tokenizer at all": ["no tokenizer"],
+    "config.json holds 'broken'": ["config.json"],
+    "model.safetensors holds 'broken'": ["weights"],
+    "tokenizer.json holds '{}'": ["tokenizer"],
+    "another size": ["do not fit"],
+    "more layers": ["do not fit", "missing"],
+    "fewer embeddings than tokens": ["tokenizer", "embeddings"],
 }
 
 
 @pytest.mark.parametrize("what", SPOILS)
 def test_a_broken_model_folder_is_named(model_folder, what):
-    assert_one_line(with_model(model_folder, SPOILS[what]), "spoilt")
+    assert_one_line(with_model(model_folder, SPOILS[what]), "spoilt", *MISSING.get(what, []))
+    assert not (model_folder.parent / "ran").exists()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -687,7 +772,7 @@ OTHERS = [
     ("paper.py", "nope=1", "nope"),
     ("paper.py", "task=", "''"),
     ("paper.py", "experiment=[", "experiment=["),
-    ("paper.py", "experiment=smoke paths.runs=/nowhere", "/nowhere"),
+    ("paper.py", "experiment=smoke paths.runs=/nowhere", "make reproduce"),
     ("verify.py", "experiment=smok", "did you mean 'smoke'"),
     ("verify.py", "--rerun -1", "--rerun"),
     ("verify.py", "--nope", "--nope"),
@@ -712,17 +797,24 @@ def test_mistakes_at_the_other_entry_points(script, line, word):
 
 
 @pytest.mark.parametrize(
-    ("script", "line", "word"),
+    ("script", "line", "word", "cold"),
     [
-        ("train.py", "train.lr=a\nb", "\\n"),
-        ("train.py", "optimizer.options=3", "optimizer.options"),
-        ("train.py", "-m seed=0,1 paths.cache=/dev/null", "/dev/null"),
-        ("reproduce.py", "experiment=smoke ~nope", "nope"),
-        ("paper.py", "paths.runs=", "no sweep"),
-        ("approximation.py", "--tasks agreemen", "agreemen"),
-        ("sharpness.py", "/nowhere", "/nowhere"),
+        ("train.py", "train.lr=a\nb", "\\n", True),
+        ("train.py", "optimizer.options=3", "optimizer.options", False),
+        ("train.py", "-m seed=0,1 paths.cache=/dev/null", "/dev/null", True),
+        ("reproduce.py", "experiment=smoke ~nope", "nope", True),
+        ("paper.py", "paths.runs=", "no sweep", True),
+        ("approximation.py", "--tasks agreemen", "agreemen", False),
+        ("sharpness.py", "/nowhere", "/nowhere", False),
+        ("benchmark.py", "--methods samm", "did you mean 'sam'", False),
+        ("submission.py", "--check /nowhere", "/nowhere", False),
+        ("export_wandb.py", "/nowhere", "/nowhere", False),
+        ("records.py", "mend", "mend", False),
+        ("verify.py", "--rerun -1", "--rerun", False),
     ],
 )
-def test_mistakes_as_a_user_types_them(tmp_path, script, line, word):
-    typed_ = command(*line.split(" "), script=script, cwd=tmp_path)
+def test_mistakes_as_a_user_types_them(tmp_path, script, line, word, cold):
+    """By a fresh interpreter, or by one that has to import all of dsam: either misses what a script does not import."""
+    how = {"cold": True} if cold else {"before": "faults:forgets_dsam"}
+    typed_ = command(*line.split(" "), script=script, cwd=tmp_path, **how)
     assert_one_line(Done(typed_.returncode, typed_.stdout, typed_.stderr, [str(p) for p in tmp_path.iterdir()]), word)

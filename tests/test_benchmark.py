@@ -3,22 +3,40 @@
 import json
 import os
 import signal
+import sys
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from conftest import command
 from transformers import BertConfig, BertForSequenceClassification
 
-from dsam.benchmark import norms, packing, scaling, shares, steps, table, throughput
+from dsam.benchmark import norms, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
 from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def config(tmp_path):
     given = ["task=agreement", "model=tiny", "train.batch_size=8", f"paths.cache={tmp_path}", "device.threads=1"]
     return Config.load(compose_config([*given, f"paths.runs={tmp_path}/runs"], CONF))
+
+
+def figures(what, config, *arguments):
+    """What `what`.measure returns, beside whose process those that it starts come at once."""
+    found, said = warm.call("test_benchmark:measured", what, config.to_dict(), *arguments)
+    return [SimpleNamespace(**row) for row in found], said
+
+
+def measured(what, config, *arguments):
+    """In that process."""
+    return [asdict(row) for row in sys.modules[f"dsam.benchmark.{what}"].measure(Config.load(config), *arguments)]
 
 
 def test_methods_are_timed_beside_adamw_and_sam(tmp_path):
@@ -60,7 +78,7 @@ def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monke
 
 
 def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
-    found = norms.measure(config, length=8, rounds=1)
+    found = [norms.Cost(**vars(row)) for row in figures("norms", config, 8, 1)[0]]
     rows = table.costs(found)
     assert list(rows["one pass"]) == list(norms.WAYS)
     assert rows["/ backward"][0] == 1 and (rows["/ backward"] > 0).all()
@@ -92,7 +110,8 @@ def test_scaling_rows_are_what_they_say(config, monkeypatch):
 def test_scaling_keeps_each_point_and_draws_them(tmp_path):
     out = tmp_path / "scaling.json"
     arguments = ["--what", "scaling", "--shapes", "MiniLM-L6", "--points", "1x8", "2x8", "--rounds", "1"]
-    done = command(*arguments, "--out", str(out), "train.precision=bfloat16", "device.threads=1", script="benchmark.py")
+    settings = ["train.precision=bfloat16", "device.threads=1"]
+    done = command(*arguments, "--out", str(out), *settings, script="benchmark.py", before="test_benchmark:all_small")
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     (points,) = written["measured"].values()
@@ -103,20 +122,29 @@ def test_scaling_keeps_each_point_and_draws_them(tmp_path):
     assert wrong.returncode == 2 and "--points" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+def all_small():
+    scaling.SHAPES["MiniLM-L6"].update(hidden_size=24, num_hidden_layers=1, intermediate_size=24)
+    scaling.PEAK_SIZE["cpu"] = 256
+
+
 def test_packed_runs_share_the_device(config):
     config.train.max_steps = steps_of_a_run = 50
-    one, two = packing.measure(config, [1, 2], batches=2, rounds=2)
+    (one, two), _ = figures("packing", config, [1, 2], 2, 2)
     assert (one.at_once, two.at_once) == (1, 2)
     assert one.runs_per_hour == pytest.approx(3600 / (one.seconds * steps_of_a_run))
     assert two.runs_per_hour == pytest.approx(2 * 3600 / (two.seconds * steps_of_a_run))
     assert 1.8 < two.peak_memory_bytes / one.peak_memory_bytes < 2.2
 
 
-def test_what_does_not_fit_the_memory_costs_its_own_point(config, monkeypatch, capfd):
-    monkeypatch.setattr(scaling, "at", _killed_at_two)
-    found = list(scaling.measure(config, ["BERT-base"], [(1, 8), (2, 8), (3, 8)], 1))
+def test_what_does_not_fit_the_memory_costs_its_own_point(config):
+    found, said = warm.call("test_benchmark:points", config.to_dict())
     assert found == ["BERT-base 1", "BERT-base 3"]
-    assert "BERT-base: 2 × 8 tokens do not fit the memory" in capfd.readouterr().err
+    assert "BERT-base: 2 × 8 tokens do not fit the memory" in said
+
+
+def points(config):
+    scaling.at = _killed_at_two
+    return list(scaling.measure(Config.load(config), ["BERT-base"], [(1, 8), (2, 8), (3, 8)], 1))
 
 
 def _killed_at_two(config, shape, batch, length, rounds):
@@ -125,7 +153,9 @@ def _killed_at_two(config, shape, batch, length, rounds):
     return f"{shape} {batch}"
 
 
-def test_shares_add_up_to_a_step(config):
+def test_shares_add_up_to_a_step(config, monkeypatch):
+    imports = []
+    monkeypatch.setattr(shares.subprocess, "run", lambda *given, **_: (imports.append(given), time.sleep(0.05)))
     found = {s.name: s for s in shares.measure(config, count=2, rounds=1)}
     step = [s for s in found.values() if s.whole == "a SAM step" and not s.name.startswith("operator")]
     operators = [s for s in found.values() if s.name.startswith("operator")]
@@ -135,7 +165,8 @@ def test_shares_add_up_to_a_step(config):
     rows = table.parts(list(found.values())).set_index("part")
     epoch = found["evaluation"]
     assert rows.loc["evaluation", "%"] == pytest.approx(100 * epoch.seconds / epoch.whole_seconds)
-    assert epoch.whole_seconds > 0.1 and found["importing the libraries, once a sweep"].seconds > 0.5
+    assert epoch.whole_seconds > 0.1 and found["importing the libraries, once a sweep"].seconds >= 0.05
+    assert imports == [([sys.executable, "-c", "import dsam.runs.run"],)] * 2
 
 
 def test_their_sam_takes_the_same_step():

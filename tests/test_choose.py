@@ -16,6 +16,8 @@ from dsam.runs.run import prepare, run
 from dsam.training.batches import held_out
 from dsam.training.loop import best
 
+pytestmark = pytest.mark.slow
+
 FAST = ["task=agreement", "model=tiny", "train.max_steps=4", "train.max_train_examples=64", "tracking=disabled"]
 
 

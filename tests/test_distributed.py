@@ -1,11 +1,13 @@
 """Two real processes (gloo) against one process with the joint batch, in float64."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import warm
 from classifier import Classifier, Losses
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -219,13 +221,17 @@ def tolerance(name):
     return {"rtol": 1e-6, "atol": 1e-7} if "delta" in name else EXACT  # δ-SAM's weights are float32
 
 
+def both_ranks(port, folder):
+    mp.spawn(a_rank, (port, Path(folder)), nprocs=2)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(a_rank, (port, folder), nprocs=2)
+    warm.call("test_distributed:both_ranks", port, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -10,6 +10,8 @@ from test_command_line import log_lines, results, without_clock
 
 from dsam.runs.record import Record
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ["train.max_steps=12", "tracking=disabled", "checkpoint.every_seconds=0"]
 
 

@@ -1,12 +1,15 @@
 """Token ids equal the tokenizer's own, padded batches equal `tokenizer.pad`, and the cache survives what happens."""
 
-import multiprocessing
+import json
+import os
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import warm
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
@@ -160,7 +163,8 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, tokenizer, monkeypatch):
     assert len(tokenise(PAIR, {"dev": ROWS}, tokenizer, 32, tmp_path, "k")["dev"]) == 3
 
 
-def tokenise_in_another_process(folder, barrier, queue):
+def tokenise_apart(folder):
+    """In a process of its own."""
     calls = []
     encode = tokenising._encode
 
@@ -171,24 +175,21 @@ def tokenise_in_another_process(folder, barrier, queue):
 
     tokenising._encode = slow
     tokenizer = BertTokenizerFast(str(builtin.VOCABULARY))
-    barrier.wait()
     made = tokenise(PAIR, load(PAIR, "builtin", splits=["dev"]), tokenizer, 32, folder, fingerprint(PAIR, "builtin"))
-    queue.put((len(calls), int(made["dev"].input_ids.sum())))
+    print(json.dumps([len(calls), int(made["dev"].input_ids.sum())]))
 
 
+@pytest.mark.slow
 def test_two_processes_tokenise_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=tokenise_in_another_process, args=(tmp_path, barrier, queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
+    processes = [
+        warm.Command("test_glue_tokenising:tokenise_apart", [str(tmp_path)], ROOT, os.environ) for _ in range(2)
+    ]
+    results = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
     assert sorted(count for count, _ in results) == [0, 1]
     assert results[0][1] == results[1][1] > 0
 
 
+@pytest.mark.slow
 def test_a_warm_cache_of_sst2_s_size_loads_quickly(tmp_path, tokenizer):
     rows = pairs(*[("the dog is old and near a bus", "cars")] * 67_349)
     tokenise(PAIR, {"train": rows}, tokenizer, 64, tmp_path, "k")

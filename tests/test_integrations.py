@@ -4,10 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import warm
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -315,14 +317,19 @@ def a_rank(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+def both_ranks(port, folder):
+    mp.spawn(a_rank, (port, Path(folder)), nprocs=2)
+
+
 TWO_PROCESSES = {"global": {"ascent": "global"}, "local": {"ascent": "local"}}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch_and_resume_exactly(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(a_rank, (port, tmp_path), nprocs=2)
+    warm.call("test_integrations:both_ranks", port, str(tmp_path))
     one = trained(Ours, tmp_path, steps=2, method=lambda m: DeltaSAM(m, 0.1, seed=5))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -92,6 +92,7 @@ def test_the_readme_says_how_the_numbers_came_to_be(few, tmp_path):
         assert f"`{path.name}`" in text or f"`{path.stem}.csv` `.md` `.tex` `.html`" in text or path.name == "README.md"
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes_in_any_process(few, tmp_path):
     code = """if True:
         import sys; from pathlib import Path

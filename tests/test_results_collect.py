@@ -3,14 +3,14 @@
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import many_runs
 import pandas as pd
 import pytest
+import warm
+from conftest import ROOT
 
 from dsam.errors import UserError
 from dsam.results import index
@@ -187,13 +187,18 @@ def test_without_the_index_every_result_is_read(tmp_path):
     assert "0.99" in path.read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_may_collect_at_once(tmp_path):
     for seed in range(50):
         finish(tmp_path, plan(seed=seed))
-    code = f"from dsam.results.collect import collect; print(len(collect({str(tmp_path)!r})))"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in both] == ["50", "50"]
+    both = [warm.Command("test_results_collect:count", [str(tmp_path)], ROOT, os.environ) for _ in range(2)]
+    assert [process.communicate() for process in both] == [("50\n", "")] * 2
     assert len(index.load(tmp_path)) == 50 and not list(tmp_path.glob("*.tmp"))
+
+
+def count(folder):
+    """In a process of its own."""
+    print(len(collect(folder)))
 
 
 def test_an_unknown_experiment_or_folder_says_what_to_do(tmp_path):

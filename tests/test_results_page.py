@@ -6,6 +6,8 @@ from test_results_collect import fail, finish, plan, sweep
 
 from dsam.results.report import make as report
 
+pytestmark = pytest.mark.slow
+
 ROWS = "[...document.querySelectorAll('table.sortable tbody tr')]"
 
 

@@ -307,6 +307,7 @@ DOCUMENT = r"""\documentclass{article}
 """
 
 
+@pytest.mark.slow
 def test_latex_compiles_every_table(runs_dir, built, tmp_path):
     folder = tmp_path / "latex"
     inputs = []
@@ -395,6 +396,7 @@ def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
     assert not (tmp_path / "tables").exists()
 
 
+@pytest.mark.slow
 def test_files_of_earlier_runs_are_named(runs_dir, tmp_path):
     old = [tmp_path / "tables/smoke/rho.csv", tmp_path / "figures/smoke/rho_tiny.png"]
     for path in old:
@@ -404,6 +406,7 @@ def test_files_of_earlier_runs_are_named(runs_dir, tmp_path):
     assert made.left_over == old and all(path.exists() for path in old)
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_that_needs_no_network(runs_dir):
     results = runs_dir.parent
     shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")

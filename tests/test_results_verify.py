@@ -18,6 +18,8 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 from dsam.sweeps import sweep
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder):
     frame = collect(folder / "runs", "sweep", cached=False)

@@ -217,6 +217,7 @@ def run(tmp_path_factory):
 QUICK = ["--examples", "10", "--eigenvalues", "1", "--tolerance", "0.1", "--probes", "2", "--line", "3", "--grid", "3"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_finished_run(run):
     done = command(str(run), *QUICK, script="sharpness.py")
     assert done.returncode == 0, done.stderr
@@ -242,6 +243,7 @@ def test_the_command_measures_a_finished_run(run):
     assert np.isfinite(found["trace"]["standard_error"])
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers_and_best_weights_have_their_own_place(run, tmp_path):
     options = [*QUICK, "--weights", "best", "--grid", "0"]
     for name in ("a", "b"):
@@ -252,6 +254,7 @@ def test_the_same_command_gives_the_same_numbers_and_best_weights_have_their_own
     assert not (tmp_path / "a" / "plane.png").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_status_2(run, tmp_path):
     (tmp_path / "empty").mkdir()
     bare = tmp_path / "bare"

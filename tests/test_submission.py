@@ -213,6 +213,7 @@ def test_files_written_by_hand(small, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.tsv")} == expected
 
 
+@pytest.mark.slow
 def test_the_command_writes_official_sizes_and_says_what_no_run_answered(root, runs, tmp_path):
     other = tmp_path / "glue"
     shutil.copytree(root / "WNLI", other / "WNLI")

@@ -1,6 +1,5 @@
 """A sweep goes on whatever becomes of its runs, and says what became of them."""
 
-import functools
 import json
 import os
 import re
@@ -8,18 +7,24 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, command
+import warm
+from conftest import ROOT, command, start
 
-from dsam.config import Launcher
+from dsam.command_line import CONF
+from dsam.config import Config, Launcher
 from dsam.errors import Stopped, UserError
+from dsam.overrides import compose_config
 from dsam.sweeps import display, server
+from dsam.sweeps import sweep as sweeps
+from dsam.sweeps.planned import Planned
 
-FAULTS = {"PYTHONPATH": str(Path(__file__).parent / "faults")}
+pytestmark = pytest.mark.slow
+
+FAULTS = {"before": "faults:ends_of_runs"}
 QUICK = ["task=agreement", "train.max_steps=4", "tracking=disabled"]
 
 
@@ -36,17 +41,9 @@ def outcomes(folder):
     return found
 
 
-def test_a_killed_run_a_segfault_an_exit_an_exception_and_a_hang_in_one_sweep(tmp_path, paths):
-    done = command(
-        "-m",
-        *QUICK,
-        *paths,
-        "seed=0,101,102,103,104,105,1",
-        "launcher.workers=2",
-        "launcher.retries=0",
-        "launcher.minutes=0.5",
-        env=FAULTS,
-    )
+def test_a_killed_run_a_segfault_an_exit_and_an_exception_in_one_sweep(tmp_path, paths):
+    seeds = ["seed=0,101,102,103,104,1", "launcher.workers=2", "launcher.retries=0"]
+    done = command("-m", *QUICK, *paths, *seeds, **FAULTS)
     assert done.returncode == 1, done.stderr
     found = outcomes(tmp_path / "runs")
     assert found[0] == found[1] == ("finished", "")
@@ -54,32 +51,35 @@ def test_a_killed_run_a_segfault_an_exit_an_exception_and_a_hang_in_one_sweep(tm
     assert found[102][1] == "killed by signal 11 (SIGSEGV)"
     assert found[103][1] == "left with status 7 and no result"
     assert found[104][1] == "ValueError: a loss of patience"
-    assert found[105][1] == "no result after launcher.minutes=0.5"
-    assert "7 runs: 2 finished, 5 failed" in done.stdout
+    assert "6 runs: 2 finished, 4 failed" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     listed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert len(listed) == 5
-    logs = {
-        seed: Path(re.search(r"log: (\S+)", line)[1]).read_text() for line, seed in zip(listed, "12345", strict=True)
-    }
-    assert any("Traceback" in log and "a loss of patience" in log for log in logs.values())
-    assert any("Fatal Python error: Segmentation fault" in log for log in logs.values())
+    assert len(listed) == 4
+    logs = [Path(re.search(r"log: (\S+)", line)[1]).read_text() for line in listed]
+    assert any("Traceback" in log and "a loss of patience" in log for log in logs)
+    assert any("Fatal Python error: Segmentation fault" in log for log in logs)
+
+
+def test_a_run_that_takes_too_long_and_does_not_leave_when_asked_is_killed(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, "seed=105", "launcher.minutes=0.03", **FAULTS)
+    assert done.returncode == 1, done.stderr
+    assert outcomes(tmp_path / "runs") == {105: ("failed", "no result after launcher.minutes=0.03")}
+    assert "1 run: 1 failed" in done.stdout
 
 
 def test_a_killed_run_is_continued_as_often_as_retries_allows(tmp_path, paths):
-    done = command("-m", *QUICK, *paths, "seed=101", env=FAULTS)
+    done = command("-m", *QUICK, *paths, "seed=101", **FAULTS)
     assert done.returncode == 0, done.stderr
     assert "killed by signal 9 (SIGKILL); out of memory?: agreement" in done.stderr
     assert outcomes(tmp_path / "runs") == {101: ("finished", "")}
-    again = command(
-        "-m", *QUICK, f"paths.runs={tmp_path}/two", paths[1], "seed=101", env=FAULTS | {"DSAM_KILL_ALWAYS": "1"}
-    )
+    arguments = ["-m", *QUICK, f"paths.runs={tmp_path}/two", paths[1], "seed=101"]
+    again = command(*arguments, before="faults:kills_always")
     assert again.returncode == 1
     assert again.stderr.count("it goes on from its checkpoint") == 1
 
 
 def test_a_run_that_outgrows_its_memory_is_killed_and_named(tmp_path, paths):
-    done = command("-m", *QUICK, *paths, "seed=106,0", "launcher.memory_gb=1.5", env=FAULTS)
+    done = command("-m", *QUICK, *paths, "seed=106,0", "launcher.memory_gb=1.5", **FAULTS)
     assert done.returncode == 1
     found = outcomes(tmp_path / "runs")
     assert found[106][1] == "memory grew beyond launcher.memory_gb=1.5"
@@ -87,18 +87,9 @@ def test_a_run_that_outgrows_its_memory_is_killed_and_named(tmp_path, paths):
 
 
 def test_each_run_gets_a_device_of_its_own_while_it_lasts(tmp_path, paths):
-    done = command(
-        "-m",
-        *QUICK,
-        *paths,
-        "seed=range(0,6)",
-        "launcher.devices=[3,5]",
-        "device.name=cpu",
-        "tracking=disabled",
-        env=FAULTS,
-    )
+    done = command("-m", *QUICK, *paths, "seed=range(0,6)", "launcher.devices=[3,5]", "device.name=cpu", **FAULTS)
     assert done.returncode == 0, done.stderr
-    slots = [re.search(r"slot (\S+) ", log.read_text())[1] for log in (tmp_path / "runs").glob("**/log.txt")]
+    slots = [re.search(r"slot (\S+)", log.read_text())[1] for log in (tmp_path / "runs").glob("**/log.txt")]
     assert set(slots) == {"3", "5"}
     assert len(slots) == 6
     assert Launcher(devices=["3", "5"], per_device=2).slots == ["3", "5", "3", "5"]
@@ -106,15 +97,8 @@ def test_each_run_gets_a_device_of_its_own_while_it_lasts(tmp_path, paths):
 
 
 def test_the_longest_runs_start_first(paths):
-    arguments = [
-        "-m",
-        "tracking=disabled",
-        *paths,
-        "task=agreement,similarity",
-        "optimizer=adamw,sam",
-        "train.max_steps=3",
-    ]
-    done = command(*arguments, "optimizer=adamw,sam", "train.max_steps=3")
+    sweep = ["task=agreement,similarity", "optimizer=adamw,sam", "train.max_steps=3", "tracking=disabled"]
+    done = command("-m", *sweep, *paths)
     assert done.returncode == 0, done.stderr
     ended = re.findall(r"\] finished: (\w+) tiny (\w+) ", done.stderr)
     assert [o for _, o in ended] == ["sam", "sam", "adamw", "adamw"]
@@ -141,7 +125,7 @@ def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
 
 def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths):
     plan = ["launcher.plan=true", "launcher.measure=true"]
-    done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env=FAULTS | {"TMPDIR": str(tmp_path)})
+    done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env={"TMPDIR": str(tmp_path)}, **FAULTS)
     assert done.returncode == 0, done.stderr
     assert "the measurement was killed, probably for want of memory" in done.stdout
     assert "1 run: 1 missing. 1 would start." in done.stdout
@@ -157,18 +141,14 @@ def test_a_plan_needs_neither_transformers_nor_scikit_learn():
 
 
 def test_data_and_models_too_large_to_load_are_a_mistake_in_one_line(paths):
-    done = command("-m", *QUICK, *paths, "seed=0,1", env=FAULTS | {"DSAM_KILL_LOADING": "1"})
+    done = command("-m", *QUICK, *paths, "seed=0,1", before="faults:kills_loading")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "loading the data and models was killed, probably for want of memory" in done.stderr
 
 
-def begun(*arguments, until):
+def begun(*arguments, until, **options):
     """A sweep in a group of its own, once `until` (of what it printed) is true."""
-    script = [sys.executable, "-u", str(ROOT / "experiments/train.py"), "-m", *arguments]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    # Where the tests are in the background, SIGINT is ignored, and what they start would inherit that.
-    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    sweep = subprocess.Popen(script, cwd=ROOT, preexec_fn=hears, **options)
+    sweep = start("-m", *arguments, session=True, unbuffered=True, **options)
     said = sweep.stdout.readline()
     deadline = time.monotonic() + 120
     while not until(said):
@@ -183,12 +163,13 @@ def assert_ends(sweep):
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(sweep.pid, 0)
-            time.sleep(0.1)
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("group", [True, False])
 def test_ctrl_c_while_data_and_models_are_loaded_is_one_line_at_once(paths, group):
-    sweep = begun(*QUICK, *paths, "seed=0,1", until=lambda said: "2 runs: 2 missing" in said)
+    arguments = [*QUICK, *paths, "seed=0,1"]
+    sweep = begun(*arguments, until=lambda said: "2 runs: 2 missing" in said, before="faults:loading_takes_long")
     (os.killpg if group else os.kill)(sweep.pid, signal.SIGINT)
     _, stderr = sweep.communicate(timeout=60)
     assert (sweep.returncode, stderr) == (130, "stopped\n")
@@ -199,7 +180,6 @@ def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_they_leave_checkpoint
     arguments = ["task=agreement", "tracking=disabled", "train.epochs=500", *paths, "seed=0,1", "launcher.workers=2"]
     logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
     sweep = begun(*arguments, until=logs)
-    time.sleep(1)
     sweep.kill()
     sweep.communicate()
     assert_ends(sweep)
@@ -223,7 +203,7 @@ def test_a_signal_to_the_whole_group_stops_a_sweep_and_fails_no_run(tmp_path, pa
 
 
 def test_when_the_process_that_runs_are_forked_from_is_killed_they_go_on_from_another(tmp_path, paths):
-    arguments = ["task=agreement", "tracking=disabled", "train.epochs=60", *paths, "seed=0,1", "launcher.workers=2"]
+    arguments = ["task=agreement", "tracking=disabled", "train.epochs=5", *paths, "seed=0,1", "launcher.workers=2"]
     logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
     sweep = begun(*arguments, until=logs)
     run = json.loads(next((tmp_path / "runs").glob("**/provenance.json")).read_text())["pid"]
@@ -244,8 +224,8 @@ def test_what_a_process_of_the_server_raises_comes_back():
         server.call(_odd)
     with pytest.raises(server.Killed):
         server.call(os._exit, 1)
-    code = "from dsam.sweeps import server; server.call(print, 'said in passing')"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "said in passing\n"
+    process = warm.Command("faults:says_in_passing", [], ROOT, os.environ)
+    assert process.communicate(timeout=60) == ("said in passing\n", "")
 
 
 class Odd(Exception):
@@ -261,43 +241,38 @@ def _raises(error):
     raise error
 
 
-def test_a_paper_sweep_wants_committed_code(tmp_path):
-    """In a checkout of its own, since this one's state is not the test's business."""
+def test_a_paper_sweep_wants_committed_code(tmp_path, monkeypatch):
+    """As typed, in a checkout of its own, since this one's state is not the test's business."""
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", copy], check=True)
-    arguments = [
-        "-m",
-        *QUICK,
-        f"paths.runs={tmp_path}/runs",
-        f"paths.cache={tmp_path}/cache",
-        "launcher.require_clean=true",
-    ]
+    places = [f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    script = [sys.executable, copy / "experiments/train.py", "-m", *QUICK, *places, "launcher.require_clean=true"]
     readme = copy / "README.md"
     readme.write_text(readme.read_text() + "changed\n")
 
     def run(*more):
         environment = os.environ | {"PYTHONPATH": str(copy)}
-        script = [sys.executable, str(copy / "experiments/train.py"), *arguments, *more]
-        return subprocess.run(script, cwd=copy, env=environment, capture_output=True, text=True)
+        return subprocess.run([*script, *more], cwd=copy, env=environment, capture_output=True, text=True)
 
     refused = run()
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: tracked files differ from the last commit")
     assert not (tmp_path / "runs").exists()
     assert run("launcher.plan=true").returncode == 0
-    assert run("launcher.require_clean=false").returncode == 0
+
+    monkeypatch.setattr("dsam.runs.provenance.git", lambda: {"commit": "0" * 40, "dirty": True})
+    wanted, unwanted = (
+        Config.load(compose_config([f"launcher.require_clean={value}"], CONF)) for value in ("true", "false")
+    )
+    sweeps.require_clean([unwanted])
+    with pytest.raises(UserError, match="tracked files differ"):
+        sweeps.require_clean([unwanted, wanted])
 
 
 def test_two_sweeps_at_once_share_the_runs_and_do_none_twice(tmp_path, paths):
-    arguments = [sys.executable, "experiments/train.py", "-m", *paths, "task=agreement", "tracking=disabled"]
-    arguments += ["seed=range(0,5)", "train.max_steps=60", "checkpoint.every_seconds=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | FAULTS
-    both = [
-        subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    arguments = ["-m", *paths, "task=agreement", "tracking=disabled"]
+    arguments += ["seed=range(0,5)", "train.max_steps=30", "checkpoint.every_seconds=1"]
+    both = [start(*arguments, **FAULTS) for _ in range(2)]
     ended = [one.communicate(timeout=280) for one in both]
     assert [one.returncode for one in both] == [0, 0], ended
     logs = [log.read_text() for log in (tmp_path / "runs").glob("**/log.txt")]
@@ -306,17 +281,9 @@ def test_two_sweeps_at_once_share_the_runs_and_do_none_twice(tmp_path, paths):
     assert all("5 finished" in out for out, _ in ended)
 
 
-def test_runs_after_the_first_start_at_once(tmp_path, paths):
-    """The server process pays for the imports: from one run's training to the next, the earlier run's step, evaluation
-    and result included, it takes much less than to the first."""
-    began = time.monotonic()
-    done = command("-m", *QUICK, *paths, "seed=range(0,5)", "train.max_steps=1", env=FAULTS)
-    assert done.returncode == 0, done.stderr
-    starts = sorted(
-        float(re.search(r"until (\S+)", log.read_text())[1]) for log in (tmp_path / "runs").glob("**/log.txt")
-    )
-    assert len(starts) == 5
-    assert min(b - a for a, b in pairwise(starts)) < (starts[0] - began) / 4  # the least disturbed of four
+def test_runs_start_at_once_since_the_process_that_they_are_forked_from_has_imported_all_that_takes_long():
+    known = server.call(eval, "list(__import__('sys').modules)")
+    assert {"torch", "transformers", "sklearn.metrics", "scipy.stats", "wandb", "dsam.runs.run"} <= set(known)
 
 
 def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
@@ -332,26 +299,6 @@ def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
         assert "1 run: 1 running elsewhere" in plan.stdout
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "per_device=0",
-        "retries=-1",
-        "minutes=0",
-        "memory_gb=-2",
-        "devices=3",
-        "devices=[]",
-        "devices=[0,0]",
-        "devices=[-1]",
-    ],
-)
-def test_launcher_settings_that_cannot_be_meant(setting, paths):
-    done = command("-m", *QUICK, *paths, f"launcher.{setting}")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert f"launcher.{setting.split('=')[0]}" in done.stderr
-
-
 def test_durations_are_taken_by_a_clock_that_does_not_jump():
     for source in (ROOT / "dsam").rglob("*.py"):
         assert "time.time(" not in source.read_text(), source
@@ -362,10 +309,11 @@ def test_the_time_left_counts_what_running_runs_have_behind_them(monkeypatch, ca
     went on from a checkpoint all of it counts."""
     clock = 1000.0
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)
-    runs = [
-        SimpleNamespace(cost=cost, status="missing", started=0.0, seconds=0.0, title="", reason="")
-        for cost in (2, 2, 2, 2, 1, 1)
-    ]
+
+    class Run(Planned):
+        title, record = "", None
+
+    runs = [Run(None, None, cost=cost) for cost in (2, 2, 2, 2, 1, 1)]
     shown = display.Display(runs)
 
     def start(*some):

@@ -1,0 +1,116 @@
+"""What tests make go wrong: given to a command as `before`, each function changes this process and those that are
+forked from it. Runs of the seeds 101 to 106 then meet the ends that a run can meet:
+
+101 killed by the kernel (SIGKILL), the first time or, after `kills_always`, each time
+102 segmentation fault
+103 os._exit(7)
+104 an exception
+105 a hang, deaf to SIGTERM
+106 memory without end
+"""
+
+import ctypes
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dsam.config import Config
+from dsam.runs import record, run
+from dsam.sweeps import server, sweep
+from dsam.training import loop
+
+
+def ends_of_runs(always: bool = False) -> None:
+    fine_tune = loop.fine_tune
+
+    def fails(config, task, data, model, method, device, checkpoints, **options):
+        folder = Path(checkpoints.folder).parent
+        print("slot", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+        if config.seed == 101 and (always or not (folder / "killed-before").exists()):
+            (folder / "killed-before").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config.seed == 102:
+            ctypes.string_at(0)
+        if config.seed == 103:
+            os._exit(7)
+        if config.seed == 104:
+            raise ValueError("a loss of patience")
+        if config.seed == 105:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3600)
+        if config.seed == 106:
+            held = []
+            while True:
+                held.append(bytearray(os.urandom(1) * 50_000_000))
+                time.sleep(0.02)
+        return fine_tune(config, task, data, model, method, device, checkpoints, **options)
+
+    run.fine_tune = loop.fine_tune = fails
+    sweep.GRACE = 0.5
+
+
+def kills_always() -> None:
+    ends_of_runs(always=True)
+
+
+def kills_loading() -> None:
+    """The process that loads data and models before a sweep's runs."""
+    loop.total_steps = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loading_takes_long() -> None:
+    loop.total_steps = lambda *_: time.sleep(3600)
+
+
+def says_in_passing() -> None:
+    server.call(print, "said in passing")
+
+
+def forgets_dsam() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("dsam", "hydra_plugins")]:
+        del sys.modules[name]
+
+
+def run_that_dies(config: dict, where: str, n: int) -> None:
+    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there."""
+    passed = 0
+
+    def passes(name, first=lambda *arguments: None):
+        def around(function):
+            @functools.wraps(function)  # the scheduler looks at what the optimizer's step wraps
+            def wrapped(*arguments, **options):
+                nonlocal passed
+                passed += where == name
+                if where == name and passed == n:
+                    first(*arguments)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return wrapped
+
+        return around
+
+    def half_a_checkpoint(state, stream):
+        stream.write(b"half a checkpoint" * 100)
+        stream.flush()
+
+    def half_a_line(self, line):
+        with self.metrics.open("a") as stream:
+            stream.write('{"event": "train", "st')
+
+    def rename(function):
+        at_result, at_any = passes("result")(function), passes("rename")(function)
+        return lambda self, target: (at_result if Path(target).name == "result.json" else at_any)(self, target)
+
+    torch.save = passes("save", half_a_checkpoint)(torch.save)
+    os.fsync = passes("fsync")(os.fsync)
+    loop.compute = passes("evaluate")(loop.compute)
+    torch.optim.AdamW.step = passes("step")(torch.optim.AdamW.step)
+    Path.rename = rename(Path.rename)
+    record.Record.log = passes("log", half_a_line)(record.Record.log)
+    run.run(Config.load(config))
