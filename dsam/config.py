@@ -1,16 +1,19 @@
-"""One run's configuration as dataclasses; every mistake in it is found here, before work starts."""
+"""One run's configuration: typed settings, what each may be beside it; mistakes are found before work starts."""
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+import types
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import UserError, did_you_mean
+from .task import Task, get_task
 from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -19,124 +22,237 @@ LARGEST = 3.4e38  # of float32
 MOST_AT_ONCE = 1024  # threads, or runs: more is a slip of the keyboard
 
 
-@dataclass
-class Task:
-    name: str
+# Kinds of settings: coerced, so that 1 and 1.0 (or "1e-5" and 0.00001) are one configuration.
 
 
-@dataclass
-class Model:
-    name: str
-    id: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    architecture: dict[str, Any] | None = None
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        raise PydanticCustomError("kind", "a whole number")
+    if abs(value) >= 2**63:
+        raise PydanticCustomError("said", "{path}={value} must be below 2^63")
+    return int(value)
+
+
+def _number(value: Any) -> Any:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isfinite(number) and abs(number) > LARGEST:
+        raise PydanticCustomError("said", f"{{path}}={number} must be within float32, ±{LARGEST}")
+    if not math.isfinite(number):
+        raise PydanticCustomError("kind", "a finite number")
+    return number
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, float):  # of a file: what it was written as is lost (86e12345 is infinite)
+        raise PydanticCustomError("said", "'{path}' must be text, not the number {value}: put it in quotes")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise PydanticCustomError("kind", "text")
+    if CONTROL.search(str(value)):
+        raise PydanticCustomError("said", "'{path}' holds a control character or broken UTF-8: {value_repr}")
+    return str(value)
+
+
+def _yes(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise PydanticCustomError("kind", "true or false")
+    return value
+
+
+def _group(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("kind", "a group of settings")
+    for key in value:
+        if not isinstance(key, str):
+            raise PydanticCustomError("said", f"'{{path}}': the name {key!r} must be text")
+    return value
+
+
+def _list(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("kind", "a list")
+    return value
+
+
+def _pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise PydanticCustomError("kind", "a list of two")
+    return tuple(value)
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Text = Annotated[str, BeforeValidator(_text)]
+Yes = Annotated[bool, BeforeValidator(_yes)]
+Group = Annotated[dict[str, Any], BeforeValidator(_group)]
+AtLeast0 = Annotated[Whole, Field(ge=0)]
+AtLeast1 = Annotated[Whole, Field(ge=1)]
+AtOnce = Annotated[Whole, Field(ge=1, le=MOST_AT_ONCE)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """A group of settings: frozen, and without any that is not named here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Settings):
+    name: Text
+    id: Text | None = None
+    revision: Text | None = None
+    path: Text | None = None
+    architecture: Group | None = None
     # What follows are the model's usual recipe and habits, which `train`, `optimizer` and `device` take up.
-    epochs: int = 3
-    batch_size: int = 32
-    lr: float = 2e-5
-    weight_decay: float = 0.01
-    rho: float = 0.05
-    threads: int | None = None
-    piece_overhead: int | None = None
+    epochs: Whole = 3
+    batch_size: Whole = 32
+    lr: Number = 2e-5
+    weight_decay: Number = 0.01
+    rho: Number = 0.05
+    threads: Whole | None = None
+    piece_overhead: Whole | None = None
 
 
-@dataclass
-class Optimizer:
+class Optimizer(Settings):
     """A method of `dsam.methods.METHODS`, its options, and how many times the usual steps it takes."""
 
-    name: str
-    method: str
-    steps_factor: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    name: Text
+    method: Text
+    steps_factor: AtLeast1 = 1
+    options: Group = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options(cls, given: Any) -> Any:
+        """What is no setting of every method is an option of this one."""
+        if not isinstance(given, dict):
+            return given
+        options = {k: v for k, v in given.items() if k not in cls.model_fields}
+        if given.get("options") is not None:
+            options |= coerced(given["options"], Group, "optimizer.options")
+        given = {k: v for k, v in given.items() if k in cls.model_fields} | {"options": options}
+        if "method" in given:
+            given["options"] = check_method(coerced(given["method"], Text, "optimizer.method"), options)
+        return given
 
 
-@dataclass
-class Data:
-    source: str
-    root: str | None = None
-    revision: str | None = None
+class Data(Settings):
+    source: Literal["builtin", "local", "hub"]
+    root: Text | None = None
+    revision: Text | None = None
 
 
-@dataclass
-class Seeds:
-    init: int
-    data: int
+class Seeds(Settings):
+    init: AtLeast0
+    data: AtLeast0
 
 
-@dataclass
-class Train:
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.06
-    max_grad_norm: float | None = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    dropout: float | None = None
-    precision: str = "float32"
-    max_length: int = 128
-    micro_batch_size: int | None = None
-    piece_overhead: int | None = None
-    max_steps: int | None = None
-    max_train_examples: int | None = None
+class Train(Settings):
+    epochs: AtLeast1
+    batch_size: AtLeast1
+    lr: NotNegative
+    weight_decay: NotNegative = 0.01
+    warmup_ratio: Share = 0.06
+    max_grad_norm: Positive | None = 1.0
+    betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    dropout: Share | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    max_length: Annotated[Whole, Field(ge=8)] = 128
+    micro_batch_size: AtLeast1 | None = None
+    piece_overhead: AtLeast0 | None = None
+    max_steps: AtLeast1 | None = None
+    max_train_examples: AtLeast1 | None = None
 
 
-@dataclass
-class Tracking:
-    mode: str = "offline"
-    project: str = "dsam"
-    entity: str | None = None
+class Tracking(Settings):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: Text = "dsam"
+    entity: Text | None = None
+
+    @model_validator(mode="after")
+    def _project(self) -> "Tracking":
+        if not self.project or set(self.project) & set("/\\#?%:"):
+            raise UserError(f"tracking.project='{self.project}' must be a name without any of / \\ # ? % :")
+        return self
 
 
-@dataclass
-class Device:
-    name: str = "auto"
-    threads: int | None = None
+class Device(Settings):
+    name: Text = "auto"
+    threads: AtOnce | None = None
+
+    @model_validator(mode="after")
+    def _name(self) -> "Device":
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.name):
+            raise UserError(f"unknown device.name '{self.name}'; use auto, cpu, cuda or cuda:0")
+        return self
 
 
-@dataclass
-class Checkpoint:
-    every_seconds: float = 60
-    keep_weights: bool = False
-    keep_at: list[int] = field(default_factory=list)
+class Checkpoint(Settings):
+    every_seconds: NotNegative = 60
+    keep_weights: Yes = False
+    keep_at: Annotated[list[Whole], BeforeValidator(_list)] = []
+
+    @model_validator(mode="after")
+    def _percents(self) -> "Checkpoint":
+        for percent in self.keep_at:
+            if not 0 < percent <= 100:
+                raise UserError(
+                    f"checkpoint.keep_at: {percent} must be above 0 and at most 100 (per cent of the steps)"
+                )
+        return self
 
 
-@dataclass
-class Paths:
-    runs: str = "results/runs"
-    cache: str = ".cache/dsam"
-    tables: str = "results/tables"
-    figures: str = "results/figures"
-    records: str = "results/records"
+class Paths(Settings):
+    runs: Text = "results/runs"
+    cache: Text = ".cache/dsam"
+    tables: Text = "results/tables"
+    figures: Text = "results/figures"
+    records: Text = "results/records"
 
 
-@dataclass
-class Launcher:
-    name: str = "local"
-    workers: int = 1
-    devices: list[str] | None = None
-    per_device: int = 1
-    minutes: float | None = None
-    memory_gb: float | None = None
-    retries: int = 1
+class Launcher(Settings):
+    name: Literal["local", "slurm"] = "local"
+    workers: AtOnce = 1
+    devices: Annotated[list[Text], BeforeValidator(_list)] | None = None
+    per_device: AtOnce = 1
+    minutes: Positive | None = None
+    memory_gb: Positive | None = None
+    retries: AtLeast0 = 1
     # of Slurm's jobs
-    pack: int = 1
-    wait: bool = True
-    partition: str | None = None
-    account: str | None = None
-    cpus: int | None = None
-    gpus: int | None = None
-    job_memory_gb: float | None = None
-    job_minutes: int = 240
-    warning_seconds: int = 90
-    jobs_at_once: int = 256
-    sbatch: list[str] = field(default_factory=list)
-    setup: list[str] = field(default_factory=list)
-    plan: bool = False
-    measure: bool = False
-    require_clean: bool = False
+    pack: AtLeast1 = 1
+    wait: Yes = True
+    partition: Text | None = None
+    account: Text | None = None
+    cpus: AtLeast1 | None = None
+    gpus: AtLeast1 | None = None
+    job_memory_gb: Positive | None = None
+    job_minutes: AtLeast1 = 240
+    warning_seconds: AtLeast0 = 90
+    jobs_at_once: AtLeast1 = 256
+    sbatch: Annotated[list[Text], BeforeValidator(_list)] = []
+    setup: Annotated[list[Text], BeforeValidator(_list)] = []
+    plan: Yes = False
+    measure: Yes = False
+    require_clean: Yes = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Launcher":
+        devices = self.devices
+        if devices is not None and (
+            not devices or len(set(devices)) < len(devices) or not all(map(_is_device, devices))
+        ):
+            raise UserError(f"launcher.devices={devices} must name different GPUs by number or UUID, e.g. [0,1]")
+        for option in self.sbatch:
+            if not re.match(r"--[a-z]", option):
+                raise UserError(f"launcher.sbatch: '{option}' must be an option like --qos=low")
+        if self.warning_seconds >= 60 * self.job_minutes:
+            raise UserError(f"launcher.warning_seconds={self.warning_seconds} is all of launcher.job_minutes")
+        return self
 
     @property
     def slots(self) -> list[str | None]:
@@ -146,27 +262,26 @@ class Launcher:
         return [None] * self.workers
 
 
-@dataclass
-class Config:
+class Config(Settings):
     """A frozen, checked configuration of one run. `Config.load` is the only way in."""
 
     task: Task
     model: Model
     optimizer: Optimizer
     data: Data
-    seed: int
+    seed: Whole
     seeds: Seeds
     train: Train
-    tracking: Tracking = field(default_factory=Tracking)
-    device: Device = field(default_factory=Device)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    paths: Paths = field(default_factory=Paths)
-    launcher: Launcher = field(default_factory=Launcher)
-    selection: str = "dev"
-    fresh_seeds: list[int] = field(default_factory=list)
-    initialise_from: str | None = None
-    parent: dict[str, Any] | None = None  # the configuration that `initialise_from` comes to, filled in by `load`
-    experiment: str | None = None
+    tracking: Tracking = Tracking()
+    device: Device = Device()
+    checkpoint: Checkpoint = Checkpoint()
+    paths: Paths = Paths()
+    launcher: Launcher = Launcher()
+    selection: Literal["dev", "heldout"] = "dev"
+    fresh_seeds: Annotated[list[AtLeast0], BeforeValidator(_list)] = []
+    initialise_from: Text | None = None
+    parent: Group | None = None  # the configuration that `initialise_from` comes to, filled in by `load`
+    experiment: Text | None = None
 
     @classmethod
     def load(cls, given: DictConfig | dict, experiment: str | None = None) -> "Config":
@@ -179,202 +294,176 @@ class Config:
             plain = OmegaConf.to_container(OmegaConf.create(given), resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise UserError(f"configuration: {first_line(error)}") from None
+        assert isinstance(plain, dict)
         for name in ("hydra", "recipe"):
             plain.pop(name, None)
         plain["experiment"] = experiment or plain.get("experiment")
         if plain.get("initialise_from") and not plain.get("parent"):
             keep = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
-            other = {"task": {"name": str(plain["initialise_from"])}} | keep
-            plain["parent"] = cls.load(OmegaConf.merge(OmegaConf.create(given), other), experiment).to_dict()
-        config = _read(cls, plain, "")
-        _check(config)
-        return config
+            other = OmegaConf.merge(OmegaConf.create(given), keep)
+            other.task = {"name": str(plain["initialise_from"])}
+            plain["parent"] = cls.load(other, experiment).to_dict()
+        try:
+            return cls.model_validate(plain)
+        except ValidationError as error:
+            raise UserError(described(error, cls)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped_task(cls, given: Any) -> Any:
+        """A task of which only the name is said, as in records before tasks were configurations, is our own."""
+        task = given.get("task") if isinstance(given, dict) else None
+        if isinstance(task, dict) and set(task) == {"name"} and isinstance(task["name"], str):
+            return given | {"task": get_task(task["name"])}
+        return given
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Config":
+        task, model, data = self.task, self.model, self.data
+        if self.initialise_from == task.name:
+            raise UserError(f"initialise_from={task.name} is the task itself; name another one, or null")
+        if not task.train:
+            raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
+        if not (model.path or model.id or model.architecture):
+            raise UserError(f"model={model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
+        if model.id and not model.path and not model.revision:
+            raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
+        if data.source == "hub" and not data.revision and not (task.hub and task.hub.revision):
+            raise UserError("data=hub needs data.revision=HASH: without it, numbers may change unseen")
+        return self
+
+    @model_validator(mode="after")
+    def _places(self) -> "Config":
+        """Folders: that each can be there, whether it is or not."""
+        if self.data.source == "local" and not self.data.root and not self.task.has_own_places:
+            raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
+        for path, name in (("model.name", self.model.name), ("optimizer.name", self.optimizer.name)):
+            if not name or "/" in name or name in (".", "..") or len(name.encode()) > 200:
+                raise UserError(f"{path}='{name}' cannot name a folder, which a run's record needs")
+        for path, value in (("data.root", self.data.root), ("model.path", self.model.path)):
+            if value:
+                _exists(path, Path(value))
+        for name, value in vars(self.paths).items():
+            if not value:
+                raise UserError(f"paths.{name} is empty: give a folder")
+            folder = Path(value).absolute()
+            there = next(p for p in (folder, *folder.parents) if _exists(f"paths.{name}", p))
+            if not there.is_dir():
+                raise UserError(f"paths.{name}={value}: {there} is not a folder")
+        return self
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
 
-def _read(schema: type, given: Any, where: str) -> Any:
-    """`given` as an instance of the dataclass `schema`; unknown keys and wrong types are named with their path."""
-    if not isinstance(given, dict):
-        raise UserError(f"{where or 'configuration'} must be a group of settings, not {given!r}")
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    if schema is Optimizer:
-        options = {k: v for k, v in given.items() if k not in fields}
-        if given.get("options") is not None:
-            options |= coerce(given["options"], dict[str, Any], f"{where}.options")
-        given = {k: v for k, v in given.items() if k in fields} | {"options": options}
-    values = {}
-    for key, value in given.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            raise UserError(f"unknown key '{path}'; {did_you_mean(key, fields)}")
-        values[key] = coerce(value, fields[key].type, path)
-    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
-    for name in required:
-        if name not in values:
-            raise UserError(f"'{where + '.' if where else ''}{name}' is not set")
-    return schema(**values)
+def on_device(config: Config, name: str) -> Config:
+    """The configuration with another `device.name`. UserError for none such."""
+    return config.model_copy(update={"device": Device(name=name, threads=config.device.threads)})
 
 
-def coerce(value: Any, kind: Any, path: str) -> Any:
-    """`value` as the annotated type `kind`, so that 1 and 1.0 (or "1e-5" and 0.00001) are one configuration."""
-    if dataclasses.is_dataclass(kind):
-        return _read(kind, value, path)
-    alternatives = getattr(kind, "__args__", ()) if "|" in str(kind) else (kind,)
-    if value is None:
-        if type(None) in alternatives:
+# What a mistake is called
+
+
+def described(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first mistake that pydantic found, as one line with its path, value and the nearest name."""
+    first = error.errors()[0]
+    return _line(first, schema, [part for part in first["loc"] if not _is_branch(part)])
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of an error's place is not a setting but pydantic's name for one side of a union."""
+    return isinstance(part, str) and (part in ("str", "File") or "[" in part or part.startswith("function-"))
+
+
+def _line(error: ErrorDetails, schema: type[BaseModel], place: list[int | str]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return f"'{path}' is not set"
+    if kind == "extra_forbidden":
+        return f"unknown key '{path}'; {did_you_mean(str(place[-1]), _fields(schema, place[:-1]))}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{path or 'configuration'} must be a group of settings, not {value!r}"
+    if kind == "kind":
+        null = " or null" if _may_be_null(schema, place) else ""
+        return f"'{path}' must be {error['msg']}{null}, not {'null' if value is None else repr(value)}"
+    if kind == "said":
+        return error["msg"].format(path=path, value=value, value_repr=repr(value))
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        return f"unknown {path} '{value}'; {did_you_mean(str(value), known)}"
+    if kind == "string_pattern_mismatch":
+        return f"{path}='{value}' must be letters, digits and _ . + -, since folders are named after it"
+    limits = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("above", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("below", "lt"),
+    }
+    if kind in limits:
+        words, name = limits[kind]
+        limit = context[name]
+        return f"{path}={_shown(value)} must be {words} {limit:g}"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _shown(value: Any) -> Any:
+    """A number as the setting holds it: 1e-5 is 1e-05, whether it was text or not."""
+    return float(value) if isinstance(value, str) else value
+
+
+def _annotation(schema: type[BaseModel], place: list[int | str]) -> Any:
+    found: Any = schema
+    for part in place:
+        found = next((a for a in _alternatives(found) if isinstance(a, type) and issubclass(a, BaseModel)), found)
+        if isinstance(part, int) or not (isinstance(found, type) and issubclass(found, BaseModel)):
             return None
-        raise UserError(f"'{path}' must be {_describe(alternatives)}, not null")
-    for alternative in alternatives:
-        if alternative is bool and isinstance(value, bool):
-            return value
-        if isinstance(value, bool):
-            continue
-        if alternative is int and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-            if abs(value) >= 2**63:
-                raise UserError(f"{path}={value} must be below 2^63")
-            return int(value)
-        if alternative is float and isinstance(value, int | float | str):
-            try:
-                number = float(value)
-            except (ValueError, OverflowError):
-                continue
-            if abs(number) <= LARGEST:
-                return number
-            if math.isfinite(number):
-                raise UserError(f"{path}={number} must be within float32, ±{LARGEST}")
-        if alternative is str and isinstance(value, str | int | float):
-            if CONTROL.search(str(value)):
-                raise UserError(f"'{path}' holds a control character or broken UTF-8: {value!r}")
-            return str(value)
-        if getattr(alternative, "__origin__", None) is dict and isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise UserError(f"'{path}': the name {key!r} must be text")
-            return value
-        if getattr(alternative, "__origin__", None) is list and isinstance(value, list | tuple):
-            (part,) = alternative.__args__
-            return [coerce(v, part, f"{path}[{i}]") for i, v in enumerate(value)]
-        if getattr(alternative, "__origin__", None) is tuple and isinstance(value, list | tuple):
-            parts = alternative.__args__
-            if len(parts) == len(value):
-                return tuple(coerce(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, parts, strict=True)))
-    raise UserError(f"'{path}' must be {_describe(alternatives)}, not {value!r}")
+        if part not in found.model_fields:
+            return None
+        found = found.model_fields[part].annotation
+    return found
 
 
-def _describe(alternatives) -> str:
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
-    words |= {list: "a list", tuple: "a list of two", dict: "a group of settings"}
-    return " or ".join(words.get(getattr(a, "__origin__", a), str(a)) for a in alternatives)
+def _alternatives(annotation: Any) -> tuple:
+    union = get_origin(annotation) in (types.UnionType, Union)
+    return get_args(annotation) if union else (annotation,)
 
 
-def _check(config: Config) -> None:
-    """Values that have the right type and cannot be meant."""
-    from .task import get_task
+def _fields(schema: type[BaseModel], place: list[int | str]) -> list[str]:
+    kinds = _alternatives(_annotation(schema, place))
+    return [
+        name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for name in kind.model_fields
+    ]
 
-    task = get_task(config.task.name)
-    train = config.train
 
-    def at_least(path: str, value, smallest, strictly=False):
-        if value is not None and (value <= smallest if strictly else value < smallest):
-            raise UserError(f"{path}={value} must be {'above' if strictly else 'at least'} {smallest}")
+def _may_be_null(schema: type[BaseModel], place: list[int | str]) -> bool:
+    return type(None) in _alternatives(_annotation(schema, place))
 
-    def at_most(path: str, value, largest):
-        if value is not None and value > largest:
-            raise UserError(f"{path}={value} must be at most {largest}")
 
-    def one_of(path: str, value: str, known):
-        if value not in known:
-            raise UserError(f"unknown {path} '{value}'; {did_you_mean(value, known)}")
+def coerced(value: Any, kind: Any, path: str) -> Any:
+    """`value` as a setting of this kind. UserError names the path."""
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "kind":
+            null = " or null" if type(None) in _alternatives(kind) else ""
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"'{path}' must be {first['msg']}{null}, not {shown}") from None
+        raise UserError(_line(first, BaseModel, [path])) from None
 
-    for name in ("epochs", "batch_size", "micro_batch_size", "max_steps", "max_train_examples"):
-        at_least(f"train.{name}", getattr(train, name), 1)
-    for name in ("lr", "weight_decay", "piece_overhead", "warmup_ratio", "dropout"):
-        at_least(f"train.{name}", getattr(train, name), 0)
-    for name in ("max_grad_norm", "eps"):
-        at_least(f"train.{name}", getattr(train, name), 0, strictly=True)
-    at_least("train.max_length", train.max_length, 8)
-    for name in ("warmup_ratio", "dropout"):
-        if (getattr(train, name) or 0) >= 1:
-            raise UserError(f"train.{name}={getattr(train, name)} must be below 1")
-    for i, beta in enumerate(train.betas):
-        if not 0 <= beta < 1:
-            raise UserError(f"train.betas[{i}]={beta} must be at least 0 and below 1")
-    for name in ("init", "data"):
-        at_least(f"seeds.{name}", getattr(config.seeds, name), 0)
-    at_least("optimizer.steps_factor", config.optimizer.steps_factor, 1)
-    at_least("device.threads", config.device.threads, 1)
-    at_most("device.threads", config.device.threads, MOST_AT_ONCE)
-    for name in ("workers", "per_device"):
-        at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
-        at_most(f"launcher.{name}", getattr(config.launcher, name), MOST_AT_ONCE)
-    devices = config.launcher.devices
-    if devices is not None and (not devices or len(set(devices)) < len(devices) or not all(map(_is_device, devices))):
-        raise UserError(f"launcher.devices={devices} must name different GPUs by number or UUID, e.g. [0,1]")
-    one_of("launcher.name", config.launcher.name, ("local", "slurm"))
-    for name in ("pack", "cpus", "gpus", "job_minutes", "jobs_at_once"):
-        at_least(f"launcher.{name}", getattr(config.launcher, name), 1)
-    at_least("launcher.job_memory_gb", config.launcher.job_memory_gb, 0, strictly=True)
-    at_least("launcher.warning_seconds", config.launcher.warning_seconds, 0)
-    for option in config.launcher.sbatch:
-        if not re.match(r"--[a-z]", option):
-            raise UserError(f"launcher.sbatch: '{option}' must be an option like --qos=low")
-    if config.launcher.warning_seconds >= 60 * config.launcher.job_minutes:
-        raise UserError(f"launcher.warning_seconds={config.launcher.warning_seconds} is all of launcher.job_minutes")
-    at_least("launcher.retries", config.launcher.retries, 0)
-    at_least("launcher.minutes", config.launcher.minutes, 0, strictly=True)
-    at_least("launcher.memory_gb", config.launcher.memory_gb, 0, strictly=True)
-    at_least("checkpoint.every_seconds", config.checkpoint.every_seconds, 0)
-    for percent in config.checkpoint.keep_at:
-        if not 0 < percent <= 100:
-            raise UserError(f"checkpoint.keep_at: {percent} must be above 0 and at most 100 (per cent of the steps)")
-    one_of("train.precision", train.precision, ("float32", "bfloat16"))
-    one_of("selection", config.selection, ("dev", "heldout"))
-    one_of("data.source", config.data.source, ("builtin", "local", "hub"))
-    one_of("tracking.mode", config.tracking.mode, ("offline", "online", "disabled"))
-    if config.initialise_from == task.name:
-        raise UserError(f"initialise_from={task.name} is the task itself; name another one, or null")
-    for seed in config.fresh_seeds:
-        at_least("fresh_seeds", seed, 0)
-    if config.data.source == "local" and not config.data.root:
-        raise UserError("data=local needs data.root=DIR, the folder that holds RTE/train.tsv and so on")
-    if not task.train:
-        raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
-    if not (config.model.path or config.model.id or config.model.architecture):
-        raise UserError(f"model={config.model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
-    if config.model.id and not config.model.path and not config.model.revision:
-        raise UserError(f"model.id={config.model.id} needs model.revision=HASH: without it, numbers may change unseen")
-    if config.data.source == "hub" and not config.data.revision:
-        raise UserError("data=hub needs data.revision=HASH: without it, numbers may change unseen")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", config.device.name):
-        raise UserError(f"unknown device.name '{config.device.name}'; use auto, cpu, cuda or cuda:0")
-    if not config.tracking.project or set(config.tracking.project) & set("/\\#?%:"):
-        raise UserError(f"tracking.project='{config.tracking.project}' must be a name without any of / \\ # ? % :")
-    _check_places(config)
-    config.optimizer.options = check_method(config.optimizer.method, config.optimizer.options)
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+# Checks of single settings that need more than their type
 
 
 def _is_device(name: str) -> bool:
     """As CUDA_VISIBLE_DEVICES takes it."""
     return re.fullmatch(r"\d{1,3}|(GPU|MIG)-[\w/-]+", name) is not None
-
-
-def _check_places(config: Config) -> None:
-    """Folders: that each can be there, whether it is or not."""
-    for path, name in (("model.name", config.model.name), ("optimizer.name", config.optimizer.name)):
-        if not name or "/" in name or name in (".", "..") or len(name.encode()) > 200:
-            raise UserError(f"{path}='{name}' cannot name a folder, which a run's record needs")
-    for path, value in (("data.root", config.data.root), ("model.path", config.model.path)):
-        if value:
-            _exists(path, Path(value))
-    for name, value in vars(config.paths).items():
-        if not value:
-            raise UserError(f"paths.{name} is empty: give a folder")
-        folder = Path(value).absolute()
-        there = next(p for p in (folder, *folder.parents) if _exists(f"paths.{name}", p))
-        if not there.is_dir():
-            raise UserError(f"paths.{name}={value}: {there} is not a folder")
 
 
 def _exists(path: str, place: Path) -> bool:
@@ -385,11 +474,12 @@ def _exists(path: str, place: Path) -> bool:
         raise UserError(f"{path}={place} cannot be used: {getattr(error, 'strerror', None) or error}") from None
 
 
+KINDS = {int: Whole, float: Number, str: Text, bool: Yes}
+
+
 def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """All options of the method, defaults filled in, coerced and tried; UserError names what is wrong."""
-    import torch
-
-    from .methods import METHODS, WEIGHTINGS, option_types
+    from .methods import METHODS, WEIGHTINGS, option_types  # with torch: `import dsam.config` stays light
 
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, METHODS)}")
@@ -401,12 +491,27 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"unknown key 'optimizer.{key}' for method '{name}'; {did_you_mean(key, known)}")
     values = {k: default for k, (_, default) in known.items()} | options
-    values = {k: coerce(v, known[k][0], f"optimizer.{k}") for k, v in values.items()}
+    values = {k: coerced(v, _kind(known[k][0]), f"optimizer.{k}") for k, v in values.items()}
     try:
-        # Stands for any encoder: what its depth or modules do not allow is found once the model is known.
-        METHODS[name](
-            torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.LayerNorm(1) for _ in range(99))}), **values
-        )
+        made(name, tuple(sorted(values.items())))
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from None
     return dict(sorted(values.items()))
+
+
+def _kind(annotation: Any) -> Any:
+    """The setting's kind of an option that a constructor annotates, e.g. `int | None`."""
+    kinds = [KINDS.get(a, a) for a in _alternatives(annotation)]
+    return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
+
+
+@cache
+def made(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    """The method with these options, made for a stand-in of any encoder: what its depth or modules do not allow is
+    found once the model is known. ValueError for what no model allows."""
+    import torch
+
+    from .methods import METHODS
+
+    layers = torch.nn.ModuleList(torch.nn.LayerNorm(1) for _ in range(99))
+    return METHODS[name](torch.nn.ModuleDict({"layers": layers}), **dict(options))

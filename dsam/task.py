@@ -175,6 +175,12 @@ class Task(_Part):
         )
 
     @property
+    def has_own_places(self) -> bool:
+        """Whether all its files are named in full, so that it needs no data.root."""
+        files = [file for split in self.files for file in self.files_of(split)]
+        return bool(files) and all(Path(file.path).expanduser().is_absolute() for file in files)
+
+    @property
     def folder(self) -> str:
         """What data.root is said to hold: the folder, or else the file, that the first file lies in."""
         first = self.files_of(next(iter(self.files)))[0].path if self.files else ""

@@ -11,7 +11,6 @@ results/<what>.json and .md, as the figures come.
 """
 
 import argparse
-import dataclasses
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -82,7 +81,7 @@ def main() -> None:
         if given.what == "scaling":
             task, settings = "full rows of random tokens", settings | {"precision": config.train.precision}
         else:
-            settings |= {"model": config.model.name, "batches": given.batches} | dataclasses.asdict(config.train)
+            settings |= {"model": config.model.name, "batches": given.batches} | config.train.model_dump()
         try:
             for found in measure(config, given):  # what comes late must not cost what is there
                 measured.setdefault(task, []).append(found)

@@ -67,7 +67,7 @@ overrides_compose_config = overrides.compose_config  # a composition costs most 
 
 def done(act) -> Done:
     """What `act` does in this process, as its own process would end."""
-    identity._data_fingerprint.cache_clear()
+    identity._fingerprints.clear()
     model_files._folder_digest.cache_clear()
     before = {p for p in Path.cwd().rglob("*") if ".cache" not in p.parts}
     environment = dict(os.environ)
@@ -308,7 +308,6 @@ VALUES = [
     ("optimizer=ae_sam optimizer.rho=1e39", "optimizer.rho"),
     # what does not go together, and places
     ("task=rte", "data=local"),
-    ("task.name=ax", "'ax'"),
     ("task=ax", "ax"),
     ("task.name=../x", "../x"),
     ("data=local", "data.root"),

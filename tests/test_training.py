@@ -1,6 +1,5 @@
 """The training loop's parts against numbers derived by hand, and whole runs against each other."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -43,7 +42,7 @@ def test_steps_and_evaluations_stretch_together():
 def test_pieces_are_the_batch_and_never_dearer_than_it(lengths, most, overhead):
     lengths = np.array(lengths)
     batch = np.random.default_rng(0).permutation(len(lengths))
-    parts = pieces(batch, lengths, dataclasses.replace(TRAIN, micro_batch_size=most, piece_overhead=overhead))
+    parts = pieces(batch, lengths, TRAIN.model_copy(update=dict(micro_batch_size=most, piece_overhead=overhead)))
     assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
     assert all(1 <= len(p) <= (most or len(lengths)) for p in parts)
     if most is None and overhead is not None:
@@ -55,11 +54,11 @@ def test_pieces_are_the_batch_and_never_dearer_than_it(lengths, most, overhead):
 
 def test_pieces_by_hand():
     lengths = np.array([10, 100, 10, 100])
-    cut = pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=50))
+    cut = pieces(np.arange(4), lengths, TRAIN.model_copy(update=dict(piece_overhead=50)))
     assert [sorted(p) for p in cut] == [[0, 2], [1, 3]]  # 220 tokens + 2 × 50 against 400 + 50
-    assert len(pieces(np.arange(4), lengths, dataclasses.replace(TRAIN, piece_overhead=200))) == 1
+    assert len(pieces(np.arange(4), lengths, TRAIN.model_copy(update=dict(piece_overhead=200)))) == 1
     # In bfloat16 a piece counts four times: 220 + 2 × 4 × 50 against 400 + 4 × 50.
-    in_bfloat16 = dataclasses.replace(TRAIN, piece_overhead=50, precision="bfloat16")
+    in_bfloat16 = TRAIN.model_copy(update=dict(piece_overhead=50, precision="bfloat16"))
     assert len(pieces(np.arange(4), lengths, in_bfloat16)) == 1
 
 

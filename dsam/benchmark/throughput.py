@@ -1,6 +1,5 @@
 """Examples per second of plain fine-tuning, beside Hugging Face's Trainer on the same batches, in turn."""
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -49,7 +48,7 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
     limit = config.train.max_length
-    half = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bfloat16"))
+    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bfloat16"})})
     tokens = {
         "dsam": padded_tokens(order, examples.lengths, config.train),
         "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train),

@@ -51,8 +51,7 @@ def find(task: Task, root: str | Path | None, splits: tuple[str, ...]) -> dict[s
         UserError: no root, or a folder or file that is not there.
     """
     wanted = {split: task.files_of(split) for split in splits}
-    paths = [Path(file.path).expanduser() for files in wanted.values() for file in files]
-    if root is None and not all(path.is_absolute() for path in paths):
+    if root is None and not task.has_own_places:
         raise UserError(f"{task.name}: data=local needs data.root=DIR, the folder that holds {task.folder}")
     folder = Path(root or "/").expanduser()
     if not folder.is_dir():

@@ -1,13 +1,13 @@
 """A run is named by what it computes: the hash of everything that can change its numbers, and of nothing else."""
 
-import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import glue
 from ..config import Config
+from ..task import Task
 from ..training.model_files import fingerprint as model_fingerprint
 
 RECORD_VERSION = 6  # raised when the same configuration comes to mean other numbers
@@ -30,13 +30,13 @@ def identify(config: Config) -> Identity:
     contents = {
         "record_version": RECORD_VERSION,
         "task": config.task.name,
-        "data": _data_fingerprint(config.task.name, config.data.source, config.data.root, config.data.revision),
+        "data": _data_fingerprint(config.task, config.data.source, config.data.root, config.data.revision),
         "model": model_fingerprint(config.model),
         "method": config.optimizer.method,
         "steps_factor": config.optimizer.steps_factor,
         "options": config.optimizer.options,
-        "train": asdict(config.train),
-        "seeds": asdict(config.seeds),
+        "train": config.train.model_dump(),
+        "seeds": config.seeds.model_dump(),
         "selection": config.selection,
         "parent": identify(Config.load(config.parent)).id if config.parent else None,
     }
@@ -64,6 +64,11 @@ def hyperparameters(config: Config) -> dict:
     }
 
 
-@functools.cache
-def _data_fingerprint(task: str, source: str, root: str | None, revision: str | None) -> str:
-    return glue.fingerprint(glue.get_task(task), source, root=root, revision=revision)
+def _data_fingerprint(task: Task, source: str, root: str | None, revision: str | None) -> str:
+    key = (task.model_dump_json(), source, root, revision)
+    if key not in _fingerprints:
+        _fingerprints[key] = glue.fingerprint(task, source, root=root, revision=revision)
+    return _fingerprints[key]
+
+
+_fingerprints: dict[tuple, str] = {}

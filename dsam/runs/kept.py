@@ -1,6 +1,5 @@
 """A finished run that kept its weights: read back from its folder, or found by its configuration."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -38,8 +37,8 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
     if not isinstance(result, dict) or result.get("result_sha256") != seal(result):
         raise UserError(f"{folder / 'result.json'} was edited: the command that made the run makes it again")
     path = str(folder / weights)
-    config.model = dataclasses.replace(config.model, path=path, id=None, revision=None, architecture=None)
-    return config, result
+    kept = {"path": path, "id": None, "revision": None, "architecture": None}
+    return config.model_copy(update={"model": config.model.model_copy(update=kept)}), result
 
 
 def kept_weights(config: Config) -> Path:

@@ -16,6 +16,7 @@ from .. import glue
 from ..config import Config
 from ..errors import UserError
 from ..methods import METHODS, Method
+from ..task import Task
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
@@ -105,7 +106,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
 class Ready:
     """What a run needs before its first step; making it finds every mistake in data and model."""
 
-    task: glue.Task
+    task: Task
     tokenizer: PreTrainedTokenizerFast
     network: PreTrainedModel
     data: dict[str, glue.Tokenised]
@@ -116,7 +117,7 @@ class Ready:
 def prepare(config: Config) -> Ready:
     """Loads data and model. Raises UserError, one line, where either cannot be used."""
     device = choose_device(config)
-    task = glue.get_task(config.task.name)
+    task = config.task
     tokenizer = models.load_tokenizer(config.model)
     network = models.build(config, task.num_labels, tokenizer).to(device)
     if device.type == "cpu":
@@ -140,7 +141,7 @@ def make_method(config: Config, network: PreTrainedModel) -> Method:
         raise UserError(f"optimizer={config.optimizer.name} with model={config.model.name}: {error}") from None
 
 
-def summarise(config: Config, run_id: str, task: glue.Task, data: dict, state: State, network, device) -> dict:
+def summarise(config: Config, run_id: str, task: Task, data: dict, state: State, network, device) -> dict:
     """What result.json holds."""
     seen = trained_examples(config, data[task.train[0]])
     per_step = min(config.train.batch_size, seen)

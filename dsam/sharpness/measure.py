@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
-from ..config import Config
+from ..config import Config, on_device
 from ..errors import Parser, UserError
 from ..files import for_json, write_atomically
 from ..methods import ExampleLosses
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     config, result = read_run(options.run, options.weights)
     if options.device:
-        config.device.name = options.device
+        config = on_device(config, options.device)
     out = options.out or options.run / "sharpness" / options.weights
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:
     """The model in evaluation mode (no dropout: one function of the weights) and the training split."""
-    task = glue.get_task(config.task.name)
+    task = config.task
     tokenizer = models.load_tokenizer(config.model)
     source = config.data
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)

@@ -6,9 +6,10 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ..config import Data
+from ..config import Data, on_device
 from ..errors import Parser, UserError, did_you_mean
 from ..files import for_json, write_atomically
 from ..progress import Stages
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def make(options: argparse.Namespace) -> None:
     runs, filled = chosen(options)
-    for run in runs.values():
-        place(run, options)
+    runs = {task: place(run, options) for task, run in runs.items()}
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -125,12 +125,12 @@ def chosen(options: argparse.Namespace) -> tuple[dict[str, Run], list[str]]:
     return runs, filled
 
 
-def place(run: Run, options: argparse.Namespace) -> None:
-    """Data and device of this machine instead of the run's, where they are given."""
+def place(run: Run, options: argparse.Namespace) -> Run:
+    """The run with data and device of this machine instead of its own, where they are given."""
+    config = run.config
     if options.data_root:
-        run.config.data = Data("local", options.data_root)
-    if options.device:
-        run.config.device.name = options.device
+        config = config.model_copy(update={"data": Data(source="local", root=options.data_root)})
+    return replace(run, config=on_device(config, options.device) if options.device else config)
 
 
 def test_sets(task: str) -> dict[str, tuple[str, ...]]:
@@ -155,10 +155,9 @@ def source(file: formats.File, prepared: Prepared, answered: Answered) -> dict:
 
 def ax(options: argparse.Namespace) -> None:
     """Scores one MNLI run on AX."""
-    run = choose.read(options.ax)
+    run = place(choose.read(options.ax), options)
     if run.task != "mnli":
         raise UserError(f"{run.folder} is a run of {run.task}: AX takes one of mnli")
-    place(run, options)
     prepared = prepare(run, {"ax": get_task("ax").test})
     if prepared.data["ax"]["test"].labels is None:
         raise UserError("AX's labels are only in diagnostic-full.tsv: put it into diagnostic/ of --data-root DIR")

@@ -6,10 +6,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from ..config import Config
+from ..config import Config, made
 from ..text import counted, duration
 from . import server
 from .planned import Expected, Planned, unfinished
@@ -21,7 +20,7 @@ FREE = ("lr", "weight_decay", "warmup_ratio", "betas", "eps", "dropout", "max_gr
 
 def setting(config: Config) -> tuple:
     """Runs with equal settings train on equally many batches of the same sizes in the same model."""
-    train = {k: v for k, v in asdict(config.train).items() if k not in FREE}
+    train = {k: v for k, v in config.train.model_dump().items() if k not in FREE}
     return config.task.name, str(config.data), str(config.model), config.device.name, json.dumps(train)
 
 
@@ -33,9 +32,7 @@ def kind(config: Config) -> tuple:
 
 def passes(config: Config) -> float:
     """Forward-backward passes per step of the recipe: a method's own, times how many steps it takes for one."""
-    from ..methods import METHODS
-
-    return METHODS[config.optimizer.method].passes * config.optimizer.steps_factor
+    return made(config.optimizer.method, tuple(config.optimizer.options.items())).passes * config.optimizer.steps_factor
 
 
 def from_finished(runs: Sequence[Planned]) -> None:

@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import Config
 from ..errors import NonFiniteGradient, Stopped
-from ..glue import Task, Tokenised, compute, headline, headline_name, predictions
+from ..glue import Tokenised, compute, headline, headline_name, predictions
 from ..methods import ExampleLosses, Method, example_losses
 from ..progress import Bar
 from ..signals import StopSignals
+from ..task import Task
 from .batches import epoch_order, evaluation_batches, pieces, training_subset
 from .checkpoint import Checkpoints
 
