@@ -299,9 +299,10 @@ class Config(Settings):
             plain.pop(name, None)
         plain["experiment"] = experiment or plain.get("experiment")
         if plain.get("initialise_from") and not plain.get("parent"):
-            keep = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
+            keep: dict[str, Any] = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
             other = OmegaConf.merge(OmegaConf.create(given), keep)
             other.task = {"name": str(plain["initialise_from"])}
+            assert isinstance(other, DictConfig)
             plain["parent"] = cls.load(other, experiment).to_dict()
         try:
             return cls.model_validate(plain)

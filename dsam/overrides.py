@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -73,12 +74,17 @@ def _values(override: Override, text: str, choices: Sequence[str]) -> list[str]:
     if not override.is_discrete_sweep():
         raise UserError(f"'{text}': a sweep needs single values, e.g. {override.key_or_group}=1,2 or range(0,3)")
     sweep = override.value()
-    if isinstance(sweep, RangeSweep) and not abs(sweep.stop - sweep.start) <= MOST_RUNS * abs(sweep.step):
+    if isinstance(sweep, RangeSweep) and not _ends(sweep):
         raise UserError(f"'{text}': more than {MOST_RUNS} runs")
     values = sweep.filter(list(choices)) if isinstance(sweep, Glob) else list(override.sweep_string_iterator())
     if not values:
         raise UserError(f"'{text}' is a sweep over nothing")
     return values
+
+
+def _ends(sweep: RangeSweep) -> bool:
+    start, stop = sweep.start or 0, sweep.stop or 0
+    return abs(stop - start) <= MOST_RUNS * abs(sweep.step)
 
 
 def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -> DictConfig:
@@ -93,7 +99,7 @@ def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -
 
 def _check_keys(keys: list[str], config: DictConfig, groups: dict) -> None:
     for key in keys:
-        node = config
+        node: Any = config
         for i, part in enumerate(key.split(".")):
             if not isinstance(node, DictConfig) or part not in node:
                 where = ".".join(key.split(".")[:i])

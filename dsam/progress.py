@@ -26,7 +26,8 @@ class Bar:
         self.score = ""
 
     def __enter__(self) -> "Bar":
-        self.start, self.first_step, self.said = time.monotonic(), None, time.monotonic()
+        self.start = self.said = time.monotonic()
+        self.first_step: int | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

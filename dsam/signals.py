@@ -12,6 +12,7 @@ class StopSignals:
     """
 
     signum: int | None = None
+    noted = 0.0
 
     def __init__(self, patience: float | None = 2.0):
         self.patience = patience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ PATIENCE = 5.0
 """Seconds to wait for the hub's first answer."""
 
 
-def read(task: Task, splits: tuple[str, ...], revision: str) -> dict[str, Split]:
+def read(task: Task, splits: tuple[str, ...], revision: str | None) -> dict[str, Split]:
     """These splits, from the local cache of `datasets` where it holds the revision, else downloaded.
 
     Raises:
@@ -44,21 +44,22 @@ def read(task: Task, splits: tuple[str, ...], revision: str) -> dict[str, Split]
                 f"cannot get {DATASET}/{task.name} from the Hugging Face hub ({problem}): "
                 "use data=local data.root=DIR with GLUE's official files"
             )
+    assert rows is not None
     return {split: _split(task, split, rows[name]) for split, name in names.items()}
 
 
-def _cached(task: Task, names: dict[str, str], revision: str) -> dict[str, datasets.Dataset] | None:
+def _cached(task: Task, names: dict[str, str], revision: str | None) -> dict[str, datasets.Dataset] | None:
     """The splits as `datasets` keeps them, or None. Its own loader asks the hub even when all is here."""
     import datasets
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / DATASET.replace("/", "___") / task.name / "0.0.0" / revision
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / DATASET.replace("/", "___") / task.name / "0.0.0" / str(revision)
     files = {name: folder / f"glue-{name}.arrow" for name in names.values()}
     if not all(file.is_file() for file in files.values()):
         return None
     return {name: datasets.Dataset.from_file(str(file)) for name, file in files.items()}
 
 
-def _problem(revision: str) -> str | None:
+def _problem(revision: str | None) -> str | None:
     return why_unreachable(f"datasets/{DATASET}/revision/{revision}")
 
 
@@ -69,7 +70,7 @@ def why_unreachable(path: str) -> str | None:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the local cache lacks it"
     address = f"{huggingface_hub.constants.ENDPOINT}/api/{path}"
-    outcome = [f"no answer within {PATIENCE:g} s"]
+    outcome: list[str | None] = [f"no answer within {PATIENCE:g} s"]
 
     def ask() -> None:
         try:
@@ -89,10 +90,10 @@ def _split(task: Task, split: str, rows: datasets.Dataset) -> Split:
     names = getattr(rows.features["label"], "names", ())
     if tuple(names) != task.labels:
         raise UserError(f"{DATASET}/{task.name}: labels {tuple(names)} where {task.labels} are expected")
-    labels = np.asarray(rows["label"][:], dtype=np.float32 if task.regression else np.int64)
+    labels: Any = np.asarray(rows["label"][:], dtype=np.float32 if task.regression else np.int64)
     if split in task.test and (labels == -1).all():
         labels = None
     elif not task.regression and not ((labels >= 0) & (labels < len(task.labels))).all():
         raise UserError(f"{DATASET}/{task.name} {split}: row {int(np.argmin(labels))} has no label")
-    text = [list(rows[column][:]) for column in (task.hub.text or task.text)]
+    text = [list(rows[column][:]) for column in ((task.hub and task.hub.text) or task.text)]
     return Split(text[0], text[1] if len(text) == 2 else None, labels)

@@ -25,7 +25,7 @@ def load(
     task: Task,
     source: str,
     root: str | Path | None = None,
-    revision: str = hub.REVISION,
+    revision: str | None = hub.REVISION,
     splits: Sequence[str] | None = None,
 ) -> Splits:
     """The rows of a task's splits.
@@ -62,7 +62,7 @@ def fingerprint(
     task: Task,
     source: str,
     root: str | Path | None = None,
-    revision: str = hub.REVISION,
+    revision: str | None = hub.REVISION,
     splits: Sequence[str] | None = None,
 ) -> str:
     """What identifies these splits' data, without parsing them: takes `load`'s arguments.

@@ -139,7 +139,7 @@ def tokenise(
             if arrays is None:
                 arrays = _encode(rows, tokenizer, max_length, types)
                 with replacing(file) as handle:
-                    np.savez(handle, rows_digest=np.array(rows_digest), **arrays)
+                    np.savez(handle, **arrays | {"rows_digest": np.array(rows_digest)})  # type: ignore[arg-type]  # its stub has a bool
         result[split] = Tokenised(
             arrays["input_ids"],
             arrays["offsets"],

@@ -1,6 +1,7 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +73,22 @@ class ExampleLosses:
             return None
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in self.model.modules()):  # torch.compile
             return None
-        words = self.model.get_input_embeddings()
+        words = self._embeddings()
         if type(words) is not nn.Embedding or words.scale_grad_by_freq:
             return None
         owners = [m for m in self.model.modules() if any(p is words.weight for p in m._parameters.values())]
         return words if len(owners) == 1 else None
 
+    def _embeddings(self) -> nn.Embedding:
+        """The module that a Hugging Face model looks its words up with."""
+        find: Any = self.model.get_input_embeddings
+        return find()
+
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
         """(B, T, d) of what `model.get_input_embeddings()` puts out."""
         ids = self.inputs["input_ids"]
-        return (*ids.shape, self.model.get_input_embeddings().weight.shape[1])
+        return (*ids.shape, self._embeddings().weight.shape[1])
 
     @property
     def token_mask(self) -> Tensor:
@@ -99,7 +105,7 @@ class ExampleLosses:
         hook = None
         if noise is not None:
             added = noise * self.token_mask
-            hook = self.model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + added.to(out.dtype))
+            hook = self._embeddings().register_forward_hook(lambda _, __, out: out + added.to(out.dtype))
         try:
             with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
                 logits = self.model(**self.inputs).logits.float()

@@ -38,7 +38,8 @@ class OuterProducts(NamedTuple):
         m = sum(left.shape[2] for left in self.lefts.values())
         if tokens * (m + n) >= m * n:
             size = max(1, BLOCK // (len(self.right) * n))
-            return sum(block.square().sum(1) for k in self.lefts for block in self.rows(k, size))
+            blocks = [block.square().sum(1) for k in self.lefts for block in self.rows(k, size)]
+            return sum(blocks[1:], blocks[0])
         right, lefts = wide(self.right), [self.left(k) for k in self.lefts]
         total = right.new_zeros(len(right))
         for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
@@ -59,11 +60,13 @@ class OuterProducts(NamedTuple):
         if sum(left.shape[1] for left in lefts.values()) < right.shape[2]:
             pairs = [(right.flatten(0, 1) @ directions[k].mT, left) for k, left in lefts.items()]
         else:
-            back = None
-            for k, left in lefts.items():
-                back = left @ directions[k] if back is None else back.addmm_(left, directions[k])
+            (first, left), *others = lefts.items()
+            back = left @ directions[first]
+            for k, left in others:
+                back.addmm_(left, directions[k])
             pairs = [(back, right.flatten(0, 1))]
-        return sum(x.mul_(y).view(len(right), -1).sum(1) for x, y in pairs)
+        parts = [x.mul_(y).view(len(right), -1).sum(1) for x, y in pairs]
+        return sum(parts[1:], parts[0])
 
     def outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """scales_i g_i x_it for weight k: what a Linear's outputs gain when example i's weight moves by scales_i g_i.
@@ -96,12 +99,13 @@ class OuterProducts(NamedTuple):
         right = scaled(self.right, scale_right)
         for k, left in self.lefts.items():
             left = scaled(left, not scale_right).mT
-            if sums[k] is not None and dtype == sums[k].dtype == wide(sums[k]).dtype:
-                sums[k].addmm_(left, right, alpha=common)
+            total = sums[k]
+            if total is not None and dtype == total.dtype == wide(total).dtype:
+                total.addmm_(left, right, alpha=common)
                 continue
             product = torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=common)
             # Half precision rounds each product, as autograd does, but not their sum.
-            sums[k] = product if sums[k] is None else wide(sums[k]) + product
+            sums[k] = product if total is None else wide(total) + product
 
 
 class WeightGroup(NamedTuple):
@@ -181,8 +185,8 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, uses: list[tuple[Tensor, Tensor, int | None]], batch_size: int) -> "Rows":
         ids = torch.cat([ids.reshape(batch_size, -1) for ids, _, _ in uses], 1)
-        grads = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
-        grads = wide(grads[0] if len(grads) == 1 else torch.cat(grads, 1)).flatten(0, 1)
+        parts = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
+        grads = wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1)
         examples = torch.arange(batch_size, device=ids.device)[:, None].expand_as(ids)
         rows = cls.summed(examples.flatten(), ids.flatten(), grads, batch_size)
         for index in {padding for _, _, padding in uses if padding is not None}:  # autograd gives them nothing
@@ -198,8 +202,8 @@ class Rows(NamedTuple):
         return cls(keys // size, keys % size, values, batch_size)
 
     def minus(self, other: "Rows") -> "Rows":
-        pairs = ((self.examples, other.examples), (self.ids, other.ids), (self.values, -other.values))
-        return Rows.summed(*(torch.cat(pair) for pair in pairs), self.batch_size)
+        examples, ids = torch.cat([self.examples, other.examples]), torch.cat([self.ids, other.ids])
+        return Rows.summed(examples, ids, torch.cat([self.values, -other.values]), self.batch_size)
 
     def lookups(self, ids: Tensor, scales: Tensor) -> Tensor:
         """Rows `ids` (B, S) of scales_i g_i: (B, S, n), zeros where the example never looked that row up."""

@@ -11,7 +11,7 @@ c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of th
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -56,7 +56,8 @@ class PerExampleGradients:
         self._model = model
         self._positions = {id(p): k for k, p in enumerate(self.params)}
         self._modules = []
-        owned, others = set(), []
+        owned: set[int] = set()
+        others = []
         for name, module in model.named_modules():
             own = {id(p): which for which, p in module.named_parameters(recurse=False)}
             own = {p: which for p, which in own.items() if p in self._positions}
@@ -83,9 +84,9 @@ class PerExampleGradients:
 
     def clear(self) -> None:
         """Forget everything recorded, and so free its memory."""
-        self.batch_size = None
+        self._batch: int | None = None
         self._uses: list[tuple[str, int]] = []  # module name, leading dimension of its output
-        self._use_counts = Counter()  # uses of each parameter, by id
+        self._use_counts: Counter[int] = Counter()  # uses of each parameter, by id
         # A useless leaf that every tap depends on: asking autograd for its gradient alone makes the engine
         # visit every tap and compute no parameter gradient on the way.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -97,6 +98,13 @@ class PerExampleGradients:
         self._products: list[OuterProducts] = []
         self._rows: dict[int, Rows] = {}
 
+    @property
+    def batch_size(self) -> int:
+        """B of what was recorded. RuntimeError before anything was."""
+        if self._batch is None:
+            raise RuntimeError("per-example gradients: call record() and backward() first")
+        return self._batch
+
     @contextmanager
     def record(self, batch_size: int | None = None):
         """Record the model's forward passes inside the context; hooks are on only there, also if it raises.
@@ -105,7 +113,7 @@ class PerExampleGradients:
         arguments it is read otherwise, and then only to expand indices of leading dimension 1.
         """
         self.clear()
-        self.batch_size = batch_size
+        self._batch = batch_size
         handle = self._model.register_forward_pre_hook(self._read_batch_size, with_kwargs=True)
         try:
             with self._hooked(self._tap):
@@ -139,7 +147,7 @@ class PerExampleGradients:
         """
         if losses.dim() != 1:
             raise ValueError(f"per-example gradients: losses must have shape (B,), not {tuple(losses.shape)}")
-        self.batch_size = len(losses)
+        self._batch = len(losses)
         for name, leading in self._uses:
             if leading != self.batch_size:
                 raise RuntimeError(
@@ -158,7 +166,7 @@ class PerExampleGradients:
         if len(pieces) == 1:
             return pieces[0]
         whole = pieces[0].like()
-        whole.batch_size = sum(piece.batch_size for piece in pieces)
+        whole._batch = sum(piece.batch_size for piece in pieces)
         parts: dict[int, list[Rows]] = defaultdict(list)
         start = 0
         for piece in pieces:
@@ -171,9 +179,9 @@ class PerExampleGradients:
             for k, rows in piece._rows.items():
                 parts[k].append(rows._replace(examples=rows.examples + start))
             start = end
-        for k, rows in parts.items():
-            examples, ids, values, _ = zip(*rows, strict=True)
-            whole._rows[k] = Rows(torch.cat(examples), torch.cat(ids), torch.cat(values), whole.batch_size)
+        for k, several in parts.items():
+            joined = [torch.cat([getattr(one, name) for one in several]) for name in ("examples", "ids", "values")]
+            whole._rows[k] = Rows(joined[0], joined[1], joined[2], whole.batch_size)
         return whole
 
     @torch.no_grad()
@@ -209,16 +217,16 @@ class PerExampleGradients:
     def _dots(self, direction: Sequence[Tensor | None], of: Sequence[OuterProducts]) -> Tensor:
         total = self._zeros(self.batch_size)
         for k, vector in self._vectors.items():
-            if direction[k] is not None:
-                total += vector @ direction[k].flatten().to(vector.dtype)
+            if (d := direction[k]) is not None:
+                total += vector @ d.flatten().to(vector.dtype)
         for products in of:
-            along = {k: dense(direction[k]) for k in products.lefts if direction[k] is not None}
+            along = {k: d for k in products.lefts if (d := dense(direction[k])) is not None}
             if along:
                 total[products.examples] += products.dots(along)
         for k, rows in self._rows.items():
-            if direction[k] is not None:
-                table = direction[k].coalesce() if direction[k].is_sparse else direction[k]
-                total += rows.per_example((rows.values * dense(table.index_select(0, rows.ids))).sum(1))
+            if (d := direction[k]) is not None:
+                found = (d.coalesce() if d.is_sparse else d).index_select(0, rows.ids)
+                total += rows.per_example((rows.values * (found.to_dense() if found.is_sparse else found)).sum(1))
         return total
 
     @torch.no_grad()
@@ -278,7 +286,8 @@ class PerExampleGradients:
             products.add_to(sums, weights[products.examples] if isinstance(weights, Tensor) else weights)
         for k, rows in self._rows.items():
             value = rows.weighted_sum(weights, len(self.params[k]))
-            sums[k] = value if sums[k] is None else sums[k] + value
+            earlier = sums[k]
+            sums[k] = value if earlier is None else earlier + value
         for k, vector in self._vectors.items():
             sums[k] = weights.to(vector.dtype) @ vector if isinstance(weights, Tensor) else vector.sum(0) * weights
         return sums
@@ -290,7 +299,7 @@ class PerExampleGradients:
     def minus(self, other: "PerExampleGradients") -> "PerExampleGradients":
         """The differences g_i − h_i to the gradients of another pass over the same batch, to be used like gradients."""
         difference = self.like()
-        difference.batch_size = self.batch_size
+        difference._batch = self._batch
         if self._vectors.keys() != other._vectors.keys() or len(self._products) != len(other._products):
             raise ValueError("two passes over one batch ran different layers: their gradients have no difference")
         difference._vectors = {k: vector - other._vectors[k] for k, vector in self._vectors.items()}
@@ -299,7 +308,7 @@ class PerExampleGradients:
         return difference
 
     @contextmanager
-    def perturbed(self, scales: Tensor):
+    def perturbed(self, scales: Tensor) -> Iterator[None]:
         """Inside, example i of the batch meets the weights w + scales[i] g_i; `scales` (B,).
 
         The model's outputs are those of B models with these weights, and so are gradients with respect to a
@@ -308,8 +317,6 @@ class PerExampleGradients:
         number of tokens T one costs about 1 + T (m + n)/(m n) of a plain one, for layers of m × n.
         `record()` may be entered inside. A checkpointed model's backward pass, too, must happen inside.
         """
-        if self.batch_size is None:
-            raise RuntimeError("per-example gradients: call record() and backward() first")
         if any(len(products.right) != self.batch_size for products in self._products):
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
@@ -354,21 +361,19 @@ class PerExampleGradients:
         return moved.view_as(output)
 
     def _zeros(self, *shape: int) -> Tensor:
-        if not all(shape):
-            raise RuntimeError("per-example gradients: call record() and backward() first")
         like = self.params[0]
         return torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
     def _read_batch_size(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.batch_size is None:
+        if self._batch is None:
             leading = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
-            self.batch_size = max(leading, default=None)
+            self._batch = max(leading, default=None)
 
     def _expand_indices(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
         ids = args[0] if args else kwargs["input"]
-        if self.batch_size and ids.dim() and ids.shape[0] == 1:
-            return (ids.expand(self.batch_size, *ids.shape[1:]),), {}
+        if self._batch and ids.dim() and ids.shape[0] == 1:
+            return (ids.expand(self._batch, *ids.shape[1:]),), {}
         return None
 
     def _counted(self, module: nn.Module) -> list[int | None]:
@@ -388,13 +393,15 @@ class PerExampleGradients:
     def _receive(self, module: nn.Module, counted: list[int | None], x: Tensor, grad: Tensor) -> None:
         weight, bias = counted
         if isinstance(module, nn.Embedding):
-            self._lookups[weight].append((x, grad, module.padding_idx))
+            if weight is not None:
+                self._lookups[weight].append((x, grad, module.padding_idx))
             return
         if isinstance(module, nn.Linear):
             grad = grad.reshape(self.batch_size, -1, module.out_features)
             if weight is not None:
                 self._factors[weight].append((grad, x))
         else:
+            assert isinstance(module, nn.LayerNorm)
             grad = wide(grad).reshape(self.batch_size, -1, prod(module.normalized_shape))
             if weight is not None:
                 normalized = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
@@ -418,16 +425,19 @@ class PerExampleGradients:
                 left = torch.cat([left for left, _ in uses], 1)
                 by_input[id(left), left.dtype] = OuterProducts(torch.cat(rights, 1), {k: left})
         self._products = list(by_input.values())
-        for k, uses in self._lookups.items():
-            self._rows[k] = Rows.of(uses, self.batch_size)
+        for k, lookups in self._lookups.items():
+            self._rows[k] = Rows.of(lookups, self.batch_size)
         self._factors.clear()
         self._lookups.clear()
 
     def _check_that_all_uses_were_recorded(self, losses: Tensor) -> None:
         # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
-        edges, seen, stack = Counter(), {losses.grad_fn}, [losses.grad_fn]
+        edges: Counter[int] = Counter()
+        seen, stack = {losses.grad_fn}, [losses.grad_fn]
         while stack:
             node = stack.pop()
+            if node is None:
+                continue
             if node.name() == "CheckpointFunctionBackward":
                 raise RuntimeError("per-example gradients: checkpointing needs use_reentrant=False")
             for following, _ in node.next_functions:

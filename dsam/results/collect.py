@@ -51,7 +51,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
 
 def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
     """Folder -> planned run, in the order of the sweep's manifest; of every sweep if none is named."""
-    planned = {}
+    planned: dict[str, dict] = {}
     for name in [experiment] if experiment else manifest.names(runs_dir):
         planned |= {run["folder"]: run for run in manifest.read(runs_dir, name)["runs"]}
     return planned

@@ -98,7 +98,7 @@ def sign_flip_test(differences: Cells, resamples: int = 20_000, seed: int = 0) -
     patterns are enumerated for up to 16 non-zero cells (a zero has no sign); beyond, `resamples` are drawn and
     the observed pattern is counted among them: p = (1 + extreme) / (1 + resamples).
     """
-    cells = np.concatenate([np.asarray(v) / (len(v) * len(differences)) for v in differences.values()] or [[]])
+    cells = np.concatenate([np.asarray(v) / (len(v) * len(differences)) for v in differences.values()] or [np.zeros(0)])
     cells = cells[cells != 0]
     if not len(cells):
         return (1.0, 1.0) if differences else (np.nan, np.nan)
@@ -112,7 +112,7 @@ def sign_flip_test(differences: Cells, resamples: int = 20_000, seed: int = 0) -
     extreme = 0
     for drawn in [1000] * (resamples // 1000) + [resamples % 1000]:
         patterns = generator.integers(2, size=(drawn, len(cells)), dtype=np.int8)
-        extreme += np.count_nonzero(np.abs((2.0 * patterns - 1) @ cells) >= threshold)
+        extreme += int(np.count_nonzero(np.abs((2.0 * patterns - 1) @ cells) >= threshold))
     return (1 + extreme) / (1 + resamples), max(smallest, 1 / (1 + resamples))
 
 

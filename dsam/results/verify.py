@@ -111,7 +111,7 @@ def _tables(frame: pd.DataFrame, experiment: str, runs_dir: Path, folder: Path) 
             if not (folder / name).is_file():
                 wrong.append(f"{name} is missing")
             elif (folder / name).read_bytes() != path.read_bytes():
-                wrong.append(first_difference(name, _text(folder / name), _text(path)))
+                wrong.append(first_difference(name, _text(folder / name), _text(path)) or name)
     yield from ((False, f"{folder}: {line}") for line in wrong)
     if not wrong:
         yield True, f"{len(names)} files of {folder} come out again, byte for byte"
@@ -137,10 +137,10 @@ def first_difference(name: str, there: str, made: str, columns: list[str] | None
         if len(old) != len(new):
             return f"{name}: {len(old)} rows there, {len(new)} from the runs"
     else:
-        old, new = there.splitlines(), made.splitlines()
-        for number, (a, b) in enumerate(zip([*old, ""], [*new, ""], strict=False), 1):
-            if a != b:
-                return f"{name}, line {number}: {a[:200]!r} there, {b[:200]!r} from the runs"
+        lines = zip([*there.splitlines(), ""], [*made.splitlines(), ""], strict=False)
+        for number, (line, again) in enumerate(lines, 1):
+            if line != again:
+                return f"{name}, line {number}: {line[:200]!r} there, {again[:200]!r} from the runs"
     return None if there == made or columns else f"{name}: not the same bytes"
 
 
@@ -218,13 +218,13 @@ def _compared(old: Path, new: Path) -> Finding:
     made, remade = (json.loads((run / "provenance.json").read_text(encoding="utf-8")) for run in (old, new))
     other = [name for name in MACHINE if made.get(name) != remade.get(name)]
     what = "/".join(old.parts[-4:])
-    scores = [result["best"]["score"] if result["best"] else None for result in (then, now)]
+    score, again = (result["best"]["score"] if result["best"] else None for result in (then, now))
     if not other and made["device_type"] == "cpu":
         for name in ("weights_sha256", "evaluations"):
             if then[name] != now[name]:
-                return False, f"{what}: run again, it has other {name}: score {scores[1]}, recorded {scores[0]}"
-        return True, f"{what}: run again, it has the same weights and scores ({scores[1]:.4f})"
+                return False, f"{what}: run again, it has other {name}: score {again}, recorded {score}"
+        return True, f"{what}: run again, it has the same weights and scores ({again:.4f})"
     why = f"made with another {', '.join(other)}" if other else "made on a GPU"
-    fine = None not in scores and abs(scores[0] - scores[1]) <= TOLERANCE
+    fine = score is not None and again is not None and abs(score - again) <= TOLERANCE
     same = "the same bits" if then["weights_sha256"] == now["weights_sha256"] else "other bits, as may be"
-    return fine, f"{what}: {why}; run again, {same}: score {scores[1]}, recorded {scores[0]} (allowed: {TOLERANCE})"
+    return fine, f"{what}: {why}; run again, {same}: score {again}, recorded {score} (allowed: {TOLERANCE})"

@@ -19,7 +19,7 @@ from ..overrides import check, compose_config
 from ..text import counted, first_line
 from . import manifest
 from .record import Record
-from .tracking import Mirror, connect
+from .tracking import Mirror, Mode, connect
 
 PATIENCE = 60.0  # seconds for W&B to answer, and for one run to be written or uploaded
 SYNCED = "wandb-sync.json"  # in the run folder: what was uploaded, and where to
@@ -152,7 +152,7 @@ def read(folder: Path) -> Run:
     return Run(folder, config, identity, lines, result, digest)
 
 
-def export(run: Run, mode: str, into: Path | None) -> Path | None:
+def export(run: Run, mode: Mode, into: Path | None) -> Path | None:
     """Writes `run` as one W&B run, or uploads it. Returns its folder below `into`, which takes an older one's place.
 
     Raises Unreachable where W&B cannot be reached, Damaged where wandb fails at this run.

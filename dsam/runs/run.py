@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
                 ready.tokenizer.save_pretrained(record.folder / name)
 
         total = total_steps(config, trained_examples(config, data[task.train[0]]))[0]
-        phases = {
+        phases: dict[int, Callable[[], None]] = {
             max(1, round(percent / 100 * total)): partial(keep, f"at-{percent}", True)
             for percent in config.checkpoint.keep_at
         }
@@ -99,7 +100,9 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
         tracker.summary(result)
         record.finish(result)
     checkpoints.clear()
-    return record.result()
+    finished = record.result()
+    assert finished is not None
+    return finished
 
 
 @dataclass
@@ -119,7 +122,8 @@ def prepare(config: Config) -> Ready:
     device = choose_device(config)
     task = config.task
     tokenizer = models.load_tokenizer(config.model)
-    network = models.build(config, task.num_labels, tokenizer).to(device)
+    network = models.build(config, task.num_labels, tokenizer)
+    torch.nn.Module.to(network, device)
     if device.type == "cpu":
         use_fast_dropout(network)
     source = config.data

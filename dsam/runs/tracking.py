@@ -5,18 +5,21 @@ import queue
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 from ..config import Config
 from ..errors import UserError
 from ..files import for_json
 from ..text import first_line
 
+Mode = Literal["online", "offline", "disabled"]
+
 # Seconds that a run gives W&B to answer, and again at its end to take what is left. Offline nothing can hang: only a
 # busy machine makes wandb slow.
 PATIENCE = {"online": 8.0, "offline": 60.0}
 
 
-def connect(mode: str) -> str:
+def connect(mode: Mode) -> str:
     """Sets wandb up and returns its server's address; asks nothing. UserError where mode=online has no login."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to an unreachable server it delays the exit
     import wandb
@@ -36,7 +39,7 @@ class Mirror:
     Raises UserError without a login, wandb's own errors where W&B cannot be reached, TimeoutError from `finish`.
     """
 
-    def __init__(self, config: dict, run_id: str, identity: dict, folder: Path, mode: str, patience: float):
+    def __init__(self, config: dict, run_id: str, identity: dict, folder: Path, mode: Mode, patience: float):
         import wandb
 
         connect(mode)
@@ -146,7 +149,7 @@ class Tracker:
 
 def flat(values: dict, prefix: str = "") -> dict:
     """Nested dictionaries as one, with slashes in the names; lists are left out."""
-    found = {}
+    found: dict = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}/")

@@ -25,15 +25,16 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     for r in runs:
         group = groups.setdefault((r.config.task.name, r.config.model.name, r.config.optimizer.name), {})
         group.setdefault(json.dumps(hyperparameters(r.config), sort_keys=True), []).append(r)
-    configs, rows = [], []
+    configs: list[Config] = []
+    rows: list[dict] = []
     for (task, model, optimizer), variants in groups.items():
         known = [hyperparameters(members[0].config) for members in variants.values()]
         differ = [name for name in known[0] if len({json.dumps(values[name]) for values in known}) > 1]
-        group = []
+        tried: list[dict] = []
         for members, values in zip(variants.values(), known, strict=True):
             scores = [s for s in map(score, members) if s is not None]
             whole = len(scores) == len(members)
-            group.append(
+            tried.append(
                 {"task": task, "model": model, "optimizer": optimizer}
                 | {"settings": {name: values[name] for name in differ}}
                 | {"selection": members[0].config.selection, "runs": len(scores), "expected": len(members)}
@@ -41,12 +42,12 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
                 | {"sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None}
                 | {"chosen": False, "whole": whole, "config": members[0].config}
             )
-        candidates = [row for row in group if row["whole"]]
+        candidates = [row for row in tried if row["whole"]]
         if candidates:
             winner = max(candidates, key=lambda row: row["mean"])
             winner["chosen"] = True
             configs.append(winner["config"])
-        rows += [{k: v for k, v in row.items() if k not in ("whole", "config")} for row in group]
+        rows += [{k: v for k, v in row.items() if k not in ("whole", "config")} for row in tried]
     return configs, rows
 
 

@@ -54,9 +54,9 @@ def from_finished(runs: Sequence[Planned]) -> None:
         if trained := same.get(kind(r.config)):
             seconds = statistics.median(t["seconds"] for t in trained)
             r.expected = Expected(seconds, max(t["peak_memory_bytes"] for t in trained), "runs like it")
-        elif trained := others.get(setting(r.config)):
-            seconds = statistics.median(s for s, _ in trained) * passes(r.config)
-            r.expected = Expected(seconds, max(m for _, m in trained), "other methods' runs")
+        elif likewise := others.get(setting(r.config)):
+            seconds = statistics.median(s for s, _ in likewise) * passes(r.config)
+            r.expected = Expected(seconds, max(m for _, m in likewise), "other methods' runs")
 
 
 def order(runs: Iterable[Planned]) -> list[Planned]:
@@ -77,12 +77,12 @@ def measure(runs: Sequence[Planned]) -> None:
     for number, group in enumerate(unknown.values(), 1):
         print(f"measuring {number}/{len(unknown)}: {group[0].title}", flush=True)
         try:
-            found = Expected(*server.call(_few_steps, group[0].config), "measured")
+            seconds, memory = server.call(_few_steps, group[0].config)
         except server.Killed:
             print(f"{group[0].title}: the measurement was killed, probably for want of memory", flush=True)
             continue
         for r in group:
-            r.expected = found
+            r.expected = Expected(seconds, memory, "measured")
 
 
 class _Enough(Exception):
@@ -128,14 +128,14 @@ def _few_steps(config: Config) -> tuple[float, int]:
 def total(runs: Sequence[Planned], workers: int) -> str:
     """One sentence on what the unfinished runs will take."""
     todo = unfinished(runs)
-    known = [r for r in todo if r.expected.seconds is not None]
+    known = [r.expected.seconds for r in todo if r.expected.seconds is not None]
     if not todo:
         return ""
     if not known:
         return "No run like these is finished: launcher.measure=true times a few steps of each kind."
-    seconds = sum(r.expected.seconds for r in known)
+    seconds = sum(known)
     # No schedule is shorter than its longest run.
-    wall = max(seconds / workers, *(r.expected.seconds for r in known), 0.0)
+    wall = max(seconds / workers, *known, 0.0)
     text = f"About {seconds / 3600:.2f} h of training, {duration(wall)} on {counted(workers, 'worker')}"
     missing = len(todo) - len(known)
     return text + (

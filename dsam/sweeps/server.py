@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
 PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
@@ -22,7 +23,7 @@ class Killed(Exception):
     """The process was killed before it had an answer."""
 
 
-def start(function: Callable, *arguments) -> multiprocessing.Process:
+def start(function: Callable, *arguments) -> BaseProcess:
     """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
     whole group, and gets SIGTERM when this process, or the server, goes."""
     context = multiprocessing.get_context("forkserver")
@@ -65,7 +66,9 @@ def _body(function: Callable, arguments: tuple) -> None:
 
 def _end_with_caller() -> None:
     """The server lives as long as one of its processes does: that it is there says nothing of who started them."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    multiprocessing.connection.wait([caller.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -137,7 +137,7 @@ def work(launcher: Launcher, configs: list[Config]) -> None:
         raise
 
 
-def here(launcher: Launcher, configs: list[Config], environment: dict) -> tuple[Launcher, list[Config]]:
+def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, str]) -> tuple[Launcher, list[Config]]:
     """Launcher and configurations with what the job was given: a slot per GPU, the CPUs shared among the runs."""
     devices = environment.get("CUDA_VISIBLE_DEVICES") if launcher.gpus else None
     launcher = replace(launcher, devices=devices.split(",") if devices else None)
@@ -212,7 +212,7 @@ def _reason(r: Planned, job: str, state: str, folder: Path) -> str:
 
 def submitted(folder: Path, states: dict[str, str]) -> dict[str, str]:
     """{run id: job id} of the runs whose jobs have not ended."""
-    found = {}
+    found: dict[str, str] = {}
     for path in folder.glob("*.json"):
         for job, ids in json.loads(path.read_text()).items():
             if states.get(job, "COMPLETED") not in ENDED:

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +44,8 @@ def plan(configs: list[Config]) -> list[Planned]:
         if (identity.folder / "result.json").exists():
             result = planned.record.result(set_aside=False)
             planned.status = result["status"] if result else "missing"
-        elif planned.record.failure():
-            planned.status, planned.reason = "failed", planned.record.failure()["reason"]
+        elif failure := planned.record.failure():
+            planned.status, planned.reason = "failed", failure["reason"]
         if planned.status in ("missing", "failed") and lease.alive(lease.path_in(identity.folder)):
             planned.status = "elsewhere"
     estimate.from_finished(list(runs.values()))
@@ -60,7 +62,7 @@ def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
     lost = {r.identity.id: r for r in unfinished(parents)}
     found = []
     for r in unfinished(runs):
-        parent = lost.get(r.config.parent and identify(Config.load(r.config.parent)).id)
+        parent = lost.get(identify(Config.load(r.config.parent)).id) if r.config.parent else None
         if parent is not None:
             r.status, r.reason = "failed", f"the run that it starts from failed: {parent.title}: {parent.reason}"
             found.append(r)
@@ -171,7 +173,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     elsewhere = [r for r in runs if r.status == "elsewhere"]
     display = Display(runs)
     free = list(launcher.slots)
-    running: dict[int, _Running] = {}
+    running: dict[Any, _Running] = {}  # by what tells that the process has ended
     stop = StopSignals(patience=None)
     with stop, display:
         while waiting or running or elsewhere:
@@ -226,7 +228,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
 class _Running:
     """A run's process, and why it was asked to stop, if it was."""
 
-    process: multiprocessing.Process
+    process: BaseProcess
     run: Planned
     slot: str | None
     why: str = ""
@@ -249,7 +251,7 @@ class _Running:
             self.process.kill()
 
 
-def resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int | None) -> int:
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):

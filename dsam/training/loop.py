@@ -145,14 +145,14 @@ def fine_tune(
                 state.diverged = f"step {state.step + 1}: {error}"
                 break
             if train.max_grad_norm is not None:
-                clip_grads_with_norm_(params, train.max_grad_norm, method.report["gradient_norm"])
+                clip_grads_with_norm_(params, train.max_grad_norm, torch.as_tensor(method.report["gradient_norm"]))
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
 
             state.step += 1
-            state.forwards += method.report["forwards"]
-            state.backwards += method.report["backwards"]
+            state.forwards += float(method.report["forwards"])
+            state.backwards += float(method.report["backwards"])
             state.window.append(float(loss))
             state.seconds += time.perf_counter() - started
             bar.update(state.step, state.window[-1])
@@ -213,7 +213,9 @@ def evaluate(
     metrics, losses = {}, []
     for split in [*task.evaluation, *(["heldout"] if "heldout" in data else [])]:
         answers, of_split = predict(task, data[split], model, device, autocast)
-        metrics[split] = compute(task, answers, data[split].labels)
+        labels = data[split].labels
+        assert labels is not None
+        metrics[split] = compute(task, answers, labels)
         if split != "heldout":
             losses.append(of_split)
     scores = {"score": headline(task, metrics)}

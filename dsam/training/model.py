@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]  # BertTokenizerFast is there; its stubs lack it
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -79,10 +80,11 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
-    if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+    words: Any = network.get_input_embeddings()
+    if len(tokenizer) > words.num_embeddings:
         raise UserError(
             f"model {model.path or model.name}: the tokenizer has {len(tokenizer)} tokens and the model "
-            f"{network.get_input_embeddings().num_embeddings} embeddings: they do not fit each other"
+            f"{words.num_embeddings} embeddings: they do not fit each other"
         )
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions and train.max_length > positions:
@@ -123,7 +125,7 @@ def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFa
         if isinstance(given[name], int | float) and given[name] < 0:
             raise UserError(f"model.architecture.{name}={given[name]} must be at least 0")
     try:
-        return BertConfig(**own | given, num_labels=num_labels)
+        return BertConfig(**own | given | {"num_labels": num_labels})
     except Exception as error:  # whatever its checks of types raise
         raise UserError(f"model.architecture={given}: {described(error)}") from None
 

@@ -176,7 +176,7 @@ def _limits(frame, which, official, made_up) -> list[str]:
 def _results(runs: pd.DataFrame, columns: list[str], which: str, official: list[str]) -> list[dict]:
     """The model-index entries of one model and method: by task and split each metric's mean over runs."""
     epoch = {"best": "best epoch", "last": "last epoch"}[which]
-    results = {}
+    results: dict = {}
     for task, own in runs.groupby("task", sort=False):
         for column in columns:
             _, split, metric = column.split(".", 2)

@@ -24,7 +24,8 @@ class Facts:
     @classmethod
     def read(cls, frame: pd.DataFrame, runs_dir: Path) -> "Facts":
         """Of the runs in `frame` that have a result."""
-        values, folders = defaultdict(Counter), frame.loc[frame["status"].isin(DONE), "folder"]
+        values: dict[str, Counter] = defaultdict(Counter)
+        folders = frame.loc[frame["status"].isin(DONE), "folder"]
         for folder in folders:
             try:
                 content = json.loads((runs_dir / folder / "provenance.json").read_text(encoding="utf-8"))

@@ -83,6 +83,7 @@ def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
     # This interpreter's kernel: one that is registered under the same name may lack dsam.
     kernel = AsyncKernelManager(kernel_name="python3")
     launch = "-m ipykernel_launcher -f {connection_file} --log-level=ERROR"
+    assert kernel.kernel_spec is not None
     kernel.kernel_spec.argv = [sys.executable, *launch.split()]
     settings = {"DSAM_EXPERIMENT": experiment, "DSAM_RUNS": str(runs_dir), "DSAM_EPOCH": which}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

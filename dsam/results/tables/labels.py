@@ -15,7 +15,7 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
     for run in runs:
         for name, value in run["hyperparameters"].items():
             values[run["optimizer"], name, run["task"], run["model"]].add(value_text(value))
-    varying = defaultdict(list)
+    varying: dict[str, list[str]] = defaultdict(list)
     for (optimizer, name, _, _), seen in values.items():
         if len(seen) > 1 and name != "seed" and name not in varying[optimizer]:
             varying[optimizer].append(name)

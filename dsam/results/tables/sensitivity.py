@@ -58,6 +58,6 @@ def rho_table(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw")
         selection_note(frame, which),
         "Bold: the best ρ of a row. A ρ that is picked by these scores flatters its method.",
     ]
-    columns = ["model", "task", "method", "rho", "mean", "sd", "low", "high", "count", "expected"]
+    kept = ["model", "task", "method", "rho", "mean", "sd", "low", "high", "count", "expected"]
     caption = f"Scores against ρ ({which} epoch): mean ± sd over seeds (number of runs), ×100"
-    return Table("rho", caption, notes, values[columns], shown, styled(styles, shown)).without_single_model()
+    return Table("rho", caption, notes, values[kept], shown, styled(styles, shown)).without_single_model()

@@ -104,7 +104,7 @@ def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "ad
 
 def _shown(runs: pd.DataFrame, column: str) -> str:
     """The value that all tasks share, or each value with its tasks; several of one task in a row; a dash for none."""
-    tasks = {}
+    tasks: dict[str, list[str]] = {}
     for task, values in runs.groupby("task", sort=False)[column]:
         values = values.sort_values() if pd.api.types.is_numeric_dtype(values) else values
         seen = dict.fromkeys(value_text(value) for value in values if isinstance(value, list) or pd.notna(value))
