@@ -93,6 +93,7 @@ AtOnce = Annotated[Whole, Field(ge=1, le=MOST_AT_ONCE)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
+Proportion = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -144,6 +145,13 @@ class Data(Settings):
     source: Literal["builtin", "local", "hub"]
     root: Text | None = None
     revision: Text | None = None
+    label_noise: Proportion = 0.0
+    heldout_noise: Proportion = 0.0
+    noise_seed: AtLeast0 = 0
+
+    @property
+    def noisy(self) -> bool:
+        return self.label_noise > 0 or self.heldout_noise > 0
 
 
 class Seeds(Settings):
@@ -329,6 +337,8 @@ class Config(Settings):
             raise UserError(f"model={model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
         if model.id and not model.path and not model.revision:
             raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
+        if data.heldout_noise and self.selection != "heldout":
+            raise UserError(f"data.heldout_noise={data.heldout_noise:g} needs selection=heldout: nothing is held out")
         if data.source == "hub" and not data.revision and not (task.hub and task.hub.revision):
             raise UserError("data=hub needs data.revision=HASH: without it, numbers may change unseen")
         return self
@@ -352,6 +362,11 @@ class Config(Settings):
             if not there.is_dir():
                 raise UserError(f"paths.{name}={value}: {there} is not a folder")
         return self
+
+    @property
+    def task_label(self) -> str:
+        """The task as tables name it: each level of label noise is one of its own."""
+        return f"{self.task.name} noise {self.data.label_noise:g}" if self.data.label_noise else self.task.name
 
     def to_dict(self) -> dict:
         return self.model_dump()

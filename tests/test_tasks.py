@@ -268,3 +268,69 @@ def test_a_split_without_labels_is_refused():
     with pytest.raises(ValueError, match="no labels"):
         noisy(CLASSES[2], Tokenised(np.zeros(0, np.int32), np.zeros(3, np.int64), None, None, 0, 0, False), 0.5, 0)
     assert len(Split(["a"], None, None)) == 1
+
+
+# Through the pipeline
+
+
+def run_of(*given):
+    from test_config import config
+
+    return config("task=entailment", *given)
+
+
+def test_noise_reaches_the_training_set_alone_and_is_the_same_for_every_method_and_seed():
+    from dsam.runs.run import prepare
+
+    clean = prepare(run_of("selection=heldout")).data
+    seen = []
+    for own in (["optimizer=sam", "seed=1"], ["optimizer=adamw", "seed=2"]):
+        data = prepare(run_of("selection=heldout", "data.label_noise=0.3", *own)).data
+        wrong = data["train"].labels != clean["train"].labels
+        assert wrong.sum() == round(0.3 * len(wrong))
+        assert (data["train"].clean_labels == clean["train"].labels).all()
+        assert all((data[split].labels == clean[split].labels).all() for split in ("dev", "heldout"))
+        seen.append(wrong)
+    assert (seen[0] == seen[1]).all()
+    data = prepare(run_of("selection=heldout", "data.label_noise=0.3", "data.heldout_noise=0.3")).data
+    assert (data["heldout"].labels != clean["heldout"].labels).mean() == pytest.approx(0.3, abs=0.01)
+    assert (data["dev"].labels == clean["dev"].labels).all()
+
+
+def test_noise_is_part_of_the_identity_and_of_the_tasks_name_in_tables():
+    from dsam.runs.identity import identify
+
+    clean, noisy_, other = (
+        run_of(*given) for given in ([], ["data.label_noise=0.3"], ["data.label_noise=0.3", "data.noise_seed=1"])
+    )
+    assert len({identify(c).id for c in (clean, noisy_, other)}) == 3
+    assert identify(run_of("data.noise_seed=1")).id == identify(clean).id  # there is no noise to draw
+    assert (clean.task_label, noisy_.task_label) == ("entailment", "entailment noise 0.3")
+    with pytest.raises(UserError, match="needs selection=heldout"):
+        run_of("data.heldout_noise=0.1")
+    with pytest.raises(UserError, match=r"data.label_noise=1.5 must be at most 1"):
+        run_of("data.label_noise=1.5")
+
+
+def test_a_task_of_ones_own_runs_and_its_settings_are_part_of_the_identity(tmp_path):
+    """BoolQ's form from CSV, by a description alone."""
+    from test_config import config
+
+    from dsam.config import Config
+    from dsam.runs.identity import identify
+    from dsam.runs.run import run
+
+    rows = [{"question": f"is the dog number {i} old", "passage": "the dog is old", "answer": ("no", "yes")[i % 2]}
+            for i in range(40)]  # fmt: skip
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.csv", rows)
+    given = config("task=agreement", "train.max_steps=3", "tracking=disabled", f"paths.runs={tmp_path}/runs",
+                   f"paths.cache={tmp_path}/cache").to_dict()  # fmt: skip
+    own = task(metrics=["accuracy", "f1_macro"], headline=["f1_macro"], files={"train": "train.csv", "dev": "dev.csv"})
+    given |= {"task": own.model_dump(), "data": {"source": "local", "root": str(tmp_path)}}
+    first = Config.load(given)
+    result = run(first)
+    assert result["metric"] == "f1_macro" and set(result["best"]["metrics"]["dev"]) == {"accuracy", "f1_macro"}
+    assert result["best"]["score"] == result["best"]["metrics"]["dev"]["f1_macro"]
+    other = own.model_copy(update={"headline": ("accuracy",)})
+    assert identify(Config.load(given | {"task": other.model_dump()})).id != identify(first).id

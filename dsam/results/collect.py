@@ -100,6 +100,7 @@ def read(path: str | Path) -> dict:
         if result.get("result_sha256", seal(result)) != seal(result):
             return {"status": "damaged", "reason": "result.json was edited"}
         row = {name: result[name] for name in ("id", "task", "model", "optimizer", "seed", "status", "metric")}
+        row["task"] = result.get("task_label", result["task"])
         row["hyperparameters"] = dict(result["hyperparameters"])
         row["majority"] = _number(result.get("majority"))
         row["evaluations"] = [
@@ -128,7 +129,8 @@ def _expected(folder: str, planned: dict | None) -> dict:
     """What is known of a run before its result: its place, and its line in the sweep's manifest."""
     place = dict(zip(("task", "model", "optimizer", "id"), Path(folder).parts, strict=False))
     plan = {name: value for name, value in (planned or {}).items() if name in (*place, "seed", "hyperparameters")}
-    return {"hyperparameters": {}, "evaluations": [], "folder": folder} | place | plan
+    label = {"task": planned["task_label"]} if planned and "task_label" in planned else {}
+    return {"hyperparameters": {}, "evaluations": [], "folder": folder} | place | plan | label
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

@@ -4,10 +4,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import glue
 from ..config import Config
-from ..task import Task
+from ..task import Task, shipped
 from ..training.model_files import fingerprint as model_fingerprint
 
 RECORD_VERSION = 6  # raised when the same configuration comes to mean other numbers
@@ -27,7 +28,7 @@ def identify(config: Config) -> Identity:
 
     Raises UserError where the data or the model folder cannot be read.
     """
-    contents = {
+    contents: dict[str, Any] = {
         "record_version": RECORD_VERSION,
         "task": config.task.name,
         "data": _data_fingerprint(config.task, config.data.source, config.data.root, config.data.revision),
@@ -40,6 +41,11 @@ def identify(config: Config) -> Identity:
         "selection": config.selection,
         "parent": identify(Config.load(config.parent)).id if config.parent else None,
     }
+    # Not there for what was there before these could be set, so that old runs keep their names.
+    if config.data.noisy:
+        contents["noise"] = [config.data.label_noise, config.data.heldout_noise, config.data.noise_seed]
+    if shipped().get(config.task.name) != config.task:
+        contents["task_settings"] = config.task.model_dump(exclude={"title", "rows"})
     name = digest(contents)
     folder = Path(config.paths.runs) / config.task.name / config.model.name / config.optimizer.name / name
     return Identity(name, folder, json.loads(json.dumps(contents)))

@@ -61,6 +61,7 @@ def write(
             {
                 "id": identity.id,
                 "task": config.task.name,
+                "task_label": config.task_label,
                 "model": config.model.name,
                 "optimizer": config.optimizer.name,
                 "seed": config.seed,

@@ -134,6 +134,10 @@ def prepare(config: Config) -> Ready:
         (train,) = task.train
         kept, held = held_out(len(data[train]))
         data = data | {"heldout": data[train].take(held), train: data[train].take(kept)}
+    if source.noisy:
+        shares = {task.train[0]: source.label_noise, "heldout": source.heldout_noise}
+        spoilt = {split: share for split, share in shares.items() if share and split in data}
+        data |= {split: glue.noisy(task, data[split], share, source.noise_seed) for split, share in spoilt.items()}
     return Ready(task, tokenizer, network, data, device, splits.notes)
 
 
@@ -154,6 +158,7 @@ def summarise(config: Config, run_id: str, task: Task, data: dict, state: State,
         "record_version": RECORD_VERSION,
         "id": run_id,
         "task": task.name,
+        "task_label": config.task_label,
         "model": config.model.name,
         "optimizer": config.optimizer.name,
         "seed": config.seed,

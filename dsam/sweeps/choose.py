@@ -23,7 +23,7 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     """
     groups: dict[tuple, dict[str, list[Planned]]] = {}
     for r in runs:
-        group = groups.setdefault((r.config.task.name, r.config.model.name, r.config.optimizer.name), {})
+        group = groups.setdefault((r.config.task_label, r.config.model.name, r.config.optimizer.name), {})
         group.setdefault(json.dumps(hyperparameters(r.config), sort_keys=True), []).append(r)
     configs: list[Config] = []
     rows: list[dict] = []

@@ -36,7 +36,7 @@ class Planned:
     @property
     def title(self) -> str:
         c = self.config
-        return f"{c.task.name} {c.model.name} {c.optimizer.name} seed {c.seed} [{self.identity.id}]"
+        return f"{c.task_label} {c.model.name} {c.optimizer.name} seed {c.seed} [{self.identity.id}]"
 
     @property
     def done(self) -> bool:

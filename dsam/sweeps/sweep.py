@@ -76,7 +76,7 @@ def show_plan(runs: list[Planned], workers: int) -> None:
         c, e = r.config, r.expected
         time_ = "" if e.seconds is None else duration(e.seconds)
         memory = "" if e.memory_bytes is None else f"{e.memory_bytes / 1e9:.1f} GB"
-        cells = (c.task.name, c.model.name, c.optimizer.name, str(c.seed), STATUSES[r.status], time_, memory, e.source)
+        cells = (c.task_label, c.model.name, c.optimizer.name, str(c.seed), STATUSES[r.status], time_, memory, e.source)
         table.add_row(*cells, str(r.identity.folder))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     starting = sum(r.status in ("missing", "failed") for r in runs)
