@@ -128,7 +128,8 @@ def all_small():
 
 
 def test_packed_runs_share_the_device(config):
-    config.train.max_steps = steps_of_a_run = 50
+    steps_of_a_run = 50
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps_of_a_run})})
     (one, two), _ = figures("packing", config, [1, 2], 2, 2)
     assert (one.at_once, two.at_once) == (1, 2)
     assert one.runs_per_hour == pytest.approx(3600 / (one.seconds * steps_of_a_run))

@@ -130,9 +130,7 @@ def test_a_sweep_does_parents_first_and_each_once(tmp_path, paths):
 
 def test_a_child_without_its_parents_weights_is_told(tmp_path, paths):
     child = config("initialise_from=entailment", *paths)
-    parent = Config.load(child.parent)
-    parent.checkpoint.keep_weights = False
-    run(parent)
+    run(Config.load(child.parent | {"checkpoint": {"keep_weights": False}}))
     with pytest.raises(UserError, match="that run kept no weights"):
         run(child)
 

@@ -1,19 +1,14 @@
-"""Collecting run folders: every run visible with its fate, labels, and an index that is never stale."""
+"""Collecting run folders: every run visible with its fate, labels, and what cannot be read said."""
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import many_runs
-import pandas as pd
 import pytest
-import warm
-from conftest import ROOT
 
 from dsam.errors import UserError
-from dsam.results import index
 from dsam.results.collect import collect
 from dsam.results.tables.labels import method_labels
 
@@ -134,66 +129,6 @@ def test_labels_take_equal_values_as_equal_and_unknown_ones_as_unknown():
     unknown = plan() | {"hyperparameters": {}}
     labels = method_labels([plan(rho=1, clip=None), plan(rho=2.5, clip=True), unknown])
     assert labels == ["sam (clip=none, rho=1)", "sam (clip=true, rho=2.5)", "sam (clip=?, rho=?)"]
-
-
-def test_the_index_sees_a_changed_a_new_and_a_removed_result(tmp_path):
-    path = finish(tmp_path, plan(), best=0.61)
-    assert collect(tmp_path)["best"].tolist() == [0.61]
-    before = path.stat()
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(path.read_text().replace("0.61", "0.71"))  # the same size, made the same age
-    os.utime(replacement, ns=(before.st_atime_ns, before.st_mtime_ns))
-    os.replace(replacement, path)
-    assert collect(tmp_path)["best"].tolist() == [0.71]
-    finish(tmp_path, plan(seed=1), best=0.8)
-    assert collect(tmp_path)["best"].tolist() == [0.71, 0.8]
-    path.unlink()
-    assert collect(tmp_path)["status"].tolist() == ["missing", "finished"]
-
-
-def test_a_cached_collection_equals_a_fresh_one(tmp_path):
-    runs = [plan(seed=seed, rho=rho) for seed in range(3) for rho in (0.05, 0.1)]
-    sweep(tmp_path, "smoke", [*runs, plan(seed=9, rho=0.1)])
-    for seed, run in enumerate(runs):
-        finish(tmp_path, run, best=None if seed == 2 else 0.6 + seed / 100)
-    fresh = collect(tmp_path, "smoke")
-    assert (tmp_path / index.NAME).exists()
-    pd.testing.assert_frame_equal(collect(tmp_path, "smoke"), fresh)
-
-
-@pytest.mark.parametrize("content", ["", "no json\n", '{"index_version": 1}\n{"fol', '{"index_version": 0}\n'])
-def test_a_broken_or_old_index_is_read_past(tmp_path, content):
-    finish(tmp_path, plan())
-    (tmp_path / index.NAME).write_text(content)
-    assert collect(tmp_path)["best"].tolist() == [0.66]
-    assert list(index.load(tmp_path)) == [plan()["folder"]]
-
-
-def test_collecting_an_experiment_keeps_the_other_runs_in_the_index(tmp_path):
-    finish(tmp_path, plan(seed=0))
-    finish(tmp_path, plan(seed=1))
-    sweep(tmp_path, "smoke", [plan(seed=0)])
-    collect(tmp_path)
-    assert len(collect(tmp_path, "smoke")) == 1
-    assert len(index.load(tmp_path)) == 2
-
-
-def test_without_the_index_every_result_is_read(tmp_path):
-    finish(tmp_path, plan(), best=0.61)
-    collect(tmp_path)
-    path = tmp_path / index.NAME
-    path.write_text(path.read_text().replace("0.61", "0.99"))
-    assert collect(tmp_path)["best"].tolist() == [0.99] and collect(tmp_path, cached=False)["best"].tolist() == [0.61]
-    assert "0.99" in path.read_text()
-
-
-@pytest.mark.slow
-def test_two_processes_may_collect_at_once(tmp_path):
-    for seed in range(50):
-        finish(tmp_path, plan(seed=seed))
-    both = [warm.Command("test_results_collect:count", [str(tmp_path)], ROOT, os.environ) for _ in range(2)]
-    assert [process.communicate() for process in both] == [("50\n", "")] * 2
-    assert len(index.load(tmp_path)) == 50 and not list(tmp_path.glob("*.tmp"))
 
 
 def count(folder):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def write(folder):
-    frame = collect(folder / "runs", "sweep", cached=False)
+    frame = collect(folder / "runs", "sweep")
     report.write_tables(tables.build(frame), frame, "sweep", folder / "runs", folder / "tables" / "sweep")
 
 

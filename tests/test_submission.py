@@ -247,8 +247,10 @@ def test_the_command_writes_official_sizes_and_says_what_no_run_answered(root, r
 
 def test_constants_are_the_real_training_sets_most_frequent_answers(glue_root):
     for file in formats.FILES:
+        if file.task == "ax":
+            continue
         path = glue_root / get_task(file.task).files_of("train")[0].path
-        if file.task == "ax" or not path.is_file():
+        if not path.is_file():
             continue
         rows = rows_of(path.read_text(encoding="utf-8-sig").replace("\u2028", " ").replace("\x85", " "))
         if file.task == "stsb":

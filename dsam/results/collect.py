@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from dsam.errors import UserError
-from dsam.results import index
 from dsam.results.tables.labels import method_labels
 from dsam.runs import manifest
 from dsam.runs.record import seal
@@ -19,7 +18,7 @@ TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
 
-def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = True) -> pd.DataFrame:
+def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame:
     """The runs under `runs_dir`, or those that the sweep `experiment` planned: one row each.
 
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
@@ -30,7 +29,6 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
 
-    Results already read come from `<runs_dir>/.index.jsonl` as long as their files are unchanged and `cached`.
     Raises UserError where `runs_dir` or the experiment doesn't exist.
     """
     runs_dir = Path(runs_dir)
@@ -38,13 +36,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None, cached: bool = 
         raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first, or name the folder of the runs")
     planned = _planned(runs_dir, experiment)
     folders = list(planned) if experiment else sorted({*planned, *_run_folders(runs_dir)})
-    known = index.load(runs_dir) if cached else {}
-    entries = {folder: _entry(runs_dir, folder, known.get(folder)) for folder in folders}
-    read = {folder: entry for folder, entry in entries.items() if entry["stamp"]}
-    kept = {**known, **read} if experiment else read
-    if cached and kept != known:
-        index.save(runs_dir, kept)
-    frame = _frame([_expected(folder, planned.get(folder)) | entries[folder]["row"] for folder in folders])
+    frame = _frame([_expected(folder, planned.get(folder)) | _row(runs_dir, folder) for folder in folders])
     frame.attrs["chosen"] = manifest.read(runs_dir, experiment).get("chosen", []) if experiment else []
     return frame
 
@@ -70,16 +62,9 @@ def _run_folders(runs_dir: Path) -> list[str]:
     return folders
 
 
-def _entry(runs_dir: Path, folder: str, known: dict | None) -> dict:
-    """The index entry of one folder: read only if it isn't the known one. Without a result it has no stamp."""
+def _row(runs_dir: Path, folder: str) -> dict:
     path = os.path.join(runs_dir, folder, "result.json")
-    try:
-        stamp = index.stamp(os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return {"folder": folder, "stamp": None, "row": _unfinished(runs_dir / folder)}
-    if known and known["stamp"] == stamp:
-        return known
-    return {"folder": folder, "stamp": stamp, "row": read(path)}
+    return read(path) if os.path.exists(path) else _unfinished(runs_dir / folder)
 
 
 def _unfinished(folder: Path) -> dict:

@@ -58,7 +58,7 @@ def check(
         yield True, f"no runs of '{experiment}' under '{runs_dir}': only what follows from cells.csv can be checked"
         yield from _from_cells(folder)
         return
-    frame = collect(runs_dir, experiment, cached=False)
+    frame = collect(runs_dir, experiment)
     yield from _records(frame, runs_dir)
     yield from _tables(frame, experiment, runs_dir, folder)
     yield from _again(frame, runs_dir, rerun, seed, cache)

@@ -16,7 +16,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -140,12 +139,15 @@ def work(launcher: Launcher, configs: list[Config]) -> None:
 def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, str]) -> tuple[Launcher, list[Config]]:
     """Launcher and configurations with what the job was given: a slot per GPU, the CPUs shared among the runs."""
     devices = environment.get("CUDA_VISIBLE_DEVICES") if launcher.gpus else None
-    launcher = replace(launcher, devices=devices.split(",") if devices else None)
+    launcher = launcher.model_copy(update={"devices": devices.split(",") if devices else None})
     # Not all clusters bind a job to its CPUs, so their number on the node says nothing.
     threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // len(launcher.slots))
-    return launcher, [
-        replace(c, launcher=launcher, device=replace(c.device, threads=c.device.threads or threads)) for c in configs
-    ]
+
+    def given(config: Config) -> Config:
+        device = config.device.model_copy(update={"threads": config.device.threads or threads})
+        return config.model_copy(update={"launcher": launcher, "device": device})
+
+    return launcher, [given(config) for config in configs]
 
 
 def _leave(signum, frame) -> None:
