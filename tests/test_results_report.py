@@ -397,20 +397,15 @@ def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_files_of_earlier_runs_are_named(runs_dir, tmp_path):
-    old = [tmp_path / "tables/smoke/rho.csv", tmp_path / "figures/smoke/rho_tiny.png"]
+def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_are_named(runs_dir):
+    results = runs_dir.parent
+    shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")
+    old = [results / "tables/smoke/rho.csv", results / "figures/smoke/rho_tiny.png"]
     for path in old:
         path.parent.mkdir(parents=True)
         path.write_text("of an earlier sweep")
-    made = report.make("smoke", runs_dir, tmp_path / "tables", tmp_path / "figures")
-    assert made.left_over == old and all(path.exists() for path in old)
-
-
-@pytest.mark.slow
-def test_the_report_is_one_file_that_needs_no_network(runs_dir):
-    results = runs_dir.parent
-    shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")
     made = report.make("smoke", runs_dir, results / "tables", results / "figures")
+    assert made.left_over == old and all(path.exists() for path in old)
     page = made.html.read_text(encoding="utf-8")
     assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
     assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 4
