@@ -1,5 +1,6 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
+import argparse
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from .config import CONF, Config
-from .errors import Stopped, UserError
+from .errors import Parser, Stopped, UserError
 from .text import counted, first_line
 
 
@@ -32,33 +33,108 @@ def one_line_errors():
 
 def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
     """Checks Hydra's arguments, then hands over to the Hydra main."""
-    from hydra._internal.utils import get_args_parser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from . import overrides
 
-    def refuse(message: str):
-        raise UserError(f"{message}; --hydra-help lists the flags")
-
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
-        parser = get_args_parser()
-        parser.error = refuse
-        parsed = parser.parse_intermixed_args(list(arguments))
-        if parsed.experimental_rerun:
-            refuse("--experimental-rerun is not supported: a run's folder holds its config.yaml")
-        if parsed.run and parsed.multirun:
-            refuse("--run and --multirun contradict each other")
-        if parsed.resolve and not parsed.cfg:
-            refuse("--resolve goes with --cfg")
-        given = set(parsed.overrides)
-        sys.argv[1:] = [a for a in arguments if a not in given] + overrides.check(parsed.overrides, CONF)
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch, reader_may_leave():
+        if not CONF.is_dir():
+            raise UserError(
+                f"{CONF} is not there: the installed package is the library alone; sweeps run from a checkout of the "
+                "repository, which has conf/ and experiments/"
+            )
+        given = flags(arguments)
+        if given.experimental_rerun:
+            raise UserError("--experimental-rerun is not supported: a run's folder holds its config.yaml")
+        if given.run and given.multirun:
+            raise UserError("--run and --multirun contradict each other; --hydra-help lists the flags")
+        if given.resolve and not given.cfg:
+            raise UserError("--resolve goes with --cfg; --hydra-help lists the flags")
+        if not given.shell_completion:  # else they are Hydra's to complete
+            more = own_folder(given.config_dir)
+            experiment = any(o.startswith("experiment=") and o != "experiment=null" for o in given.overrides)
+            alone = not (given.multirun or experiment)
+            known = set(given.overrides)
+            checked = overrides.check(given.overrides, CONF, more, one_run=alone)
+            # Flags last: one that may have a value would take an override for it.
+            sys.argv[1:] = checked + [a for a in arguments if a not in known]
         os.environ["DSAM_SCRATCH"] = scratch  # for the files that Hydra insists on writing
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
         try:
             main()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"configuration: {first_line(error)}") from None
+
+
+def flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's documented flags and the overrides among them. UserError for what is neither."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for short, long in (("-h", "help"), ("-r", "run"), ("-m", "multirun"), ("-sc", "shell-completion")):
+        parser.add_argument(short, f"--{long}", action="store_true")
+    for long in ("hydra-help", "version", "resolve"):
+        parser.add_argument(f"--{long}", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-i", "--info", nargs="?", const="all",
+                        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"))  # fmt: skip
+    for short, long in (("-p", "package"), ("-cp", "config-path"), ("-cn", "config-name"), ("-cd", "config-dir")):
+        parser.add_argument(short, f"--{long}")
+    parser.add_argument("--experimental-rerun")
+    try:
+        return parser.parse_intermixed_args(_info_last(arguments))
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix('; see --help')}; --hydra-help lists the flags") from None
+
+
+def _info_last(arguments: Sequence[str]) -> list[str]:
+    """The same with a --info that has no value at the end, where it does not take an override for one."""
+    bare = [i for i, a in enumerate(arguments) if a in ("-i", "--info") and "=" in "".join(arguments[i + 1 : i + 2])]
+    rest = [a for i, a in enumerate(arguments) if i not in bare]
+    return rest + ["--info"] * bool(bare)
+
+
+def own_folder(given: str | None) -> Path | None:
+    """The folder of --config-dir. UserError where it is none."""
+    if given is None:
+        return None
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {given} is not a folder")
+    return folder
+
+
+@contextmanager
+def reader_may_leave():
+    """Inside, a reader of the output that has seen enough (`| head -1`) ends nothing."""
+    wrapped = sys.stdout
+
+    class Output:
+        def __getattr__(self, name: str):
+            return getattr(wrapped, name)
+
+        def write(self, text: str) -> int:
+            try:
+                return wrapped.write(text)
+            except BrokenPipeError:
+                return self._left(len(text))
+
+        def flush(self) -> None:
+            try:
+                wrapped.flush()
+            except BrokenPipeError:
+                self._left(0)
+
+        def _left(self, written: int) -> int:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), wrapped.fileno())
+            return written
+
+    sys.stdout = Output()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = wrapped
 
 
 def load(cfg: DictConfig) -> Config:
@@ -163,12 +239,14 @@ def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
     """The name of the experiment whose runs are meant, and the configuration that says where they lie."""
     from . import overrides
 
-    names = [a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")]
+    given = flags(arguments)
+    more = own_folder(given.config_dir)
+    names = [a.split("=", 1)[1] for a in given.overrides if a.startswith("experiment=")]
     name = names[-1] if names else "sweep"
-    arguments = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in arguments]
-    arguments = [a for a in arguments if a != "experiment=sweep" and not a.startswith("-")]
-    arguments = [a for a in overrides.check(arguments, CONF) if a.startswith(("experiment=", "paths."))]
-    return name, overrides.compose_config(arguments, CONF)
+    wanted = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in given.overrides]
+    wanted = [a for a in wanted if a not in ("experiment=sweep", "experiment=null")]
+    wanted = [a for a in overrides.check(wanted, CONF, more) if a.startswith(("experiment=", "paths."))]
+    return name, overrides.compose_config(wanted, CONF, more=more)
 
 
 def chosen(arguments: Sequence[str]) -> list[str] | None:

@@ -55,6 +55,14 @@ def _text(value: Any) -> Any:
     return str(value)
 
 
+def _home(path: str) -> str:
+    """A shell leaves the ~ of data.root=~/glue as it is. A user that there is not stays as typed, to be named."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path
+
+
 def _yes(value: Any) -> Any:
     if not isinstance(value, bool):
         raise PydanticCustomError("kind", "true or false")
@@ -85,6 +93,7 @@ def _pair(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
+Folder = Annotated[str, BeforeValidator(lambda value: _home(_text(value)))]
 Yes = Annotated[bool, BeforeValidator(_yes)]
 Group = Annotated[dict[str, Any], BeforeValidator(_group)]
 AtLeast0 = Annotated[Whole, Field(ge=0)]
@@ -106,7 +115,7 @@ class Model(Settings):
     name: Text
     id: Text | None = None
     revision: Text | None = None
-    path: Text | None = None
+    path: Folder | None = None
     architecture: Group | None = None
     # What follows are the model's usual recipe and habits, which `train`, `optimizer` and `device` take up.
     epochs: Whole = 3
@@ -143,7 +152,7 @@ class Optimizer(Settings):
 
 class Data(Settings):
     source: Literal["builtin", "local", "hub"]
-    root: Text | None = None
+    root: Folder | None = None
     revision: Text | None = None
     label_noise: Proportion = 0.0
     heldout_noise: Proportion = 0.0
@@ -216,11 +225,11 @@ class Checkpoint(Settings):
 
 
 class Paths(Settings):
-    runs: Text = "results/runs"
-    cache: Text = ".cache/dsam"
-    tables: Text = "results/tables"
-    figures: Text = "results/figures"
-    records: Text = "results/records"
+    runs: Folder = "results/runs"
+    cache: Folder = ".cache/dsam"
+    tables: Folder = "results/tables"
+    figures: Folder = "results/figures"
+    records: Folder = "results/records"
 
 
 class Launcher(Settings):
@@ -431,7 +440,7 @@ def _shown(value: Any) -> Any:
 def _annotation(schema: type[BaseModel], place: list[int | str]) -> Any:
     found: Any = schema
     for part in place:
-        found = next((a for a in _alternatives(found) if isinstance(a, type) and issubclass(a, BaseModel)), found)
+        found = next((a for a in alternatives(found) if isinstance(a, type) and issubclass(a, BaseModel)), found)
         if isinstance(part, int) or not (isinstance(found, type) and issubclass(found, BaseModel)):
             return None
         if part not in found.model_fields:
@@ -440,20 +449,20 @@ def _annotation(schema: type[BaseModel], place: list[int | str]) -> Any:
     return found
 
 
-def _alternatives(annotation: Any) -> tuple:
+def alternatives(annotation: Any) -> tuple:
     union = get_origin(annotation) in (types.UnionType, Union)
     return get_args(annotation) if union else (annotation,)
 
 
 def _fields(schema: type[BaseModel], place: list[int | str]) -> list[str]:
-    kinds = _alternatives(_annotation(schema, place))
+    kinds = alternatives(_annotation(schema, place))
     return [
         name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for name in kind.model_fields
     ]
 
 
 def _may_be_null(schema: type[BaseModel], place: list[int | str]) -> bool:
-    return type(None) in _alternatives(_annotation(schema, place))
+    return type(None) in alternatives(_annotation(schema, place))
 
 
 def coerced(value: Any, kind: Any, path: str) -> Any:
@@ -463,7 +472,7 @@ def coerced(value: Any, kind: Any, path: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "kind":
-            null = " or null" if type(None) in _alternatives(kind) else ""
+            null = " or null" if type(None) in alternatives(kind) else ""
             shown = "null" if value is None else repr(value)
             raise UserError(f"'{path}' must be {first['msg']}{null}, not {shown}") from None
         raise UserError(_line(first, BaseModel, [path])) from None
@@ -505,7 +514,8 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
     known = option_types(name, weighting)
     for key in options:
         if key not in known:
-            raise UserError(f"unknown key 'optimizer.{key}' for method '{name}'; {did_you_mean(key, known)}")
+            all_of = "; model.rho= sets it for each method that has one" if key == "rho" else ""
+            raise UserError(f"unknown key 'optimizer.{key}' for method '{name}'; {did_you_mean(key, known)}{all_of}")
     values = {k: default for k, (_, default) in known.items()} | options
     values = {k: coerced(v, _kind(known[k][0]), f"optimizer.{k}") for k, v in values.items()}
     try:
@@ -517,7 +527,7 @@ def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _kind(annotation: Any) -> Any:
     """The setting's kind of an option that a constructor annotates, e.g. `int | None`."""
-    kinds = [KINDS.get(a, a) for a in _alternatives(annotation)]
+    kinds = [KINDS.get(a, a) for a in alternatives(annotation)]
     return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
 
 

@@ -1,7 +1,9 @@
 """Finds mistakes on a Hydra command line before Hydra starts, so that each is one line with the nearest name."""
 
+import contextlib
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from pydantic import BaseModel
 
+from .config import CONTROL, Config, Settings, alternatives
 from .errors import UserError, did_you_mean
 from .text import first_line
 
@@ -21,18 +25,26 @@ HYDRAS_OWN = ("hydra.mode", "hydra.verbose")
 MOST_RUNS = 100_000
 
 
-def check(overrides: list[str], conf: Path) -> list[str]:
+def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: bool = False) -> list[str]:
     """The overrides as Hydra shall see them. Raises UserError for an unknown group, choice or key, or bad syntax.
 
     Options of an optimizer need not stand in its file (a weighting's do not), so `optimizer.radius=0.3` is passed on
-    as `++optimizer.radius=0.3`; `dsam.config` checks it against the method itself.
+    as `++optimizer.radius=0.3`; `dsam.config` checks it against the method itself. Text stays the text that was typed,
+    whatever Hydra's grammar would make of it.
+
+    Args:
+        conf: the folder of configurations. more: one of the user's own, beside it.
+        one_run: several values of one setting are a mistake.
     """
-    groups = {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
-    }
+    groups: dict[str, list[str]] = {}
+    for place in (conf, *([more] if more else [])):
+        for folder in place.iterdir():
+            if folder.is_dir():
+                groups[folder.name] = sorted({*groups.get(folder.name, ()), *(f.stem for f in folder.glob("*.yaml"))})
     passed, chosen, keys, first, runs = [], [], [], [], 1
     parser = OverridesParser.create()
     for text in overrides:
+        typed, text = text, _as_typed(text, parser)
         try:
             override = parser.parse_override(text)
         except HydraException as error:
@@ -41,13 +53,22 @@ def check(overrides: list[str], conf: Path) -> list[str]:
         if re.split("[./@]", name)[0] == "hydra" and name not in HYDRAS_OWN:
             raise UserError(f"'{text}': {name} cannot be set; paths.runs=DIR says where runs lie")
         values = _values(override, text, groups.get(name, ()))
+        if one_run and override.is_sweep_override():
+            raw = typed.partition("=")[2]
+            hint = f"; one value with a comma needs quotes: \"{name}='{raw}'\"" if name in text_settings() else ""
+            raise UserError(f"'{typed}' is {len(values)} runs: add -m for a sweep{hint}")
+        if name == "experiment" and len(values) > 1:
+            each = ", then ".join(f"experiment={value}" for value in values)
+            raise UserError(f"'{text}': each experiment is a sweep of its own: start {each}")
+        if name in groups and override.is_add():
+            raise UserError(f"'{text}': write {name}={values[0]}, without the +")
         runs *= len(values)
         if runs > MOST_RUNS:
             raise UserError(f"'{text}': more than {MOST_RUNS} runs")
         first.append(f"{override.get_key_element()}={values[0]}" if override.is_sweep_override() else text)
         if name in groups and not override.is_delete():
             for choice in values:
-                if choice not in groups[name]:
+                if choice not in groups[name] and (name, choice) != ("experiment", "null"):
                     raise UserError(f"unknown {name} '{choice}'; {did_you_mean(choice, groups[name])}")
             chosen.append(f"{name}={values[0]}")
         elif name.startswith("optimizer.") and text.startswith("optimizer."):
@@ -58,10 +79,10 @@ def check(overrides: list[str], conf: Path) -> list[str]:
             keys.append(name)
         passed.append(text)
     try:
-        compose_config(first, conf)  # what only shows when all is put together, for the first run
+        compose_config(first, conf, more=more)  # what only shows when all is put together, for the first run
     except UserError:
         if keys:
-            _check_keys(keys, compose_config(chosen, conf), groups)
+            _check_keys(keys, compose_config(chosen, conf, more=more), groups)
         raise
     return passed
 
@@ -87,12 +108,59 @@ def _ends(sweep: RangeSweep) -> bool:
     return abs(stop - start) <= MOST_RUNS * abs(sweep.step)
 
 
-def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False) -> DictConfig:
-    """The configuration that Hydra composes, as it does for one run; `with_hydra`: with Hydra's own settings."""
+@functools.cache
+def text_settings() -> frozenset[str]:
+    """The settings that are text, e.g. model.revision: what looks like a number in them is not one."""
+
+    def of(schema: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in schema.model_fields.items():
+            kinds = [getattr(kind, "__origin__", kind) for kind in alternatives(field.annotation)]
+            if str in kinds:
+                yield prefix + name
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, Settings):
+                    yield from of(kind, f"{prefix}{name}.")
+
+    return frozenset(of(Config, ""))
+
+
+def _as_typed(text: str, parser: OverridesParser) -> str:
+    """`text` with quotes where its setting is text and Hydra would read something else, or nothing, in its place."""
+    key, found, raw = text.partition("=")
+    if not found or key.lstrip("+") not in text_settings() or CONTROL.search(raw):
+        return text
+    try:
+        override = parser.parse_override(text)
+    except HydraException:
+        quoted = f"{key}={_quoted(raw)}"
+        with contextlib.suppress(HydraException):
+            parser.parse_override(quoted)
+            return quoted
+        return text
+    if override.is_choice_sweep():
+        parts = raw.split(",")
+        return text if re.search(r"['\"\[\](){}\\]", raw) else f"{key}={','.join(map(_quoted, parts))}"
+    if not override.is_sweep_override() and isinstance(override.value(), int | float):
+        return f"{key}={_quoted(raw)}"
+    return text
+
+
+def _quoted(raw: str) -> str:
+    return raw if raw in ("", "null") else "'" + raw.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False, more: Path | None = None) -> DictConfig:
+    """The configuration that Hydra composes, as it does for one run.
+
+    Args:
+        with_hydra: with Hydra's own settings.
+        more: a user's own folder of configurations, beside `conf`.
+    """
     GlobalHydra.instance().clear()
+    beside = [f"hydra.searchpath=[{_quoted(f'file://{more.resolve()}')}]"] if more else []
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return compose("config", overrides, return_hydra_config=with_hydra)
+            return compose("config", [*overrides, *beside], return_hydra_config=with_hydra)
     except Exception as error:  # whatever Hydra and OmegaConf make of it: not only errors of their own kinds
         raise UserError(f"configuration: {first_line(error)}") from None
 

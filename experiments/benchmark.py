@@ -51,7 +51,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--what", choices=list(MEASURES), default="steps")
     parser.add_argument("--out", type=Path, help="default: results/benchmark/<what>.json")
     parser.add_argument("settings", nargs="*", help="settings as for train.py; task may be a list: task=rte,cola")
-    return parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args()
+    # --methods takes what follows it; settings hold a =, which no method's name does.
+    given.settings += [name for name in given.methods if "=" in name]
+    given.methods = [name for name in given.methods if "=" not in name] or steps.contenders()
+    return given
 
 
 def point(text: str) -> tuple[int, int]:

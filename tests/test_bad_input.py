@@ -167,7 +167,6 @@ MISTAKES = [
     # groups and keys
     ("task=null", "task 'null'"),
     ("optimizer=null", "optimizer 'null'"),
-    ("experiment=null", "experiment 'null'"),
     ("task=agreemen", "did you mean 'agreement'"),
     ("task=Agreement", "did you mean 'agreement'"),
     ("optimizer=[sam,adamw]", "sam"),

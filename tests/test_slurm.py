@@ -169,5 +169,5 @@ def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
     without, (frozen,) = slurm.here(Launcher(name="slurm", workers=3), [config], given)
     assert without.slots == [None] * 3
     assert frozen.device.threads == 2
-    config.device.threads = 1
+    config = Config.load(compose_config(["device.threads=1"], CONF))
     assert slurm.here(launcher, [config], given)[1][0].device.threads == 1

@@ -69,6 +69,8 @@ def _layout(task: Task, root: Path, files: tuple[File, ...]) -> Layout:
     raw = sorted(p.name for p in missing.parent.glob("msr_paraphrase_*.txt")) if missing.parent.is_dir() else []
     if raw:
         hint = f"{raw[0]} is the raw download, from which GLUE's train.tsv and dev.tsv are cut by its own dev_ids.tsv"
+    if task.name == "ax" and any((folder / "AX.tsv").is_file() for folder in (root, missing.parent)):
+        hint = f"AX.tsv is what GLUE's server takes as answers; the questions are in {missing.name}"
     raise UserError(f"{task.name}: file '{missing}' is missing: {hint}")
 
 

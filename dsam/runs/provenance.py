@@ -1,6 +1,7 @@
 """Where a run's numbers come from: code, versions, machine, data and weights."""
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -26,21 +27,44 @@ PACKAGES = (
 )
 
 
+PACKAGE = Path(__file__).parents[1]
+SOURCES = ("dsam", "conf", "experiments", "hydra_plugins")  # beside each other: what decides what a run computes
+
+
 @functools.cache
-def git(folder: str | None = None) -> dict:
-    """{"commit", "dirty"} of the checkout that this code lies in; None for both outside one."""
+def git(folder: Path = PACKAGE.parent) -> dict[str, str | bool | None]:
+    """The state of the checkout that this code lies in: {"commit", "dirty", "repository"}.
+
+    `repository` is the first commit of the one that was asked, which tells repositories apart without naming a place.
+    `dirty`: tracked files differ from the commit, or there are new ones among the sources, as a new method is. All are
+    None where the code is in no repository, or in one that does not track it (a copy inside another project).
+    """
 
     def ask(*words: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", *words], cwd=folder or Path(__file__).parent, capture_output=True, text=True, timeout=10
-            )
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = ask("status", "--porcelain", "--untracked-files=no")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    if ask("ls-files", "--error-unmatch", "dsam/__init__.py") is None:
+        return {"commit": None, "dirty": None, "repository": None}
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    new = ask("ls-files", "--others", "--exclude-standard", "--", *SOURCES)
+    dirty = None if changed is None or new is None else bool(changed or new)
+    first = ask("rev-list", "--max-parents=0", "HEAD")
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": dirty, "repository": first.split()[-1] if first else None}
+
+
+@functools.cache
+def source_digest(folder: Path = PACKAGE.parent) -> str:
+    """sha256 over names and bytes of the code and configurations that ran, whatever git says of them."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        for file in sorted((folder / source).rglob("*")):
+            if file.suffix in (".py", ".yaml", ".txt") and file.is_file():
+                digest.update(f"{file.relative_to(folder).as_posix()}\n".encode() + file.read_bytes() + b"\n")
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -70,6 +94,7 @@ def provenance(device: torch.device, identity: dict) -> dict:
     """Everything that a reader needs to tell why two runs differ."""
     return {
         "git": git(),
+        "source_sha256": source_digest(),
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import sys
 import threading
 from pathlib import Path
@@ -19,8 +20,26 @@ Mode = Literal["online", "offline", "disabled"]
 PATIENCE = {"online": 8.0, "offline": 60.0}
 
 
+# What the environment says of who one is and where the server stands. All else that wandb reads there would change what
+# a run is called or where its files lie (WANDB_SWEEP_ID, WANDB_RUN_ID, WANDB_PROJECT, WANDB_DIR, …), which is ours.
+THEIRS = re.compile(
+    "WANDB_(API_KEY|BASE_URL|APP_URL|ENTITY|IDENTITY_TOKEN_FILE|CREDENTIALS_FILE|CACHE_DIR|CONFIG_DIR|DATA_DIR|"
+    "ERROR_REPORTING|HTTP_TIMEOUT|X_EXTRA_HTTP_HEADERS|_EXTRA_HTTP_HEADERS|INSECURE_DISABLE_SSL|HTTPS?_PROXY|DEBUG)"
+)
+
+
+def forget_others() -> list[str]:
+    """Takes the variables that are not `THEIRS` out of this process's environment; returns their names."""
+    others = sorted(name for name in os.environ if name.startswith("WANDB_") and not THEIRS.fullmatch(name))
+    for name in others:
+        del os.environ[name]
+    return others
+
+
 def connect(mode: Mode) -> str:
     """Sets wandb up and returns its server's address; asks nothing. UserError where mode=online has no login."""
+    if others := forget_others():
+        print(f"W&B: not used, since a run's id, name and place are its own: {', '.join(others)}", file=sys.stderr)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to an unreachable server it delays the exit
     import wandb
 

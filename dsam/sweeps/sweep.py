@@ -123,13 +123,21 @@ def _survey(configs: list[Config]) -> list[float]:
 
 
 def require_clean(configs: list[Config]) -> None:
-    """Raises UserError where a run asks for committed code and tracked files differ from the last commit."""
+    """Raises UserError where a run asks for committed code and the code that would run is not, or may not be."""
     from ..runs.provenance import git
 
-    if any(c.launcher.require_clean for c in configs) and git()["dirty"]:
+    if not any(c.launcher.require_clean for c in configs):
+        return
+    dirty = git()["dirty"]
+    if dirty is None:
         raise UserError(
-            "tracked files differ from the last commit, and the results could not be traced to code: commit first, or "
-            "set launcher.require_clean=false"
+            "this code lies in no git repository of its own (or git is missing), and the results could not be traced to "
+            "code: run from a clone, or set launcher.require_clean=false"
+        )
+    if dirty:
+        raise UserError(
+            "files differ from the last commit, or are new, and the results could not be traced to code: commit first, "
+            "or set launcher.require_clean=false"
         )
 
 
