@@ -42,10 +42,16 @@ def command(*arguments: str, timeout: float = 300, **options) -> subprocess.Comp
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where tokenised data lie, for all tests that do not look at the cache itself."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def paths(tmp_path):
-    """Overrides that keep a test's runs and caches to itself."""
-    return [f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+def paths(tmp_path, cache):
+    """Overrides that keep a test's runs to itself, and the tests' caches from the user's."""
+    return [f"paths.runs={tmp_path}/runs", f"paths.cache={cache}"]
 
 
 @pytest.fixture(scope="session")
