@@ -27,6 +27,7 @@ def start(*arguments: str, script: str = "train.py", cold: bool = False, env: di
     script, env, options = ROOT / "experiments" / script, os.environ | (env or {}), {"cwd": ROOT} | options
     if not cold:
         return warm.Command(script, arguments, options.pop("cwd"), env, **options)
+    env = {name: value for name, value in env.items() if name != warm.ADDRESS}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, script, *arguments], env=env, **pipes, **options)
 

@@ -129,6 +129,20 @@ def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish
     assert "Traceback" in (folder / "log.txt").read_text()
 
 
+def test_a_run_on_files_of_other_than_the_official_length_says_so(tmp_path, paths):
+    for split in ("train", "dev"):
+        file = tmp_path / "glue" / "RTE" / f"{split}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            "index\tsentence1\tsentence2\tlabel\n0\tA man.\tA man.\tentailment\n1\tA dog.\tA cat.\tnot_entailment\n"
+        )
+    for more in ([], ["-m"]):
+        done = command("task=rte", "data=local", f"data.root={tmp_path}/glue", *SHORT, *paths, *more)
+        assert done.returncode == 0, done.stderr
+        assert "rte train: 2 rows, official 2490" in done.stdout
+        shutil.rmtree(tmp_path / "runs")
+
+
 def test_a_single_run_that_fails_is_one_line_and_status_1(paths, tmp_path):
     assert command(*SHORT, *paths).returncode == 0
     (folder,) = (tmp_path / "runs").glob("*/*/*/*")
