@@ -39,7 +39,7 @@ unpack: .venv/installed ## run folders from that file, where they are missing: t
 wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
-test: .venv/installed ## all tests; ARGS='-m "not slow"' for those of the methods, data and figures alone
+test: .venv/installed ## all tests; ARGS='-m "not slow"' for those of methods, training and data alone
 	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
 
 lint: .venv/installed ## ruff and mypy

@@ -27,6 +27,7 @@ def start(*arguments: str, script: str = "train.py", cold: bool = False, env: di
     script, env, options = ROOT / "experiments" / script, os.environ | (env or {}), {"cwd": ROOT} | options
     if not cold:
         return warm.Command(script, arguments, options.pop("cwd"), env, **options)
+    env = {name: value for name, value in env.items() if name != warm.ADDRESS}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, script, *arguments], env=env, **pipes, **options)
 
@@ -42,10 +43,16 @@ def command(*arguments: str, timeout: float = 300, **options) -> subprocess.Comp
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where tokenised data lie, for all tests that do not look at the cache itself."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def paths(tmp_path):
-    """Overrides that keep a test's runs and caches to itself."""
-    return [f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+def paths(tmp_path, cache):
+    """Overrides that keep a test's runs to itself, and the tests' caches from the user's."""
+    return [f"paths.runs={tmp_path}/runs", f"paths.cache={cache}"]
 
 
 @pytest.fixture(scope="session")

@@ -56,10 +56,10 @@ LONG = ["train.max_steps=60", "tracking=disabled", "checkpoint.every_seconds=0.1
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, cache):
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = command(*LONG, *STATEFUL, f"paths.runs={folder}", f"paths.cache={folder}/cache")
+    done = command(*LONG, *STATEFUL, f"paths.runs={folder}", f"paths.cache={cache}")
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*/*/*/*"))
 
@@ -87,11 +87,11 @@ def test_a_stopped_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path, paths, u
     assert not (folder / "checkpoint").exists()
 
 
-def test_a_sweep_survives_a_killed_run_and_the_same_command_runs_only_what_is_missing(tmp_path):
+def test_a_sweep_survives_a_killed_run_and_the_same_command_runs_only_what_is_missing(tmp_path, paths):
     arguments = [
         *["-m", "optimizer=adamw,sam", "seed=range(0,2)", "launcher.workers=2", "tracking=disabled"],
         "launcher.retries=0",
-        *["train.max_steps=30", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"],
+        *["train.max_steps=30", *paths],
     ]
     process = start(*arguments)
     wait_for(lambda: list((tmp_path / "runs").glob("*/*/sam/*/provenance.json")), 120)
@@ -114,9 +114,9 @@ def test_a_sweep_survives_a_killed_run_and_the_same_command_runs_only_what_is_mi
     assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
 
 
-def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish(tmp_path):
+def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish(tmp_path, paths):
     """The second run's folder cannot hold a checkpoint: a file lies in its place."""
-    arguments = [*["-m", "seed=range(0,2)", *SHORT], f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    arguments = [*["-m", "seed=range(0,2)", *SHORT], *paths]
     assert command(*arguments).returncode == 0
     folder = next(iter((tmp_path / "runs").glob("*/*/*/*")))
     shutil.rmtree(folder)
@@ -127,6 +127,20 @@ def test_a_run_that_raises_leaves_its_traceback_in_its_log_and_the_others_finish
     assert "1 finished, 1 failed" in done.stdout
     assert "Traceback" not in done.stderr
     assert "Traceback" in (folder / "log.txt").read_text()
+
+
+def test_a_run_on_files_of_other_than_the_official_length_says_so(tmp_path, paths):
+    for split in ("train", "dev"):
+        file = tmp_path / "glue" / "RTE" / f"{split}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            "index\tsentence1\tsentence2\tlabel\n0\tA man.\tA man.\tentailment\n1\tA dog.\tA cat.\tnot_entailment\n"
+        )
+    for more in ([], ["-m"]):
+        done = command("task=rte", "data=local", f"data.root={tmp_path}/glue", *SHORT, *paths, *more)
+        assert done.returncode == 0, done.stderr
+        assert "rte train: 2 rows, official 2490" in done.stdout
+        shutil.rmtree(tmp_path / "runs")
 
 
 def test_a_single_run_that_fails_is_one_line_and_status_1(paths, tmp_path):
@@ -144,15 +158,14 @@ def test_a_single_run_that_fails_is_one_line_and_status_1(paths, tmp_path):
     assert not (folder / "failure.json").exists()
 
 
-def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path):
+def test_a_sweep_stopped_by_ctrl_c_leaves_checkpoints_and_goes_on(tmp_path, paths):
     arguments = [
         "-m",
         *LONG,
         "optimizer=sam",
         "seed=range(0,2)",
         "launcher.workers=2",
-        f"paths.runs={tmp_path}/runs",
-        f"paths.cache={tmp_path}/cache",
+        *paths,
     ]
     process = start(*arguments)
     wait_for(lambda: len(list((tmp_path / "runs").glob("*/*/*/*/checkpoint/*.pt"))) >= 2, 120)

@@ -125,7 +125,8 @@ def test_a_damaged_or_edited_result_is_set_aside_and_done_again(paths, tmp_path,
     assert without_clock(json.loads(path.read_text())) == without_clock(json.loads(whole))
 
 
-def test_a_cache_of_another_version_is_made_anew(paths, tmp_path):
+def test_a_cache_of_another_version_is_made_anew(tmp_path):
+    paths = [f"paths.{name}={tmp_path}/{name}" for name in ("runs", "cache")]
     assert command(*ARGUMENTS, *paths).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size}
     assert before

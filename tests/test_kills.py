@@ -39,13 +39,13 @@ METHODS = {
 }
 
 
-def configuration(folder, method, options):
+def configuration(folder, cache, method, options):
     return Config.load(
         compose_config(
             [
                 *("tracking=disabled", "train.max_steps=14", f"optimizer={method}", *options),
                 *("checkpoint.every_seconds=0", "device.threads=1"),  # a checkpoint after every step
-                *(f"paths.runs={folder}", f"paths.cache={folder.parent}/cache"),
+                *(f"paths.runs={folder}", f"paths.cache={cache}"),
             ],
             CONF,
         )
@@ -58,8 +58,10 @@ def start(config, where="", n=0):
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS.items())
-def test_killed_at_every_kind_of_place(tmp_path, method, options):
-    killed, undisturbed = (configuration(tmp_path / place, method, options) for place in ("killed", "undisturbed"))
+def test_killed_at_every_kind_of_place(tmp_path, cache, method, options):
+    killed, undisturbed = (
+        configuration(tmp_path / place, cache, method, options) for place in ("killed", "undisturbed")
+    )
     points = POINTS if method == "dsam" else [("step", 5), ("save", 3)]
     for where, n in points:
         assert start(killed, where, n).wait() == -signal.SIGKILL, where
@@ -78,8 +80,8 @@ def test_killed_at_every_kind_of_place(tmp_path, method, options):
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
 
 
-def test_a_kill_between_result_and_clearing_up_leaves_a_finished_run(tmp_path):
-    config = configuration(tmp_path / "runs", "adamw", [])
+def test_a_kill_between_result_and_clearing_up_leaves_a_finished_run(tmp_path, cache):
+    config = configuration(tmp_path / "runs", cache, "adamw", [])
     process = start(config)
     folder = identify(config).folder
     while not (folder / "result.json").exists() and process.poll() is None:

@@ -15,6 +15,8 @@ from dsam.errors import UserError
 from dsam.runs import archive
 from dsam.runs.record import Record
 
+pytestmark = pytest.mark.slow
+
 
 def a_sweep(runs, name="study", seeds=range(3), unfinished=()):
     """Run folders as a sweep leaves them, weights and all."""

@@ -15,6 +15,8 @@ from dsam.results.collect import collect
 from dsam.results.report import make as report
 from dsam.results.tables import build as tables
 
+pytestmark = pytest.mark.slow
+
 IDENTITY = {"data": "local rte abc", "model": "sha256:def"}
 PROVENANCE = {"git": {"commit": "c0ffee", "dirty": False}, "versions": {"python": "3.11.9", "torch": "2.13.0"},
               "device": "EPYC", "threads": 2, "identity": IDENTITY}  # fmt: skip
@@ -92,7 +94,6 @@ def test_the_readme_says_how_the_numbers_came_to_be(few, tmp_path):
         assert f"`{path.name}`" in text or f"`{path.stem}.csv` `.md` `.tex` `.html`" in text or path.name == "README.md"
 
 
-@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes_in_any_process(few, tmp_path):
     code = """if True:
         import sys; from pathlib import Path

@@ -19,6 +19,8 @@ from dsam.results.tables import build as tables
 from dsam.results.tables import rendering
 from dsam.results.tables.rendering import Table, as_html, as_latex, as_markdown, escape_latex
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runs_dir(tmp_path):
@@ -307,7 +309,6 @@ DOCUMENT = r"""\documentclass{article}
 """
 
 
-@pytest.mark.slow
 def test_latex_compiles_every_table(runs_dir, built, tmp_path):
     folder = tmp_path / "latex"
     inputs = []
@@ -396,7 +397,6 @@ def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
     assert not (tmp_path / "tables").exists()
 
 
-@pytest.mark.slow
 def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_are_named(runs_dir):
     results = runs_dir.parent
     shutil.rmtree(runs_dir / "rte/tiny/adamw/adamw-2")

@@ -24,6 +24,8 @@ from dsam.submission import choose, formats
 from dsam.submission.make import main
 from dsam.task import get_task
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL = {  # lines of the server's sample files less the header
     "CoLA.tsv": 1063, "SST-2.tsv": 1821, "MRPC.tsv": 1725, "STS-B.tsv": 1379, "QQP.tsv": 390965, "MNLI-m.tsv": 9796,
     "MNLI-mm.tsv": 9847, "QNLI.tsv": 5463, "RTE.tsv": 3000, "WNLI.tsv": 146, "AX.tsv": 1104,
@@ -213,7 +215,6 @@ def test_files_written_by_hand(small, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.tsv")} == expected
 
 
-@pytest.mark.slow
 def test_the_command_writes_official_sizes_and_says_what_no_run_answered(root, runs, tmp_path):
     other = tmp_path / "glue"
     shutil.copytree(root / "WNLI", other / "WNLI")
