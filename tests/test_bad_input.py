@@ -190,7 +190,6 @@ MISTAKES = [
     ("+train.lr=1", "train.lr"),
     ("+train.nope=1", "train.nope"),
     ("++nope.a.b=1", "'nope'"),
-    ("+experiment=smoke", "experiment"),
     ("hydra/launcher=joblib", "hydra/launcher"),
     ("hydra=x", "hydra"),
     ("hydra.nope=1", "hydra.nope"),
@@ -205,6 +204,14 @@ MISTAKES = [
     ("train.lr=???", "lr"),
     ("seed=${seed}", "ecursi"),
     ("seed=${seeds.init}", "ecursi"),
+    # several values without -m, and forms of Hydra's documentation
+    ("task=rte,cola", "2 runs: add -m for a sweep"),
+    ("paths.runs=/tmp/a,b", "one value with a comma needs quotes: \"paths.runs='/tmp/a,b'\""),
+    ("+experiment=smoke", "write experiment=smoke, without the +"),
+    ("-m experiment=smoke,rho_grid", "start experiment=smoke, then experiment=rho_grid"),
+    ("optimizer=adamw optimizer.rho=0.1", "model.rho= sets it for each method that has one"),
+    ("--config-dir /nowhere task=agreement", "--config-dir /nowhere is not a folder"),
+    ("--foo", "unrecognized arguments: --foo; --hydra-help lists the flags"),
     # Hydra's flags
     ("--cfg job ~nope", "nope"),
     # one of each kind below, through Hydra's main

@@ -6,10 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from conftest import ROOT, command, start
+from wandb_file import records
 
 pytestmark = pytest.mark.slow
 
@@ -230,3 +232,46 @@ def test_what_the_model_does_not_allow_is_found_before_any_run_starts(paths, tmp
     assert one.returncode == 2
     assert "layers=9" in one.stderr
     assert not list((tmp_path / "runs").glob("*/*/*/*/config.yaml"))
+
+
+def test_what_the_environment_says_to_wandb_renames_no_run(paths, tmp_path):
+    """Every variable that wandb's settings read, but those that say who one is and where the server stands."""
+    import wandb
+
+    from dsam.runs.tracking import THEIRS
+
+    names = {f"WANDB_{name.removeprefix('x_').upper()}" for name in wandb.Settings.model_fields}
+    names |= {f"WANDB_{name.upper()}" for name in wandb.Settings.model_fields}
+    names |= {"WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_MODE"}
+    env = {name: "other" for name in names if not THEIRS.fullmatch(name)}
+    done = command("train.max_steps=2", "tracking=offline", "experiment=null", *paths, env=env)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").glob("*/*/*/*")
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (run,) = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_id, run.project, run.display_name) == (folder.name, "dsam", "agreement-tiny-adamw-0")
+    assert (run.run_group, run.job_type, run.sweep_id, run.notes, list(run.tags)) == ("", "adamw", "", "", [])
+    assert "WANDB_SWEEP_ID" in done.stderr and "not used" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_nothing(paths):
+    arguments = ["-m", "seed=range(0,2)", "train.max_steps=2", "tracking=disabled", *paths]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "experiments" / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 0, errors
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_flags_that_look_inside_and_the_shell_s_completion_work():
+    looked = command("task=rte", "--info")
+    assert looked.returncode == 0 and "Config search path" in looked.stdout, looked.stderr
+    installed = command("-sc", "install=bash")
+    assert installed.returncode == 0 and "hydra_bash_completion" in installed.stdout, installed.stderr
+
+
+def test_a_benchmarks_methods_end_where_settings_begin():
+    done = command("--methods", "adamw", "nosuch", "task=agreement", script="benchmark.py")
+    assert done.returncode == 2 and "unknown method 'nosuch'" in done.stderr

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from dsam import overrides
 from dsam.config import Config, Number, Text, Whole, Yes, coerced
@@ -160,6 +161,78 @@ def test_coercion_gives_the_declared_type_or_names_the_key(value):
                 assert type(found) is wanted
                 if type(found) in (int, float):
                     assert found in (value, float(value))
+
+
+@pytest.mark.parametrize(
+    ("typed", "place", "value"),
+    [
+        ("model.revision=86e12345", "model.revision", "86e12345"),
+        ("model.name=1e5", "model.name", "1e5"),
+        ("data.revision=007", "data.revision", "007"),
+        ("model.name=1_000", "model.name", "1_000"),
+        ("tracking.project=true", "tracking.project", "true"),
+        ("paths.runs=/x/ü(y=z", "paths.runs", "/x/ü(y=z"),
+        ("paths.runs='/x/a,b'", "paths.runs", "/x/a,b"),
+        ("paths.runs=/x y/it's", "paths.runs", "/x y/it's"),
+        ("model.revision=null", "model.revision", None),
+        ("data.root=~/glue", "data.root", str(Path.home() / "glue")),
+        ("paths.runs='~/x'", "paths.runs", str(Path.home() / "x")),
+    ],
+)
+def test_text_is_what_was_typed_and_folders_are_treated_alike(typed, place, value):
+    found = config(typed)
+    for part in place.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_sweep_over_text_keeps_each_as_typed():
+    (text,) = overrides.check(["model.revision=86e12345,1e5"], CONF)
+    assert text == "model.revision='86e12345','1e5'"
+
+
+def plain():
+    given = OmegaConf.to_container(composed(), resolve=True)
+    return {name: value for name, value in given.items() if name != "recipe"}
+
+
+def test_a_float_in_a_file_is_no_text_and_says_so():
+    given = plain() | {"model": plain()["model"] | {"revision": float("inf")}}
+    with pytest.raises(UserError, match=r"'model.revision' must be text, not the number inf: put it in quotes"):
+        Config.load(given)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        config().train.lr = 1.0
+
+
+def test_ones_own_folder_of_configurations_lies_beside_ours(tmp_path):
+    for group, name, text in (
+        ("optimizer", "mysam", "name: mysam\nmethod: sam\nrho: 0.3\n"),
+        ("task", "mine", "name: mine\nlabels: [a, b]\nmetrics: [accuracy]\ntext: [t]\n"
+                         "files: {train: a.csv, dev: b.csv}\ntest: []\n"),
+        ("experiment", "study", "# @package _global_\ntrain: {epochs: 7}\n"),
+    ):  # fmt: skip
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text(text)
+    given = ["optimizer=mysam", "task=mine", "experiment=study", "data=local", "data.root=/x"]
+    found = Config.load(overrides.compose_config(overrides.check(given, CONF, tmp_path), CONF, more=tmp_path))
+    assert (found.optimizer.options["rho"], found.task.labels, found.train.epochs) == (0.3, ("a", "b"), 7)
+    with pytest.raises(UserError, match="unknown optimizer 'mysam'"):
+        overrides.check(["optimizer=mysam"], CONF)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "passes"),
+    [("freelb", {"steps": 10}, 10), ("smart", {"steps": 5}, 7), ("looksam", {"k": 1}, 2), ("esam", {"gamma": 1.0}, 2),
+     ("looksam", {"k": 4}, 1.25), ("sam", {}, 2), ("plain", {}, 1)],
+)  # fmt: skip
+def test_estimates_count_the_passes_of_a_methods_own_options(method, options, passes):
+    from dsam.sweeps.estimate import passes as counted
+
+    settings = {"name": "it", "method": method, "steps_factor": 3, **options}
+    assert counted(Config.load(plain() | {"optimizer": settings})) == pytest.approx(3 * passes)
 
 
 def test_conda_environment_lock_and_project_agree():

@@ -256,7 +256,7 @@ def test_a_paper_sweep_wants_committed_code(tmp_path, monkeypatch):
 
     refused = run()
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: tracked files differ from the last commit")
+    assert refused.stderr.startswith("error: files differ from the last commit, or are new")
     assert not (tmp_path / "runs").exists()
     assert run("launcher.plan=true").returncode == 0
 
@@ -265,7 +265,7 @@ def test_a_paper_sweep_wants_committed_code(tmp_path, monkeypatch):
         Config.load(compose_config([f"launcher.require_clean={value}"], CONF)) for value in ("true", "false")
     )
     sweeps.require_clean([unwanted])
-    with pytest.raises(UserError, match="tracked files differ"):
+    with pytest.raises(UserError, match="files differ"):
         sweeps.require_clean([unwanted, wanted])
 
 

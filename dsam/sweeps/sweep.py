@@ -131,8 +131,8 @@ def require_clean(configs: list[Config]) -> None:
     dirty = git()["dirty"]
     if dirty is None:
         raise UserError(
-            "this code lies in no git repository of its own (or git is missing), and the results could not be traced to "
-            "code: run from a clone, or set launcher.require_clean=false"
+            "this code lies in no git repository of its own (or git is missing), and the results could not be traced "
+            "to code: run from a clone, or set launcher.require_clean=false"
         )
     if dirty:
         raise UserError(
