@@ -57,19 +57,21 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
             raw = typed.partition("=")[2]
             hint = f"; one value with a comma needs quotes: \"{name}='{raw}'\"" if name in text_settings() else ""
             raise UserError(f"'{typed}' is {len(values)} runs: add -m for a sweep{hint}")
-        if name == "experiment" and len(values) > 1:
-            each = ", then ".join(f"experiment={value}" for value in values)
-            raise UserError(f"'{text}': each experiment is a sweep of its own: start {each}")
         if name in groups and override.is_add():
             raise UserError(f"'{text}': write {name}={values[0]}, without the +")
+        if (name, values) == ("experiment", ["null"]):  # what is so without it, and what Hydra takes for a mistake
+            continue
         runs *= len(values)
         if runs > MOST_RUNS:
             raise UserError(f"'{text}': more than {MOST_RUNS} runs")
         first.append(f"{override.get_key_element()}={values[0]}" if override.is_sweep_override() else text)
         if name in groups and not override.is_delete():
             for choice in values:
-                if choice not in groups[name] and (name, choice) != ("experiment", "null"):
+                if choice not in groups[name]:
                     raise UserError(f"unknown {name} '{choice}'; {did_you_mean(choice, groups[name])}")
+            if name == "experiment" and len(values) > 1:
+                each = ", then ".join(f"experiment={value}" for value in values)
+                raise UserError(f"'{text}': each experiment is a sweep of its own: start {each}")
             chosen.append(f"{name}={values[0]}")
         elif name.startswith("optimizer.") and text.startswith("optimizer."):
             text, first[-1] = f"++{text}", f"++{first[-1]}"
@@ -121,7 +123,7 @@ def text_settings() -> frozenset[str]:
                 if isinstance(kind, type) and issubclass(kind, Settings):
                     yield from of(kind, f"{prefix}{name}.")
 
-    return frozenset(of(Config, ""))
+    return frozenset(of(Config, "")) - {"experiment"}  # which chooses a file
 
 
 def _as_typed(text: str, parser: OverridesParser) -> str:
