@@ -39,11 +39,6 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
     from . import overrides
 
     with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch, reader_may_leave():
-        if not CONF.is_dir():
-            raise UserError(
-                f"{CONF} is not there: the installed package is the library alone; sweeps run from a checkout of the "
-                "repository, which has conf/ and experiments/"
-            )
         given = flags(arguments)
         if given.experimental_rerun:
             raise UserError("--experimental-rerun is not supported: a run's folder holds its config.yaml")

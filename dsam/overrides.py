@@ -36,6 +36,11 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
         conf: the folder of configurations. more: one of the user's own, beside it.
         one_run: several values of one setting are a mistake.
     """
+    if not conf.is_dir():
+        raise UserError(
+            f"{conf} is not there: the installed package is the library alone; sweeps run from a checkout of the "
+            "repository, which has conf/ and experiments/"
+        )
     groups: dict[str, list[str]] = {}
     for place in (conf, *([more] if more else [])):
         for folder in place.iterdir():

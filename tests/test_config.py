@@ -187,6 +187,12 @@ def test_text_is_what_was_typed_and_folders_are_treated_alike(typed, place, valu
     assert found == value
 
 
+def test_without_the_folder_of_configurations_one_line_says_what_this_is(tmp_path):
+    """As in an installed wheel, which holds the library alone."""
+    with pytest.raises(UserError, match="the installed package is the library alone; sweeps run from a checkout"):
+        overrides.check(["task=agreement"], tmp_path / "conf")
+
+
 def test_a_sweep_over_text_keeps_each_as_typed():
     (text,) = overrides.check(["model.revision=86e12345,1e5"], CONF)
     assert text == "model.revision='86e12345','1e5'"

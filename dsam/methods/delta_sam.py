@@ -210,8 +210,8 @@ def curvature_along_own_gradients(
 ) -> Tensor:
     """‖H_i ĝ_i‖, shape (B,), of the examples recorded in `gradients`; `losses()` runs their batch again.
 
-    Central differences of gradients, in two passes over the batch. `step` is their length, long enough for float32:
-    TRAPS of finite differences concern losses, of which this takes none.
+    Central differences of gradients, in two passes over the batch. `step` is their length: long enough for float32,
+    whose rounding spoils second differences of losses, of which this takes none.
     """
     norms = gradients.squared_norms().sqrt()
     scales = torch.where(norms == 0, 0, step / norms)
