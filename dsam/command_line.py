@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from .config import CONF, Config
+from .config import CONF, Config, Paths, coerced
 from .errors import Parser, Stopped, UserError
 from .text import counted, first_line
 
@@ -143,8 +143,6 @@ def load(cfg: DictConfig) -> Config:
 
 
 def _unresolved(cfg: DictConfig) -> dict:
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_container(cfg, resolve=False)
 
 
@@ -241,7 +239,9 @@ def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
     wanted = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in given.overrides]
     wanted = [a for a in wanted if a not in ("experiment=sweep", "experiment=null")]
     wanted = [a for a in overrides.check(wanted, CONF, more) if a.startswith(("experiment=", "paths."))]
-    return name, overrides.compose_config(wanted, CONF, more=more)
+    config = overrides.compose_config(wanted, CONF, more=more)
+    config.paths = coerced(OmegaConf.to_container(config.paths), Paths, "paths").model_dump()  # ~ as a run takes it
+    return name, config
 
 
 def chosen(arguments: Sequence[str]) -> list[str] | None:

@@ -375,7 +375,7 @@ class Config(Settings):
     @property
     def task_label(self) -> str:
         """The task as tables name it: each level of label noise is one of its own."""
-        return f"{self.task.name} noise {self.data.label_noise:g}" if self.data.label_noise else self.task.name
+        return f"{self.task.name} noise {self.data.label_noise}" if self.data.label_noise else self.task.name
 
     def to_dict(self) -> dict:
         return self.model_dump()
@@ -417,6 +417,10 @@ def _line(error: ErrorDetails, schema: type[BaseModel], place: list[int | str]) 
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
         return f"unknown {path} '{value}'; {did_you_mean(str(value), known)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"'{path}' must be a list, e.g. [{value}], not {value!r}"
+    if kind == "string_type":
+        return f"'{path}' must be text, not {value!r}: put it in quotes"
     if kind == "string_pattern_mismatch":
         return f"{path}='{value}' must be letters, digits and _ . + -, since folders are named after it"
     limits = {

@@ -146,7 +146,9 @@ def _as_typed(text: str, parser: OverridesParser) -> str:
         return text
     if override.is_choice_sweep():
         parts = raw.split(",")
-        return text if re.search(r"['\"\[\](){}\\]", raw) else f"{key}={','.join(map(_quoted, parts))}"
+        return (
+            text if re.search(r"['\"\[\](){}\\]", raw) else f"{key}={','.join(_quoted(part.strip()) for part in parts)}"
+        )
     if not override.is_sweep_override() and isinstance(override.value(), int | float):
         return f"{key}={_quoted(raw)}"
     return text

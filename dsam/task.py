@@ -4,6 +4,7 @@ Each is one file of `conf/task/`, GLUE's own in the same form as a user's.
 """
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from .errors import UserError, did_you_mean
 
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearman")
 """What `dsam.glue.metrics` knows: f1 is that of label 1, f1_macro the mean over the labels."""
+
+GENERATED = ("agreement", "entailment", "similarity")
+"""What `dsam.glue.builtin` makes."""
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 SHIPPED = Path(__file__).parent.parent / "conf" / "task"
@@ -71,16 +75,16 @@ class Task(_Part):
     label: str = "label"
     written: tuple[str, ...] = ()
     """How the files write the labels, in their order; by default as they are named."""
-    files: dict[str, str | File | tuple[File, ...]] = {}
+    files: dict[str, str | File | Annotated[tuple[File, ...], Field(min_length=1)]] = {}
     """Split -> its file below data.root; of several, the first that is there."""
     incomplete_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows with columns or label missing that are left out of a file, and said; one more is an error."""
+    """Rows of a .tsv or .csv file with columns or label missing that are left out, and said; one more is an error."""
     hub: Hub | None = None
     builtin: bool = False
     """Generated here (`dsam.glue.builtin`)."""
     rows: dict[str, int] = {}
     """Official number of rows of each split, where there is one; others are reported."""
-    train: tuple[str, ...] = ("train",)
+    train: Annotated[tuple[str, ...], Field(max_length=1)] = ("train",)
     evaluation: Annotated[tuple[str, ...], Field(min_length=1)] = ("dev",)
     test: tuple[str, ...] = ("test",)
     """Splits without labels."""
@@ -93,8 +97,8 @@ class Task(_Part):
             raise ValueError(f"labels={list(self.labels)} must be two or more")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels={list(self.labels)} must differ")
-        if self.score_range and not self.score_range[0] < self.score_range[1]:
-            raise ValueError(f"score_range={list(self.score_range)} must rise")
+        if self.score_range and not -math.inf < self.score_range[0] < self.score_range[1] < math.inf:
+            raise ValueError(f"score_range={list(self.score_range)} must be finite and rise")
         if self.written and len(set(self.written)) != len(self.labels):
             raise ValueError(
                 f"written={list(self.written)} must be as many different texts as {len(self.labels)} labels"
@@ -109,6 +113,8 @@ class Task(_Part):
                 raise ValueError(f"f1 is that of label 1 of two; with {len(self.labels)} labels take f1_macro")
         if strange := set(self.headline) - set(self.metrics):
             raise ValueError(f"headline '{min(strange)}' is not among metrics={list(self.metrics)}")
+        if self.builtin and self.name not in GENERATED:
+            raise ValueError(f"is built in, and only {', '.join(GENERATED)} are")
         if self.builtin == bool(self.files or self.hub):
             raise ValueError("needs files or hub" if not self.builtin else "is built in: it has neither files nor hub")
         known = {*self.train, *self.evaluation, *self.test}

@@ -103,6 +103,27 @@ def rows(*ranks):
     return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
+class Overflowing(Losses):
+    """Its gradient overflows in float32 sums, its loss does not."""
+
+    def outputs(self, noise=None):
+        losses, logits = super().outputs(noise)
+        return losses + 1e200 * (losses - losses.detach()), logits
+
+
+def one_overflows(name, rank, ascent):
+    """Whether the ranks agree, and go on, where the gradient of one of them overflows."""
+    network = Classifier()
+    method = Distributed(dsam.METHODS[name](network, seed=3, **OPTIONS.get(name, {})), ascent=ascent)
+    raised = False
+    try:
+        method.backward((Overflowing if rank == 0 else Losses)(network, rows(rank)))
+    except NonFiniteGradient:
+        raised = True
+    network.zero_grad()
+    return raised, float(method.backward(Losses(network, rows(rank))))
+
+
 def a_step(name, batch, seed, dropout=True, ascent=None):
     """(loss, gradient) of one step of the method; of this rank's part of it where `ascent` is given."""
     network = Classifier(dropout=0.1).train(dropout)
@@ -118,7 +139,9 @@ def every_method(rank):
     found = {}
     for name in dsam.METHODS:
         found[name, "local"] = a_step(name, rows(rank), 100 + rank, ascent="local")
+        found[name, "overflow", "local"] = one_overflows(name, rank, "local")
         if name not in NOT_JOINT:
+            found[name, "overflow", "global"] = one_overflows(name, rank, "global")
             found[name, "global"] = a_step(name, rows(rank), 0, dropout=False, ascent="global")
     return found
 
@@ -288,6 +311,15 @@ def test_a_global_step_of_any_method_is_that_of_one_process_with_the_joint_batch
         got = found[rank]["every"][name, "global"]
         assert got[0] == pytest.approx(loss, rel=1e-12)
         torch.testing.assert_close(got[1], gradient, **tolerance(name))
+
+
+@pytest.mark.parametrize("name", dsam.METHODS)
+@pytest.mark.parametrize("ascent", ["local", "global"])
+def test_ranks_agree_where_one_overflows_and_the_next_step_goes_well(found, name, ascent):
+    if (name, ascent) != ("m_sam", "global"):
+        (raised, loss), (other_raised, other_loss) = (found[rank]["every"][name, "overflow", ascent] for rank in (0, 1))
+        assert raised == other_raised
+        assert loss == pytest.approx(other_loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["freelb", "r3f", "smart"])

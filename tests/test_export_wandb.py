@@ -403,8 +403,10 @@ def test_a_server_that_refuses_never_answers_or_goes_away_costs_a_run_seconds_at
             assert inside < most and end < PATIENCE["online"] + 4 and "goes on without it" in said
 
 
-def wait_for(condition):
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
     while not condition():
+        assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
 
 

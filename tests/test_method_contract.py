@@ -217,6 +217,25 @@ def test_a_scaler_changes_nothing_and_skips_what_overflows(name):
     assert all(torch.isfinite(g).all() for g in gradients(model))
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mask", ["same", "fresh"])
+def test_the_gradient_that_the_step_leaves_went_through_the_scaler(name, mask):
+    """The last backward pass over the losses is scaled, else small gradients vanish in half precision."""
+    seen = []
+
+    class Watched(Losses):
+        def outputs(self, noise=None):
+            losses, logits = super().outputs(noise)
+            if losses.requires_grad:
+                losses.register_hook(lambda g: seen.append(float(g.abs().max())))
+            return losses, logits
+
+    model = Classifier()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    strong(name, model, mask=mask).backward(Watched(model, batch()), scaler=scaler)
+    assert seen[-1] > 2.0**16 / 100  # 1/12 of it for each example; 1/4 or so of that by ESAM's, FreeLB's shares
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in INSIDE])  # these refuse batch norm
 def test_batch_statistics_move_as_in_one_clean_pass(name):
     model, clean = Classifier(batch_norm=True), Classifier(batch_norm=True)

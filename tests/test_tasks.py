@@ -131,6 +131,21 @@ def test_a_line_of_a_csv_file_is_counted_over_line_ends_in_quotes(tmp_path):
     assert ":4: unknown label 'perhaps'" in refused(tmp_path, task(files={"train": "a.csv", "dev": "a.csv"}))
 
 
+def test_odd_values_of_parquet_and_json_are_named(tmp_path):
+    import datetime
+
+    write(tmp_path / "a.parquet", [{"question": "a", "passage": "b", "answer": datetime.date(2020, 1, 1)}])
+    assert ":1: unknown label datetime.date" in refused(
+        tmp_path, task(files={"train": "a.parquet", "dev": "a.parquet"})
+    )
+    own = task(labels=None, score_range=[0, 5], metrics=["pearson"], text=["t"], label="s",
+               files={"train": "a.jsonl", "dev": "a.jsonl"})  # fmt: skip
+    (tmp_path / "a.jsonl").write_text('{"t": "x", "s": 1' + "0" * 400 + "}\n")
+    assert "is not a number from 0 to 5" in refused(tmp_path, own)
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
+    assert ":1: not JSON" in refused(tmp_path, own)
+
+
 def test_row_counts_are_checked_only_where_stated_and_incomplete_rows_left_out_only_where_allowed(tmp_path):
     (tmp_path / "train.csv").write_text("question,passage,answer\na,b,no\na,b\n")
     assert load(task(incomplete_rows=1), "local", tmp_path, splits=["train"]).notes == [
@@ -159,7 +174,7 @@ def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
         ({"labels": None}, "either labels (a classification) or score_range"),
         ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "take f1_macro"),
         ({"labels": ["a", "a"]}, "must differ"),
-        ({"labels": None, "score_range": [1, 1], "metrics": ["pearson"]}, "must rise"),
+        ({"labels": None, "score_range": [1, 1], "metrics": ["pearson"]}, "finite and rise"),
         ({"written": ["0"]}, "as many different texts as 2 labels"),
         ({"headline": ["f1"]}, "headline 'f1' is not among"),
         ({"files": {"train": "a.csv"}}, "files has no 'dev'"),
@@ -168,6 +183,10 @@ def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
         ({"files": None}, "needs files or hub"),
         ({"text": ["a", "b", "c"]}, "at most 2"),
         ({"colums": 3}, "Extra inputs"),
+        ({"train": ["train", "dev"]}, "at most 1"),
+        ({"files": {"train": [], "dev": "a.csv"}}, "at least 1"),
+        ({"labels": None, "score_range": [0, float("inf")], "metrics": ["pearson"]}, "must be finite"),
+        ({"builtin": True, "files": None}, "is built in, and only agreement"),
     ],
 )
 def test_a_description_that_cannot_be_meant_is_refused(settings, said):
@@ -298,13 +317,16 @@ def test_noise_reaches_the_training_set_alone_and_is_the_same_for_every_method_a
 
 
 def test_noise_is_part_of_the_identity_and_of_the_tasks_name_in_tables():
-    from dsam.runs.identity import identify
+    from dsam.runs.identity import hyperparameters, identify
 
     clean, noisy_, other = (
         run_of(*given) for given in ([], ["data.label_noise=0.3"], ["data.label_noise=0.3", "data.noise_seed=1"])
     )
     assert len({identify(c).id for c in (clean, noisy_, other)}) == 3
     assert identify(run_of("data.noise_seed=1")).id == identify(clean).id  # there is no noise to draw
+    heldout = [run_of("selection=heldout", f"data.heldout_noise={share}") for share in (0, 0.6)]
+    assert hyperparameters(heldout[0]) != hyperparameters(heldout[1])  # so that tables and choices tell them apart
+    assert "noise_seed" not in hyperparameters(clean)
     assert (clean.task_label, noisy_.task_label) == ("entailment", "entailment noise 0.3")
     with pytest.raises(UserError, match="needs selection=heldout"):
         run_of("data.heldout_noise=0.1")
@@ -334,3 +356,5 @@ def test_a_task_of_ones_own_runs_and_its_settings_are_part_of_the_identity(tmp_p
     assert result["best"]["score"] == result["best"]["metrics"]["dev"]["f1_macro"]
     other = own.model_copy(update={"headline": ("accuracy",)})
     assert identify(Config.load(given | {"task": other.model_dump()})).id != identify(first).id
+    named = own.model_copy(update={"title": "other words", "files": {s: str(tmp_path / f"{s}.csv") for s in own.files}})
+    assert identify(Config.load(given | {"task": named.model_dump()})).id == identify(first).id  # the same examples

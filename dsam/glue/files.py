@@ -65,7 +65,9 @@ def _layout(task: Task, root: Path, files: tuple[File, ...]) -> Layout:
         if path.is_file():
             return Layout(path, file.text or task.text, file.label, file.header)
     hint = "put GLUE's official files there" if _is_glue(task) else f"the task '{task.name}' names it"
-    missing = paths[-2] if task.name == "ax" else paths[0]  # of AX's, the one that GLUE itself gives out
+    missing = (
+        paths[-2] if task.name == "ax" and len(paths) > 1 else paths[0]
+    )  # of AX's, the one that GLUE itself gives out
     raw = sorted(p.name for p in missing.parent.glob("msr_paraphrase_*.txt")) if missing.parent.is_dir() else []
     if raw:
         hint = f"{raw[0]} is the raw download, from which GLUE's train.tsv and dev.tsv are cut by its own dev_ids.tsv"
@@ -158,7 +160,11 @@ def _csv(task: Task, layout: Layout, broken: list[int]) -> Iterator[Row]:
                     raise _miscounted(layout, number, row, header)
                 broken.append(number)
                 continue
-            yield number, [row[place] for place in places]
+            values = [row[place] for place in places]
+            if layout.label and not values[-1] and len(broken) < task.incomplete_rows:
+                broken.append(number)
+                continue
+            yield number, values
     except csv.Error as error:
         raise UserError(f"{layout.path}:{number or 1}: not CSV ({error}): mend the quotes") from None
 
@@ -169,7 +175,7 @@ def _json_lines(task: Task, layout: Layout, broken: list[int]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{layout.path}:{number}: not JSON ({error}): each line is to be one object") from None
         if not isinstance(row, dict):
             raise UserError(f"{layout.path}:{number}: {_short(row)} is no object: each line is to be one, not an array")
@@ -248,7 +254,9 @@ def _text(layout: Layout, number: int, part: str, row: dict[str, Any]) -> str:
 
 def _label(task: Task, layout: Layout, number: int, value: Any) -> int | float:
     if not task.regression:
-        text = value if isinstance(value, str) else json.dumps(value)  # true and 1 as JSON and Parquet hold them
+        text = (
+            value if isinstance(value, str) else json.dumps(value, default=str)
+        )  # true and 1 as JSON and Parquet hold them
         if text not in task.as_written:
             hint = "" if task.written else " (written= says how the files write them)"
             known = ", ".join(task.as_written)
@@ -257,7 +265,7 @@ def _label(task: Task, layout: Layout, number: int, value: Any) -> int | float:
     low, high = task.score_range or (-math.inf, math.inf)
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not low <= score <= high:
         raise UserError(f"{layout.path}:{number}: score {_short(value)} is not a number from {low:g} to {high:g}")

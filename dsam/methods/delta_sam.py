@@ -69,7 +69,7 @@ class DeltaSAM(SAM):
         """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""
         hold = len(step) == 1 or not self.recompute
         held: list[Tensor | None] = []
-        with step.summing(by_rows=True):
+        with step.summing(self.takes_rows()):
             for k in range(len(step)):
                 with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
                     held.append(step.losses(k, ascent=True))
@@ -85,7 +85,7 @@ class DeltaSAM(SAM):
                 total, _ = step.differentiate(total, loss, step.costs[k], scaled=False)
                 start += len(piece)
         assert total is not None
-        return losses, step.whole(total, by_rows=True)
+        return losses, step.whole(total, self.takes_rows())
 
     def _exactly_weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """As above with exact per-example quantities: one backward pass over the activations serves for the norms and
@@ -119,7 +119,7 @@ class DeltaSAM(SAM):
         if "curvature" in exact:
             probe.curvature = torch.cat([self._curvature(step, k, g) for k, g in enumerate(recorded)])
         weights = step.weigh(self.weighting, losses, probe)
-        return losses, batch.weighted_gradient(weights, step.rows_suffice())
+        return losses, batch.weighted_gradient(weights, self.takes_rows() and step.rows_suffice())
 
     def _curvature(self, step: Step, k: int, gradients: PerExampleGradients) -> Tensor:
         def losses() -> Tensor:

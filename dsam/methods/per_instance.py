@@ -53,7 +53,5 @@ class PerInstance(SAM):
 
         _, gradient = step.gradient(around=at_its_worst)
         own = torch.cat(norms)
-        if step.scaler is None:
-            step.require_finite(own.sum(), torch.cat(losses), gradient)
         step.report["example_gradient_norm"] = own.mean()
         return torch.cat(losses), gradient

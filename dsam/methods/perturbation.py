@@ -59,7 +59,12 @@ class RandomState:
     """The state of PyTorch's default generators (CPU, and the CUDA devices of `params`): what dropout draws from."""
 
     def __init__(self, params: Sequence[Tensor]):
-        self.devices = sorted({p.device for p in params if p.device.type == "cuda"}, key=str)
+        self.params = params
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the parameters are now, which may be elsewhere than when the method was made."""
+        return sorted({p.device for p in self.params if p.device.type == "cuda"}, key=str)
 
     def get(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]

@@ -147,6 +147,7 @@ class Step:
         self,
         *,
         ascent: bool = False,
+        scaled: bool | None = None,
         weights: Tensor | None = None,
         only: Sequence[bool] | None = None,
         by_rows: bool = False,
@@ -155,7 +156,8 @@ class Step:
         """(losses (B,), gradient of their mean), the gradient dense.
 
         Args:
-            ascent: see `losses`; a descent's goes through the scaler.
+            ascent: see `losses`.
+            scaled: whether it goes through the scaler; by default a descent's does.
             weights: (B,): of the weighted sum in place of the mean.
             only: for which parameters; the others' gradient is None.
             by_rows: that of the word embeddings may stay sparse, coalesced: `total_norm` and `at` take it.
@@ -164,6 +166,7 @@ class Step:
         seen: list[Tensor] = []
         total: list[Tensor | None] | None = None
         size, start = self.size, 0
+        through = not ascent if scaled is None else scaled
         with self.summing(by_rows):
             for k in range(len(self)):
                 with around(k) if around is not None else nullcontext():
@@ -176,7 +179,7 @@ class Step:
                     else:
                         loss = losses.sum() if size is None else losses.sum() / size
                     start += len(losses)
-                    total, _ = self.differentiate(total, loss, self.costs[k], only=only, scaled=not ascent)
+                    total, _ = self.differentiate(total, loss, self.costs[k], only=only, scaled=through)
         if total is None:  # of several processes' examples none fell to this one
             found, total = torch.zeros(0, device=self.params[0].device), [None] * len(self.params)
         else:

@@ -89,7 +89,7 @@ def choose(given: Sequence[str]) -> tuple[list[Path], Path]:
     settings = [text for text in given if "=" in text and not Path(text).is_dir()]
     paths = [Path(text) for text in given if text not in settings]
     wanted = [s for s in check(settings, CONF) if s.startswith(("experiment=", "paths."))]
-    runs = Path(compose_config(wanted, CONF).paths.runs)
+    runs = Path(compose_config(wanted, CONF).paths.runs).expanduser()
     names = [s.split("=", 1)[1] for s in wanted if s.startswith("experiment=")]
     if paths:
         if names:

@@ -44,8 +44,8 @@ def identify(config: Config) -> Identity:
     # Not there for what was there before these could be set, so that old runs keep their names.
     if config.data.noisy:
         contents["noise"] = [config.data.label_noise, config.data.heldout_noise, config.data.noise_seed]
-    if shipped().get(config.task.name) != config.task:
-        contents["task_settings"] = config.task.model_dump(exclude={"title", "rows"})
+    if (own := _settings(config.task)) != _settings(shipped().get(config.task.name)):
+        contents["task_settings"] = own
     name = digest(contents)
     folder = Path(config.paths.runs) / config.task.name / config.model.name / config.optimizer.name / name
     return Identity(name, folder, json.loads(json.dumps(contents)))
@@ -67,7 +67,18 @@ def hyperparameters(config: Config) -> dict:
         **train,
         "selection": config.selection,
         "initialise_from": config.initialise_from,
+        # Only where they are set, so that records from before they could be are as they were.
+        **{name: getattr(config.data, name) for name in ("heldout_noise", "noise_seed") if config.data.noisy},
     }
+
+
+def _settings(task: Task | None) -> dict | None:
+    """What of a task can change numbers besides its examples' files, which count by their bytes."""
+    if task is None:
+        return None
+    settings = task.model_dump(exclude={"title", "rows", "files"})
+    read = {split: [file.model_dump(exclude={"path"}) for file in task.files_of(split)] for split in task.files}
+    return settings | {"files": read}
 
 
 def _data_fingerprint(task: Task, source: str, root: str | None, revision: str | None) -> str:

@@ -1,5 +1,6 @@
 """Weights & Biases mirrors metrics.jsonl; it can neither stop, slow nor fail a run."""
 
+import functools
 import os
 import queue
 import re
@@ -28,18 +29,20 @@ THEIRS = re.compile(
 )
 
 
-def forget_others() -> list[str]:
-    """Takes the variables that are not `THEIRS` out of this process's environment; returns their names."""
+@functools.cache
+def forget_others() -> None:
+    """Takes the variables that are not `THEIRS` out of this process's environment, and says so; once, since wandb sets
+    some of its own there."""
     others = sorted(name for name in os.environ if name.startswith("WANDB_") and not THEIRS.fullmatch(name))
     for name in others:
         del os.environ[name]
-    return others
+    if others:
+        print(f"W&B: not used, since a run's id, name and place are its own: {', '.join(others)}", file=sys.stderr)
 
 
 def connect(mode: Mode) -> str:
     """Sets wandb up and returns its server's address; asks nothing. UserError where mode=online has no login."""
-    if others := forget_others():
-        print(f"W&B: not used, since a run's id, name and place are its own: {', '.join(others)}", file=sys.stderr)
+    forget_others()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to an unreachable server it delays the exit
     import wandb
 
