@@ -281,6 +281,8 @@ def ending():
 
 def called(name: str, *arguments):
     """What the function "module:function" makes of `arguments`."""
+    if str(ROOT) not in sys.path:  # as pytest has it for the tests themselves
+        sys.path.insert(0, str(ROOT))
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)(*arguments)
 
