@@ -272,6 +272,14 @@ def test_missing_roots_folders_and_files_name_the_path(tmp_path):
     assert f"'{tmp_path}/diagnostic/diagnostic.tsv' is missing" in error(get_task("ax"), "local", tmp_path)
 
 
+def test_files_that_people_have_in_place_of_the_right_ones_get_a_hint(tmp_path):
+    write(tmp_path, "MRPC/msr_paraphrase_train.txt", ["Quality"])
+    assert "msr_paraphrase_train.txt is the raw download" in error(get_task("mrpc"), "local", tmp_path)
+    write(tmp_path, "AX.tsv", ["index", "prediction"])
+    message = error(get_task("ax"), "local", tmp_path)
+    assert "AX.tsv is what GLUE's server takes as answers; the questions are in diagnostic.tsv" in message
+
+
 def test_combinations_that_do_not_exist_say_what_does():
     assert error(get_task("rte"), "builtin") == (
         "task 'rte' is not built in: use data=local data.root=DIR or data=hub "
