@@ -126,6 +126,14 @@ def prepare(config: Config) -> Ready:
     torch.nn.Module.to(network, device)
     if device.type == "cpu":
         use_fast_dropout(network)
+    data, notes = load_data(config, tokenizer)
+    return Ready(task, tokenizer, network, data, device, notes)
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:
+    """(the splits as the run sees them, "heldout" among them where there is one and labels as noisy as it has them;
+    notes for the user). Raises UserError where they cannot be read."""
+    task = config.task
     source = config.data
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
@@ -138,7 +146,7 @@ def prepare(config: Config) -> Ready:
         shares = {task.train[0]: source.label_noise, "heldout": source.heldout_noise}
         spoilt = {split: share for split, share in shares.items() if share and split in data}
         data |= {split: glue.noisy(task, data[split], share, source.noise_seed) for split, share in spoilt.items()}
-    return Ready(task, tokenizer, network, data, device, splits.notes)
+    return data, splits.notes
 
 
 def make_method(config: Config, network: PreTrainedModel) -> Method:

@@ -19,7 +19,7 @@ from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
 from ..progress import Stages
 from ..runs.kept import read_run
-from ..runs.run import choose_device
+from ..runs.run import choose_device, load_data
 from ..text import first_line
 from ..training import model as models
 from ..training.batches import training_subset
@@ -85,13 +85,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:
-    """The model in evaluation mode (no dropout: one function of the weights) and the training split."""
-    task = config.task
-    tokenizer = models.load_tokenizer(config.model)
-    source = config.data
-    splits = glue.load(task, source.source, root=source.root, revision=source.revision)
-    key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
-    data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
+    """The model in evaluation mode (no dropout: one function of the weights) and what it was trained on."""
+    data, _ = load_data(config, models.load_tokenizer(config.model))
     try:
         network = AutoModelForSequenceClassification.from_pretrained(
             config.model.path,
@@ -101,7 +96,7 @@ def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.To
         )
     except Exception as error:  # whatever a broken file raises inside transformers or safetensors
         raise UserError(f"{config.model.path}: cannot read the weights: {first_line(error)}") from None
-    return network.to(device).eval(), data[task.train[0]]
+    return network.to(device).eval(), data[config.task.train[0]]
 
 
 def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
@@ -125,7 +120,7 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
     points = 3 * options.line + options.grid**2
     products = (EXPECTED_PRODUCTS if options.eigenvalues else 0) + options.probes
     total = 4 * (whole_batches + len(chosen)) + (4 + 6 * products + points) * len(batches)
-    title = f"{config.task.name}, {config.model.name}, {config.optimizer.name}, seed {config.seed}"
+    title = f"{config.task_label}, {config.model.name}, {config.optimizer.name}, seed {config.seed}"
     figures = {}
     with Stages(title, total) as stages:
         stages.enter("loss")
