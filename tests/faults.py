@@ -64,7 +64,11 @@ def kills_loading() -> None:
 
 
 def loading_takes_long() -> None:
-    loop.total_steps = lambda *_: time.sleep(3600)
+    def loading(*_) -> None:
+        print("loading", flush=True)
+        time.sleep(3600)
+
+    loop.total_steps = loading
 
 
 def says_in_passing() -> None:
