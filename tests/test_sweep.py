@@ -167,10 +167,11 @@ def assert_ends(sweep):
 
 
 @pytest.mark.parametrize("group", [True, False])
-def test_ctrl_c_while_data_and_models_are_loaded_is_one_line_at_once(paths, group):
+@pytest.mark.parametrize("loading", [True, False])
+def test_ctrl_c_while_data_and_models_are_loaded_is_one_line_at_once(paths, group, loading):
     arguments = [*QUICK, *paths, "seed=0,1"]
     sweep = begun(*arguments, until=lambda said: "2 runs: 2 missing" in said, before="faults:loading_takes_long")
-    if not group:
+    if loading:
         assert sweep.stdout.readline() == "loading\n"
     (os.killpg if group else os.kill)(sweep.pid, signal.SIGINT)
     _, stderr = sweep.communicate(timeout=60)

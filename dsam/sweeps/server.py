@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
@@ -23,26 +23,28 @@ class Killed(Exception):
     """The process was killed before it had an answer."""
 
 
-def start(function: Callable, *arguments) -> BaseProcess:
+def start(function: Callable, *arguments, daemon: bool = False) -> BaseProcess:
     """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
-    whole group, and gets SIGTERM when this process, or the server, goes."""
+    whole group, and gets SIGTERM when this process, or the server, goes. This process waits for it before it ends, but
+    for a daemon, which gets SIGTERM then."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the server starts, which keeps its environment
+    resource_tracker.ensure_running()  # unblocks SIGINT when it starts, as the server otherwise would have it do
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()  # the server, and what it forks, inherit the mask
+        process = context.Process(target=_body, args=(function, arguments), daemon=daemon)
+        process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    process = context.Process(target=_body, args=(function, arguments))
-    process.start()
     return process
 
 
 def call(function: Callable, *arguments):
     """What `function(*arguments)` returns or raises, from a process as `start` makes them. Raises Killed."""
     ours, theirs = multiprocessing.get_context("forkserver").Pipe(duplex=False)
-    process = start(_answer, theirs, function, arguments)
+    process = start(_answer, theirs, function, arguments, daemon=True)  # so that Ctrl-C just here leaves none
     theirs.close()
     try:
         fine, answer = ours.recv()
