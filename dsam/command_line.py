@@ -47,7 +47,7 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
         if given.resolve and not given.cfg:
             raise UserError("--resolve goes with --cfg; --hydra-help lists the flags")
         if not given.shell_completion:  # else they are Hydra's to complete
-            more = own_folder(given.config_dir)
+            more = overrides.own_folder(given.config_dir)
             experiment = any(o.startswith("experiment=") and o != "experiment=null" for o in given.overrides)
             alone = not (given.multirun or experiment)
             known = set(given.overrides)
@@ -87,16 +87,6 @@ def _info_last(arguments: Sequence[str]) -> list[str]:
     bare = [i for i, a in enumerate(arguments) if a in ("-i", "--info") and "=" in "".join(arguments[i + 1 : i + 2])]
     rest = [a for i, a in enumerate(arguments) if i not in bare]
     return rest + ["--info"] * bool(bare)
-
-
-def own_folder(given: str | None) -> Path | None:
-    """The folder of --config-dir. UserError where it is none."""
-    if given is None:
-        return None
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--config-dir {given} is not a folder")
-    return folder
 
 
 @contextmanager
@@ -233,7 +223,7 @@ def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
     from . import overrides
 
     given = flags(arguments)
-    more = own_folder(given.config_dir)
+    more = overrides.own_folder(given.config_dir)
     names = [a.split("=", 1)[1] for a in given.overrides if a.startswith("experiment=")]
     name = names[-1] if names else "sweep"
     wanted = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in given.overrides]
@@ -299,12 +289,14 @@ def verify(arguments: Sequence[str]) -> None:
 
     parser = Parser(prog="verify.py", description="Whether an experiment's tables are what its runs say.")
     parser.add_argument("overrides", nargs="*", help="experiment=NAME, paths.runs=DIR, paths.tables=DIR")
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own configurations")
     parser.add_argument("--rerun", type=int, default=1, metavar="N", help="train so many runs again (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="chooses which")
     given = parser.parse_intermixed_args(list(arguments))
     if given.rerun < 0:
         raise UserError(f"--rerun {given.rerun} must be at least 0")
-    name, config = named(given.overrides)
+    own = ["--config-dir", given.config_dir] if given.config_dir else []
+    name, config = named([*own, *given.overrides])
     differences = 0
     for fine, line in verification.check(name, Path(config.paths.runs), Path(config.paths.tables),
                                          given.rerun, given.seed, config.paths.cache,

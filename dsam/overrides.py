@@ -25,6 +25,16 @@ HYDRAS_OWN = ("hydra.mode", "hydra.verbose")
 MOST_RUNS = 100_000
 
 
+def own_folder(given: str | None) -> Path | None:
+    """The folder of --config-dir. UserError where it is none."""
+    if given is None:
+        return None
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {given} is not a folder")
+    return folder
+
+
 def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: bool = False) -> list[str]:
     """The overrides as Hydra shall see them. Raises UserError for an unknown group, choice or key, or bad syntax.
 

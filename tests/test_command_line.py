@@ -265,13 +265,35 @@ def test_a_reader_that_has_seen_enough_ends_nothing(paths):
     assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
+def test_an_experiment_in_ones_own_folder_goes_through_every_command(paths, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nexperiment: mine\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text + "train: {max_steps: 2}\n")
+    mine = ["--config-dir", str(tmp_path / "own"), "experiment=mine", *paths]
+    places = [f"paths.{place}={tmp_path / place}" for place in ("tables", "figures", "records")]
+    done = command(*mine, "tracking=disabled")
+    assert (done.returncode, done.stdout.count("2 finished")) == (0, 1), done.stderr + done.stdout
+    for script, more in (
+        ("paper.py", places),
+        ("verify.py", ["--rerun", "0", *places]),
+        ("export_wandb.py", ["--into", str(tmp_path)]),
+    ):
+        done = command(*mine, *more, script=script)
+        assert done.returncode == 0, done.stderr
+    packed = command("pack", *mine, *places, script="records.py")
+    assert packed.returncode == 0 and (tmp_path / "records" / "mine.zip").exists(), packed.stderr
+
+
 def test_flags_that_look_inside_and_the_shell_s_completion_work():
     looked = command("task=rte", "--info")
     assert looked.returncode == 0 and "Config search path" in looked.stdout, looked.stderr
     installed = command("-sc", "install=bash")
     assert installed.returncode == 0 and "hydra_bash_completion" in installed.stdout, installed.stderr
+    line = "python train.py optimizer=per"
+    asked = command("-sc", "query=bash", env={"COMP_LINE": line, "COMP_POINT": str(len(line))})
+    assert asked.stdout.split() == ["optimizer=per_instance"], asked.stderr
 
 
 def test_a_benchmarks_methods_end_where_settings_begin():
-    done = command("--methods", "adamw", "nosuch", "task=agreement", script="benchmark.py")
-    assert done.returncode == 2 and "unknown method 'nosuch'" in done.stderr
+    done = command("--methods", "adamw", "sam", "task=nosuch", script="benchmark.py")
+    assert done.returncode == 2 and "unknown task 'nosuch'" in done.stderr

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dsam import overrides
-from dsam.command_line import own_folder
 from dsam.config import Config, Number, Text, Whole, Yes, coerced
 from dsam.errors import UserError
 from dsam.runs.identity import identify
@@ -227,7 +226,7 @@ def test_ones_own_folder_of_configurations_lies_beside_ours(tmp_path):
     found = Config.load(overrides.compose_config(overrides.check(given, CONF, tmp_path), CONF, more=tmp_path))
     assert (found.optimizer.options["rho"], found.task.labels, found.train.epochs) == (0.3, ("a", "b"), 7)
     with pytest.raises(UserError, match="--config-dir /nowhere is not a folder"):
-        own_folder("/nowhere")
+        overrides.own_folder("/nowhere")
     with pytest.raises(UserError, match="unknown optimizer 'mysam'"):
         overrides.check(["optimizer=mysam"], CONF)
 

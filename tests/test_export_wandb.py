@@ -124,8 +124,11 @@ def killed(runs, until, *arguments, **env):
 
 
 def test_history_config_identity_and_summary_are_those_of_the_files(copy, tmp_path):
-    done = export(f"paths.runs={tmp_path}/runs", "--into", tmp_path / "out")
+    others = dict.fromkeys(("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP"), "other")
+    done = export(f"paths.runs={tmp_path}/runs", "--into", tmp_path / "out", env=others)
     assert done.returncode == 0, done.stderr
+    run = exported(tmp_path / "out", copy).run
+    assert (run.project, run.display_name, run.run_group) == ("dsam", "agreement-tiny-adamw-0", "")
     assert f"1/1 {copy}: {len(lines(copy))} lines to {tmp_path}/out/wandb/offline-run-" in done.stdout
     check_all_is_there(exported(tmp_path / "out", copy), copy)
     assert os.listdir(tmp_path / "out") == ["wandb"]

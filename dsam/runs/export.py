@@ -15,7 +15,7 @@ import yaml
 from ..config import CONF
 from ..errors import Parser, UserError
 from ..files import write_atomically
-from ..overrides import check, compose_config
+from ..overrides import check, compose_config, own_folder
 from ..text import counted, first_line
 from . import manifest
 from .record import Record
@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="Without experiment= and without folders: every run below paths.runs.",
     )
     parser.add_argument("chosen", nargs="*", help="run folders, experiment=NAME, paths.runs=DIR")
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own configurations")
     parser.add_argument("--mode", choices=("offline", "online"), default="offline", help="online: upload [offline]")
     parser.add_argument(
         "--into", type=Path, help="where to write DIR/wandb/offline-run-* [the folder above paths.runs]"
@@ -51,7 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Exports the chosen runs, a line each. Leaves with status 1 where one failed or W&B cannot be reached."""
     options = parse(arguments)
-    folders, runs = choose(options.chosen)
+    folders, runs = choose(options.chosen, own_folder(options.config_dir))
     into = options.into or (runs.parent if options.mode == "offline" else None)
     server = connect(options.mode)
     failed, done, same = [], 0, 0
@@ -84,12 +85,12 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def choose(given: Sequence[str]) -> tuple[list[Path], Path]:
+def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], Path]:
     """The run folders that `given` names, and paths.runs. Raises UserError where there are none."""
     settings = [text for text in given if "=" in text and not Path(text).is_dir()]
     paths = [Path(text) for text in given if text not in settings]
-    wanted = [s for s in check(settings, CONF) if s.startswith(("experiment=", "paths."))]
-    runs = Path(compose_config(wanted, CONF).paths.runs).expanduser()
+    wanted = [s for s in check(settings, CONF, more) if s.startswith(("experiment=", "paths."))]
+    runs = Path(compose_config(wanted, CONF, more=more).paths.runs).expanduser()
     names = [s.split("=", 1)[1] for s in wanted if s.startswith("experiment=")]
     if paths:
         if names:
