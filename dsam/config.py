@@ -96,6 +96,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 Folder = Annotated[str, BeforeValidator(lambda value: _home(_text(value)))]
 Yes = Annotated[bool, BeforeValidator(_yes)]
 Group = Annotated[dict[str, Any], BeforeValidator(_group)]
+AUTO_OVERHEAD = 64  # what train.piece_overhead=auto comes to on a CPU, and so what it is called
 AtLeast0 = Annotated[Whole, Field(ge=0)]
 AtLeast1 = Annotated[Whole, Field(ge=1)]
 AtOnce = Annotated[Whole, Field(ge=1, le=MOST_AT_ONCE)]
@@ -124,7 +125,7 @@ class Model(Settings):
     weight_decay: Number = 0.01
     rho: Number = 0.05
     threads: Whole | None = None
-    piece_overhead: Whole | None = None
+    piece_overhead: Whole | Literal["auto"] | None = None
 
 
 class Optimizer(Settings):
@@ -178,12 +179,17 @@ class Train(Settings):
     betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
     eps: Positive = 1e-8
     dropout: Share | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "tf32"] = "float32"
     max_length: Annotated[Whole, Field(ge=8)] = 128
     micro_batch_size: AtLeast1 | None = None
-    piece_overhead: AtLeast0 | None = None
+    piece_overhead: AtLeast0 | Literal["auto"] | None = None
     max_steps: AtLeast1 | None = None
     max_train_examples: AtLeast1 | None = None
+
+    def named(self) -> dict:
+        """The settings as they name a run: how a device cuts its batches changes no gradient."""
+        given = self.model_dump()
+        return given | ({"piece_overhead": AUTO_OVERHEAD} if self.piece_overhead == "auto" else {})
 
 
 class Tracking(Settings):
@@ -201,6 +207,7 @@ class Tracking(Settings):
 class Device(Settings):
     name: Text = "auto"
     threads: AtOnce | None = None
+    deterministic: Yes = False
 
     @model_validator(mode="after")
     def _name(self) -> "Device":
@@ -383,7 +390,8 @@ class Config(Settings):
 
 def on_device(config: Config, name: str) -> Config:
     """The configuration with another `device.name`. UserError for none such."""
-    return config.model_copy(update={"device": Device(name=name, threads=config.device.threads)})
+    device = config.device.model_dump() | {"name": name}
+    return config.model_copy(update={"device": Device(**device)})
 
 
 # What a mistake is called

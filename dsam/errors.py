@@ -27,6 +27,10 @@ class NonFiniteGradient(FloatingPointError):
     """A loss or gradient became infinite or NaN: the step was not taken and the weights are as they were."""
 
 
+class OutOfMemory(UserError):
+    """The device's memory did not suffice, which another run on it may have had a part in."""
+
+
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has left a checkpoint."""
 

@@ -24,7 +24,7 @@ from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
 from dsam.overrides import check, compose_config
-from dsam.runs.run import choose_device
+from dsam.training.device import choose_device
 
 MEASURES = {
     "steps": (lambda config, given: steps.measure(config, given.methods, given.batches, given.rounds), table.rows),

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from dsam.config import Config
+from dsam.errors import OutOfMemory
 from dsam.runs import record, run
 from dsam.sweeps import server, sweep
 from dsam.training import loop
@@ -69,6 +70,25 @@ def loading_takes_long() -> None:
         time.sleep(3600)
 
     loop.total_steps = loading
+
+
+def memory_for_one() -> None:
+    """A device on which one run has room: a second one that starts beside it has none."""
+    train = run._train
+
+    def needs_it_all(config, identity, folder, ready):
+        room = Path(config.paths.cache) / f"room-{os.environ.get('CUDA_VISIBLE_DEVICES')}"
+        try:
+            room.mkdir()
+        except FileExistsError:
+            raise OutOfMemory("the device is out of memory") from None
+        try:
+            time.sleep(1)
+            return train(config, identity, folder, ready)
+        finally:
+            room.rmdir()
+
+    run._train = needs_it_all
 
 
 def says_in_passing() -> None:

@@ -124,7 +124,9 @@ def killed(runs, until, *arguments, **env):
 
 
 def test_history_config_identity_and_summary_are_those_of_the_files(copy, tmp_path):
-    others = dict.fromkeys(("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP"), "other")
+    others = dict.fromkeys(
+        ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP"), "other"
+    )
     done = export(f"paths.runs={tmp_path}/runs", "--into", tmp_path / "out", env=others)
     assert done.returncode == 0, done.stderr
     run = exported(tmp_path / "out", copy).run

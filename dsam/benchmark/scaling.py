@@ -23,7 +23,7 @@ from transformers import (
 
 from ..config import Config
 from ..methods import ExampleLosses
-from ..runs.run import choose_device
+from ..training.device import choose_device
 from ..training.dropout import use_fast_dropout
 from .steps import Stepper, process
 

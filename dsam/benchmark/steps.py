@@ -17,7 +17,8 @@ from ..config import Config
 from ..methods import METHODS, ExampleLosses
 from ..runs.run import Ready, peak_memory, prepare
 from ..training.batches import epoch_order, pieces
-from ..training.loop import parameter_groups, to
+from ..training.device import to
+from ..training.loop import parameter_groups
 
 CONTENDERS: dict[str, tuple[str, dict]] = {
     "adamw": ("plain", {}),

@@ -38,11 +38,12 @@ class AESAM(SAM):
         losses, gradient = step.gradient()
         norm = total_norm(gradient)
         step.require_finite(norm, losses, gradient)
-        ascend = self._is_large(float(norm) ** 2)
+        size = float(norm)  # the step's one wait for the device: what follows depends on it
+        ascend = self._is_large(size**2)
         step.report["ascended"] = float(ascend)
         if not ascend:
             return losses, gradient
-        scale = self.rho / float(norm) if norm > 0 else 0.0
+        scale = self.rho / size if size > 0 else 0.0
         step.report["perturbation_norm"] = scale * norm
         if self.mask == "fresh":
             step.forget_masks()

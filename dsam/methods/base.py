@@ -46,6 +46,7 @@ class Method:
         self.mask, self.seed = mask, seed
         self.random = RandomState(self.params)
         self._generator: torch.Generator | None = None
+        self._host_generator: torch.Generator | None = None
         self.report: dict[str, float | Tensor] = {}
         self.checked: set[str] = set()  # what one step has found to be in order, and no other looks at again
 
@@ -58,20 +59,39 @@ class Method:
             self._generator.manual_seed(self.seed)
         return self._generator
 
-    def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    @property
+    def host_generator(self) -> torch.Generator:
+        """Of draws that the host needs as numbers (seeds, which parameters): `generator` itself on a CPU, and beside
+        one on another device a CPU's own, so that nobody waits for the device to draw them."""
+        if self.generator.device.type == "cpu":
+            return self.generator
+        if self._host_generator is None:
+            self._host_generator = torch.Generator().manual_seed(self.seed)
+        return self._host_generator
+
+    def backward(
+        self,
+        closure: Closure | Sequence[Closure],
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        wait: bool = True,
+    ) -> Tensor:
         """Adds the step's gradient to `.grad`, dense, and returns the mean loss at w (0-dim, detached).
 
         Args:
             closure: returns the batch's losses, shape (B,); or a sequence of such closures, one for each
                 micro-batch of one batch: the result is that of the undivided batch.
             scaler: scales the final gradient only. A non-finite one is then left in `.grad` for the scaler to skip.
+            wait: False does not wait for the device to learn whether loss and gradient are finite: nothing is raised,
+                `report["finite"]` (0-dim, bool) tells, and `.grad` holds whatever came. Who steps without having read
+                it must have the step undone on the device, as a fused optimizer does by its `found_inf`.
 
         Raises:
             NonFiniteGradient: a loss or gradient is not finite. Weights and `.grad` are as they were.
             TypeError, ValueError: a closure that is none, returns no per-example losses or changes `.grad`; or
                 parameters that the loss does not depend on.
         """
-        return self.take(Step(self, closure, scaler))
+        return self.take(Step(self, closure, scaler, wait))
 
     def take(self, step: Step) -> Tensor:
         """`backward` for a step that is made already."""
@@ -97,12 +117,15 @@ class Method:
 
     def state_dict(self) -> dict:
         """What a resumed run needs so that the method goes on exactly as it would have."""
-        return {"generator": self.generator.get_state()}
+        state = {"generator": self.generator.get_state()}
+        return state if self.host_generator is self.generator else state | {"host": self.host_generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up what `state_dict` gave. ValueError where it comes from another kind of device."""
         try:
             self.generator.set_state(state["generator"])
+            if "host" in state:
+                self.host_generator.set_state(state["host"])
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"the method's state is of another kind of device: {error}") from None
 

@@ -148,7 +148,7 @@ class DeltaSAM(SAM):
         plus, minus = [], []
         for _ in range(self.weighting.probes):
             noise, not_drawn = self._noise(params, step)
-            scale = self.weighting.radius / math.sqrt(float(total_norm(noise)) ** 2 + not_drawn)
+            scale = self.weighting.radius / (total_norm(noise).double().square() + not_drawn).sqrt()
             with perturbed(params, noise, scale):
                 plus.append(self._losses(step))
             if self.weighting.sides == 2:

@@ -48,16 +48,16 @@ class OutputMethod(Method):
         Each example draws from its own seed, so that (on the CPU) the noise is the same however the batch is cut.
         """
         size, tokens, width = closure.embedding_shape
+        draw = torch.randn if kind == "normal" else torch.rand
         device = self.generator.device
-        seeds = torch.randint(2**62, (size,), generator=self.generator, device=device).tolist()
-        own, rows = torch.Generator(device), []
-        for seed in seeds:
-            own.manual_seed(seed)
-            if kind == "normal":
-                rows.append(torch.randn(tokens, width, generator=own, device=device))
-            else:
-                rows.append(torch.rand(tokens, width, generator=own, device=device).mul_(2).sub_(1))
-        return torch.stack(rows) * closure.token_mask
+        if device.type == "cpu":
+            own, rows = torch.Generator(), []
+            for seed in torch.randint(2**62, (size,), generator=self.generator).tolist():
+                rows.append(draw(tokens, width, generator=own.manual_seed(seed)))
+            noise = torch.stack(rows)
+        else:  # at once: a draw for each example would be a kernel each
+            noise = draw(size, tokens, width, generator=self.generator, device=device)
+        return (noise if kind == "normal" else noise.mul_(2).sub_(1)) * closure.token_mask
 
 
 def add_to_report(step: Step, name: str, value: Tensor) -> None:

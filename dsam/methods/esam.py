@@ -50,7 +50,7 @@ class ESAM(SAM):
         return losses, gradient
 
     def _drawn(self) -> list[bool]:
-        drawn = torch.rand(len(self.params), generator=self.generator, device=self.generator.device)
+        drawn = torch.rand(len(self.params), generator=self.host_generator)
         chosen = (drawn < self.beta).tolist()
         if not any(chosen):
             chosen[int(drawn.argmin())] = True
@@ -65,5 +65,6 @@ class ESAM(SAM):
         chosen = step.largest(after - losses, self.gamma)
         step.report["selected"] = float(count_of(self.gamma, len(losses)))
         sizes = [len(piece) for piece in pieces]
+        chosen = chosen.cpu()  # the step's one wait for the device: the batch is cut by it
         parts = [(k, part.nonzero().squeeze(1).tolist()) for k, part in enumerate(chosen.split(sizes)) if part.any()]
         return step.restricted(parts, sizes)

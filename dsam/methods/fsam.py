@@ -1,11 +1,11 @@
 """F-SAM: the ascent leaves out what the batch's gradient shares with those before it."""
 
-import torch
 from torch import Tensor
 
 from .gradients import combine
 from .perturbation import Gradients, total_norm
 from .sam import SAM
+from .step import Step
 
 
 class FSAM(SAM):
@@ -30,17 +30,20 @@ class FSAM(SAM):
         self.average: list[Tensor | None] | None = None
 
     def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
-        norm = total_norm(gradient)
         if self.average is None:
-            if torch.isfinite(norm):
-                self.average = [None if g is None else g.clone() for g in gradient]
-            return gradient, norm
+            return gradient, total_norm(gradient)
         direction = combine(gradient, self.average, -self.sigma)
-        if torch.isfinite(norm):
-            self.average = combine(self.average, gradient, 1 - self.decay, self.decay)
         # A layer that this pass skipped is not moved, and a non-finite gradient shows in the direction's norm.
         moved = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
         return moved, total_norm(moved)
+
+    def descent(self, step: Step, losses: Tensor, ascent: Gradients) -> list[Tensor | None]:
+        gradient = super().descent(step, losses, ascent)  # which ends where the ascent is not finite
+        if self.average is None:
+            self.average = [None if g is None else g.clone() for g in ascent]
+        else:
+            self.average = combine(self.average, ascent, 1 - self.decay, self.decay)
+        return gradient
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"average": self.average}

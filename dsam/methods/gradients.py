@@ -31,7 +31,7 @@ def combine(a: Gradients, b: Gradients, scale: Tensor | float, times: Tensor | f
 def without_component(a: Gradients, along: Gradients) -> list[Tensor | None]:
     """a − (a·u) u with u the unit vector of `along`; a itself where `along` is zero."""
     square = inner_product(along, along)
-    share = inner_product(a, along) / square if square > 0 else torch.zeros_like(square)
+    share = torch.where(square > 0, inner_product(a, along) / square, 0)
     return combine(a, along, -share)
 
 

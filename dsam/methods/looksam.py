@@ -41,7 +41,7 @@ class LookSAM(SAM):
         if ascend:
             gradient = self.descent(step, losses, at_w)
         norm = total_norm(gradient)
-        if not torch.isfinite(norm):  # nothing is learnt, and the next step is of the same kind
+        if not step.is_finite(norm):  # nothing is learnt, and the next step is of the same kind
             return losses, gradient
         self.step += 1
         if ascend:
@@ -55,8 +55,11 @@ class LookSAM(SAM):
         reused = without_component(gradient, at_w)
         # What is left where the two gradients are equal is rounding, which the ratio ‖g‖/‖g_v‖ would blow up.
         rounding = 100 * max(torch.finfo(p.dtype).eps for p in self.params)
-        if self.rho == 0 or total_norm(reused) <= rounding * norm:
+        if self.rho == 0:
             reused = [None] * len(reused)
+        present = [g for g in reused if g is not None]
+        if present:
+            torch._foreach_mul_(present, (total_norm(present) > rounding * norm).to(norm.dtype))
         self.reused = reused
 
     def state_dict(self) -> dict:

@@ -37,7 +37,7 @@ class MomentumSAM(SAM):
         step.report["perturbation_norm"] = scale.abs() * size
         with step.at(self.average, scale):
             losses, gradient = step.gradient()
-        if torch.isfinite(total_norm(gradient)):
+        if step.is_finite(total_norm(gradient)):
             self.average = combine(self.average, gradient, 1 - self.momentum, self.momentum)
         return losses, gradient
 

@@ -174,6 +174,9 @@ class WeightGroup(NamedTuple):
         return upper + upper.mT - diagonal
 
 
+KEYS = 2**32  # above any index of an embedding: example · KEYS + index is a pair's key
+
+
 class Rows(NamedTuple):
     """An embedding's per-example gradients by their non-zero rows, R of them, sorted by example and index."""
 
@@ -181,6 +184,7 @@ class Rows(NamedTuple):
     ids: Tensor  # (R,)
     values: Tensor  # (R, n)
     batch_size: int
+    sizes: list[int] | None = None  # rows of each example, where they are known without a look at `examples`
 
     @classmethod
     def of(cls, uses: list[tuple[Tensor, Tensor, int | None]], batch_size: int) -> "Rows":
@@ -188,34 +192,55 @@ class Rows(NamedTuple):
         parts = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
         grads = wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1)
         examples = torch.arange(batch_size, device=ids.device)[:, None].expand_as(ids)
-        rows = cls.summed(examples.flatten(), ids.flatten(), grads, batch_size)
+        rows = cls.summed(examples.flatten(), ids.flatten(), grads, batch_size, [ids.shape[1]] * batch_size)
         for index in {padding for _, _, padding in uses if padding is not None}:  # autograd gives them nothing
             rows.values.masked_fill_((rows.ids == index)[:, None], 0)
         return rows
 
     @classmethod
-    def summed(cls, examples: Tensor, ids: Tensor, values: Tensor, batch_size: int) -> "Rows":
+    def summed(cls, examples: Tensor, ids: Tensor, values: Tensor, batch_size: int, sizes: list[int] | None) -> "Rows":
         """One row for each pair of example and index: the sum of the pair's values."""
+        if ids.device.type != "cpu":
+            return cls._summed_in_place(examples, ids, values, batch_size, sizes)
         size = int(ids.max()) + 1
         keys, inverse = (ids + size * examples).unique(return_inverse=True)
         values = torch.ops.aten.embedding_dense_backward(values, inverse, len(keys), -1, False)
         return cls(keys // size, keys % size, values, batch_size)
 
+    @classmethod
+    def _summed_in_place(
+        cls, examples: Tensor, ids: Tensor, values: Tensor, batch_size: int, sizes: list[int] | None
+    ) -> "Rows":
+        """The same with as many rows as were given, so that nobody waits for their number: a pair's sum stands at its
+        first row, and zeros at its others."""
+        keys, order = (ids + KEYS * examples).sort(stable=True)
+        place = torch.arange(len(keys), device=keys.device)
+        begins = torch.cat([keys.new_ones(1, dtype=torch.bool), keys[1:] != keys[:-1]])
+        first = torch.where(begins, place, 0).cummax(0).values
+        summed = torch.zeros_like(values).index_add_(0, first, values[order])
+        return cls(keys // KEYS, keys % KEYS, summed, batch_size, sizes)
+
+    def counts(self) -> list[int]:
+        """Rows of each example."""
+        return self.sizes or self.examples.bincount(minlength=self.batch_size).tolist()
+
     def minus(self, other: "Rows") -> "Rows":
         examples, ids = torch.cat([self.examples, other.examples]), torch.cat([self.ids, other.ids])
-        return Rows.summed(examples, ids, torch.cat([self.values, -other.values]), self.batch_size)
+        sizes = None
+        if self.sizes and other.sizes:
+            sizes = [ours + theirs for ours, theirs in zip(self.sizes, other.sizes, strict=True)]
+        return Rows.summed(examples, ids, torch.cat([self.values, -other.values]), self.batch_size, sizes)
 
     def lookups(self, ids: Tensor, scales: Tensor) -> Tensor:
         """Rows `ids` (B, S) of scales_i g_i: (B, S, n), zeros where the example never looked that row up."""
-        size = max(int(ids.max()), int(self.ids.max())) + 1
-        keys = self.ids + size * self.examples
-        wanted = ids + size * torch.arange(self.batch_size, device=ids.device)[:, None]
+        keys = self.ids + KEYS * self.examples
+        wanted = ids + KEYS * torch.arange(self.batch_size, device=ids.device)[:, None]
         places = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
         return self.values[places] * (keys[places] == wanted)[..., None] * scales
 
     def outputs(self, x: Tensor, size: int, scales: Tensor) -> Tensor:
         """scales_i g_i x_it of a Linear with `size` outputs tied to the embedding: (B, S, n) -> (B, S, size)."""
-        counts = self.examples.bincount(minlength=self.batch_size).tolist()
+        counts = self.counts()
         parts = zip(x, self.ids.split(counts), self.values.split(counts), scales.flatten(), strict=True)
         empty = x.new_zeros(x.shape[1], size)
         return torch.stack([empty.index_add(1, ids, (c * a @ v.mT.to(a.dtype))) for a, ids, v, c in parts])
@@ -228,7 +253,7 @@ class Rows(NamedTuple):
         return self.per_example(self.values.square().sum(1))
 
     def gram(self) -> Tensor:
-        sizes = self.examples.bincount(minlength=self.batch_size).tolist()
+        sizes = self.counts()
         parts = zip(self.ids.split(sizes), self.values.split(sizes), strict=True)
         products = (((values @ self.values.mT) * (ids[:, None] == self.ids)).sum(0) for ids, values in parts)
         return torch.stack([self.per_example(product) for product in products])
@@ -240,8 +265,10 @@ class Rows(NamedTuple):
         return torch.stack([self.per_example(product) for product in products])
 
     def weighted_sum(self, weights: Tensor | float, size: int) -> Tensor:
-        """Σ_i weights[i] g_i, sparse: (size, n); one number counts for all examples."""
+        """Σ_i weights[i] g_i: (size, n), on a CPU sparse; one number counts for all examples."""
         if isinstance(weights, Tensor):
             weights = weights.to(self.values.dtype)[self.examples, None]
         values = self.values * weights
+        if values.device.type != "cpu":
+            return values.new_zeros(size, values.shape[1]).index_add_(0, self.ids, values)
         return torch.sparse_coo_tensor(self.ids[None], values, (size, values.shape[1]), check_invariants=False)

@@ -181,7 +181,8 @@ class PerExampleGradients:
             start = end
         for k, several in parts.items():
             joined = [torch.cat([getattr(one, name) for one in several]) for name in ("examples", "ids", "values")]
-            whole._rows[k] = Rows(joined[0], joined[1], joined[2], whole.batch_size)
+            sizes = [size for one in several for size in one.sizes or []]
+            whole._rows[k] = Rows(joined[0], joined[1], joined[2], whole.batch_size, sizes)
         return whole
 
     @torch.no_grad()

@@ -28,7 +28,11 @@ def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Ten
     `w + ε − ε ≠ w` cannot happen, and a graph recorded at w stays valid. Where the direction is None the parameter is
     left alone. Only where it is sparse (and coalesced), that of an embedding table, are its rows written in place and
     their copies put back: the backward pass of a lookup does not read its table.
+
+    A scale that is a tensor on the CPU counts as a number; nobody waits for one on another device.
     """
+    if isinstance(scale, Tensor) and scale.device.type == "cpu":
+        scale = float(scale)
     given = [(p, d) for p, d in zip(params, direction, strict=True) if d is not None]
     moved = [(p, d) for p, d in given if not d.is_sparse]
     tables = [(p.data, d.indices()[0], d.values()) for p, d in given if d.is_sparse]

@@ -46,11 +46,13 @@ class Step:
         method: "Method",
         closures: Closure | Sequence[Closure],
         scaler: torch.amp.GradScaler | None = None,
+        wait: bool = True,
     ):
         self.pieces = pieces_of(closures)
         self.params, self.module = method.params, method.module
-        self.mask, self.random, self.generator = method.mask, method.random, method.generator
-        self.scaler, self.checked = scaler, method.checked
+        self.mask, self.random, self.host_generator = method.mask, method.random, method.host_generator
+        self.scaler, self.checked, self.wait = scaler, method.checked, wait or scaler is not None
+        self.finite: Tensor | None = None  # whether all was, of what nobody waited for
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
         self._masks: list[list[Tensor] | None] = [None] * len(self.pieces)
@@ -126,7 +128,7 @@ class Step:
 
     def other_masks(self) -> AbstractContextManager:
         """Inside, masks come from a stream aside, begun anew."""
-        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+        seed = int(torch.randint(2**62, (), generator=self.host_generator))
         return self.random.aside(seed)
 
     def outputs(self, k: int, noise: Tensor | None = None, other_masks: bool = False) -> tuple[Tensor, Tensor]:
@@ -236,11 +238,12 @@ class Step:
 
     @cached_property
     def words(self) -> nn.Embedding | None:
-        """The table of word embeddings of which only the rows of the batch matter."""
-        return self.pieces[0].words if self.pieces else None
+        """The table of word embeddings of which only the rows of the batch matter. None off the CPU: elsewhere to
+        clear a whole table costs less than to wait for which rows there are."""
+        return self.pieces[0].words if self.pieces and self.params[0].device.type == "cpu" else None
 
     def rows_suffice(self) -> bool:
-        return True
+        return self.params[0].device.type == "cpu"
 
     def summing(self, by_rows: bool = False) -> AbstractContextManager:
         """Around passes over the pieces whose gradients `whole` then makes whole."""
@@ -279,16 +282,29 @@ class Step:
 
     def at(self, direction: Gradients, scale: Tensor | float) -> AbstractContextManager:
         """Inside, the weights are at w + scale · direction."""
-        return perturbed(self.params, direction, float(scale))
+        return perturbed(self.params, direction, scale)
 
     def require_finite(self, norm: Tensor, losses: Tensor, gradient: Gradients) -> None:
-        """Ends the step where the ascent's norm or a loss is not finite: NonFiniteGradient, or the scaler skips it."""
+        """Ends the step where the ascent's norm or a loss is not finite: NonFiniteGradient, or the scaler skips it.
+        A step that does not wait goes on, and remembers it."""
         loss = self.mean(losses)
         if self.scaler is not None:
             if not torch.isfinite(norm):
                 raise Overflowed(losses, self.whole(gradient))
-        elif not (torch.isfinite(norm) & torch.isfinite(loss)):
+        else:
+            self._require_finite(norm, loss)
+
+    def _require_finite(self, norm: Tensor, loss: Tensor) -> None:
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        if not self.wait:
+            self.finite = finite if self.finite is None else self.finite & finite
+        elif not finite:
             raise not_finite(norm, loss)
+
+    def is_finite(self, norm: Tensor) -> bool:
+        """Whether a method may learn from a gradient of this norm. A step that does not wait says yes: where it was
+        not, the training ends."""
+        return not self.wait or bool(torch.isfinite(norm))
 
     def restricted(self, parts: Sequence[tuple[int, list[int]]], sizes: Sequence[int]) -> "Step":
         """The step of some examples of this batch alone, under the same report, masks and buffers.
@@ -327,8 +343,9 @@ class Step:
             torch._foreach_mul_([g for g in gradient if g is not None], self.scaler.get_scale())
         else:
             norm = total_norm(gradient)
-            if not (torch.isfinite(norm) & torch.isfinite(loss)):
-                raise not_finite(norm, loss)
+            self._require_finite(norm, loss)
+            if self.finite is not None:
+                self.report["finite"] = self.finite
             self.report["gradient_norm"] = norm
         earlier = False
         for p, g in zip(self.params, gradient, strict=True):
@@ -365,5 +382,5 @@ def count_of(share: float, examples: int) -> int:
     return max(1, int(share * examples + 1e-9))
 
 
-def not_finite(norm: Tensor, loss: Tensor) -> NonFiniteGradient:
+def not_finite(norm: Tensor | float, loss: Tensor | float) -> NonFiniteGradient:
     return NonFiniteGradient(f"gradient norm {float(norm)} at loss {float(loss)}: the step was not taken")

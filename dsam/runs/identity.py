@@ -36,7 +36,7 @@ def identify(config: Config) -> Identity:
         "method": config.optimizer.method,
         "steps_factor": config.optimizer.steps_factor,
         "options": config.optimizer.options,
-        "train": config.train.model_dump(),
+        "train": config.train.named(),
         "seeds": config.seeds.model_dump(),
         "selection": config.selection,
         "parent": identify(Config.load(config.parent)).id if config.parent else None,
@@ -59,7 +59,7 @@ def digest(contents: dict) -> str:
 
 def hyperparameters(config: Config) -> dict:
     """The flat settings by which tables tell methods apart."""
-    train = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config.train).items()}
+    train = {k: list(v) if isinstance(v, tuple) else v for k, v in config.train.named().items()}
     return {
         "method": config.optimizer.method,
         "steps_factor": config.optimizer.steps_factor,

@@ -1,9 +1,6 @@
 """One run from its configuration to its result."""
 
-import contextlib
-import ctypes
 import hashlib
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from ..task import Task
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
+from ..training.device import attend_without_wait, choose_device, fallen_back, memory_said
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
@@ -53,7 +51,7 @@ def run(config: Config) -> dict:
         parent = Config.load(config.parent)
         run(parent)
         models.start_from(ready.network, kept_weights(parent))
-    with record.worked_on():
+    with record.worked_on(), memory_said(ready.device):
         return record.result() or _train(config, identity, record, ready)
 
 
@@ -117,17 +115,22 @@ class Ready:
     notes: list[str]
 
 
-def prepare(config: Config) -> Ready:
-    """Loads data and model. Raises UserError, one line, where either cannot be used."""
-    device = choose_device(config)
+def prepare(config: Config, device: torch.device | None = None) -> Ready:
+    """Loads data and model, onto the device that the configuration asks for where none is given. Raises UserError, one
+    line, where either cannot be used."""
+    found = fallen_back(config) if device is None else None
+    device = choose_device(config) if device is None else device
     task = config.task
     tokenizer = models.load_tokenizer(config.model)
     network = models.build(config, task.num_labels, tokenizer)
-    torch.nn.Module.to(network, device)
+    with memory_said(device):
+        torch.nn.Module.to(network, device)
     if device.type == "cpu":
         use_fast_dropout(network)
+    else:
+        attend_without_wait(network)
     data, notes = load_data(config, tokenizer)
-    return Ready(task, tokenizer, network, data, device, notes)
+    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes])
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:
@@ -198,37 +201,6 @@ def summarise(config: Config, run_id: str, task: Task, data: dict, state: State,
 
 def trained_examples(config: Config, examples: glue.Tokenised) -> int:
     return min(len(examples), config.train.max_train_examples or len(examples))
-
-
-def choose_device(config: Config) -> torch.device:
-    """The device that `device.name` asks for, with the CPU threads set. UserError where there is none such."""
-    name = config.device.name
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device.name '{name}'; use auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device.name={name}: this machine shows {torch.cuda.device_count()} CUDA devices")
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.device.threads or max(1, cores // len(config.launcher.slots)))
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed blocks for the next step instead of giving them back to the kernel.
-
-    A step frees and takes several copies of the weights, and each time the kernel would clear their pages anew, which
-    is about a tenth of a SAM step of MiniLM on short sentences.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -19,11 +19,11 @@ from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
 from ..progress import Stages
 from ..runs.kept import read_run
-from ..runs.run import choose_device, load_data
+from ..runs.run import load_data
 from ..text import first_line
 from ..training import model as models
 from ..training.batches import training_subset
-from ..training.loop import to
+from ..training.device import choose_device, to
 from .curvature import top_eigenvalues, trace
 from .objective import Objective
 from .rise import rises

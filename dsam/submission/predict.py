@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .. import glue
 from ..errors import UserError
-from ..runs.run import choose_device
 from ..task import get_task
 from ..training import model as models
+from ..training.device import choose_device
 from ..training.loop import predict
 from .choose import WEIGHTS, Run
 

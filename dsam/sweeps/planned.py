@@ -30,6 +30,7 @@ class Planned:
     started: float = 0.0
     seconds: float = 0.0
     attempts: int = 0
+    alone: bool = False  # on its device: it did not fit beside others
     cost: float = 0.0  # the training's arithmetic, in no unit: passes × tokens × weights
     expected: Expected = field(default_factory=Expected)
 

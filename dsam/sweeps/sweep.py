@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Config, Launcher
-from ..errors import Stopped, UserError
+from ..config import Config, Launcher, on_device
+from ..errors import OutOfMemory, Stopped, UserError
 from ..runs import lease, manifest
 from ..runs.identity import identify
 from ..runs.lease import Busy
@@ -30,6 +30,7 @@ from .display import Display
 from .planned import STATUSES, Planned, counts, unfinished
 
 BUSY = 75  # exit status of a run that another process is working on (EX_TEMPFAIL)
+OUT_OF_MEMORY = 71  # and of one whose device had not enough of it (EX_OSERR)
 GRACE = 60.0  # seconds between asking a run to stop and killing it
 
 
@@ -102,14 +103,25 @@ def preflight(runs: list[Planned]) -> None:
 
 def _survey(configs: list[Config]) -> list[float]:
     """Each run's `Planned.cost`. Prints notes on the data."""
+    import torch
+
     from ..runs.run import make_method, prepare, trained_examples
+    from ..training.device import check_devices, fallen_back, find_device
     from ..training.loop import total_steps
 
+    launcher = configs[0].launcher
+    if launcher.name == "local" and launcher.devices and configs[0].device.name != "cpu":
+        check_devices(launcher.devices)
+    elif launcher.name == "local":
+        for config in {(c.device.name, c.train.precision): c for c in configs}.values():
+            find_device(config)
+        if note := fallen_back(configs[0]):
+            print(note, flush=True)
     seen, costs = {}, []
     for c in configs:
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
         if key not in seen:
-            ready = prepare(c)
+            ready = prepare(c, torch.device("cpu"))  # which has room for all of them
             for note in ready.notes:
                 print(note, flush=True)
             examples = ready.data[ready.task.train[0]]
@@ -174,8 +186,8 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     """Starts what is not finished, longest first, one run in each of the launcher's slots, and returns what failed.
 
     Each run is forked from `server`. One whose process is killed is continued up to `launcher.retries` times; one that
-    another sweep is working on is waited for. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or
-    143.
+    another sweep is working on is waited for. One whose device was out of memory beside others is tried once more,
+    alone on it. Ctrl-C and SIGTERM stop the runs at a checkpoint and leave with 130 or 143.
     """
     waiting = estimate.order(r for r in runs if r.status in ("missing", "failed"))
     elsewhere = [r for r in runs if r.status == "elsewhere"]
@@ -185,13 +197,13 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     stop = StopSignals(patience=None)
     with stop, display:
         while waiting or running or elsewhere:
-            while waiting and free and not stop.signum:
-                r, slot = waiting.pop(0), free.pop(0)
+            while not stop.signum and (next_one := _next(waiting, free, launcher)) is not None:
+                r, slot, taken = next_one
                 with contextlib.suppress(OSError):  # an earlier attempt's; where that fails, so does the run
                     (r.identity.folder / "failure.json").unlink(missing_ok=True)
                 process = server.start(_child, r.config, str(r.identity.folder), slot)
                 r.status, r.started, r.attempts = "running", time.monotonic(), r.attempts + 1
-                running[process.sentinel] = _Running(process, r, slot)
+                running[process.sentinel] = _Running(process, r, taken)
                 display.show()
             if stop.signum:
                 waiting.clear()
@@ -202,7 +214,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 one.keep_to(launcher)
             for sentinel in multiprocessing.connection.wait(list(running), timeout=0.5):
                 one = running.pop(sentinel)
-                free.append(one.slot)
+                free += one.slots
                 r = one.run
                 one.process.join()
                 if stop.signum:  # it may have reached the whole group, and this run before it was asked
@@ -214,6 +226,10 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                     r.status = "missing"
                     display.note(f"{r.reason}: {r.title}; it goes on from its checkpoint")
                     waiting.insert(0, r)
+                elif one.out_of_memory and launcher.per_device > 1 and not r.alone and not stop.signum:
+                    r.status, r.alone = "missing", True
+                    display.note(f"{r.reason}: {r.title}; it is tried once more, alone on its device")
+                    waiting.append(r)
                 elif r.status != "missing":
                     r.status = "failed" if r.status == "killed" else r.status
                     display.ended(r)
@@ -232,15 +248,34 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     return [r for r in runs if r.status == "failed"]
 
 
+def _next(
+    waiting: list[Planned], free: list[str | None], launcher: Launcher
+) -> tuple[Planned, str | None, list[str | None]] | None:
+    """The run to start now, its device and the slots that it takes, removed from both lists; or None."""
+    for r in waiting:
+        if not r.alone and free:
+            taken = [free[0]]
+        else:
+            whole = [slot for slot in dict.fromkeys(free) if free.count(slot) == launcher.slots.count(slot)]
+            taken = whole[:1] * launcher.slots.count(whole[0]) if whole else []
+        if taken:
+            waiting.remove(r)
+            for slot in taken:
+                free.remove(slot)
+            return r, taken[0], taken
+    return None
+
+
 @dataclass
 class _Running:
     """A run's process, and why it was asked to stop, if it was."""
 
     process: BaseProcess
     run: Planned
-    slot: str | None
+    slots: list[str | None]
     why: str = ""
     asked: float | None = None
+    out_of_memory: bool = False
 
     def stop(self, why: str) -> None:
         """Asks once, kindly: the run leaves a checkpoint. Kills what has not gone after a while."""
@@ -276,6 +311,7 @@ def _conclude(one: _Running) -> None:
         r.status = result["status"]
     elif failure is not None:
         r.status, r.reason = "failed", failure["reason"]
+        one.out_of_memory = code == OUT_OF_MEMORY
     elif code == BUSY:
         r.status = "elsewhere"
     elif one.asked is not None and not one.why:  # with the whole sweep; its checkpoint is there
@@ -302,6 +338,8 @@ def _child(config: Config, folder: str, device: str | None) -> None:
 
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+        if config.device.name == "auto":  # which would take the CPU where that device is not to be had
+            config = on_device(config, "cuda")
     record = Record(Path(folder))
     with contextlib.suppress(OSError):  # a folder that cannot be written is the run's to report
         record.folder.mkdir(parents=True, exist_ok=True)
@@ -322,4 +360,4 @@ def _child(config: Config, folder: str, device: str | None) -> None:
     except BaseException as error:
         sys.stderr.flush()
         record.fail(error)
-        raise SystemExit(1) from None
+        raise SystemExit(OUT_OF_MEMORY if isinstance(error, OutOfMemory) else 1) from None

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..config import Train
+from ..config import AUTO_OVERHEAD, Train
+
+CPU = torch.device("cpu")
+GPU_OVERHEAD = 512.0  # tokens; by counting operators
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -29,19 +32,32 @@ def held_out(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[share:]), np.sort(order[:share])
 
 
-def pieces(indices: np.ndarray, lengths: np.ndarray, train: Train) -> list[np.ndarray]:
+def overhead(train: Train, device: torch.device) -> float | None:
+    """Padded tokens that one more piece must save; None: none does.
+
+    What a piece costs besides its tokens are casts and gradients of all weights and the dispatch of its operators. In
+    bfloat16 that counts four times as much on a CPU, where its tokens take a fraction of the time. A GPU computes a
+    batch's tokens while the next operators are dispatched, and a piece more pays in float32 alone.
+    """
+    given = train.piece_overhead
+    if given == "auto":
+        if device.type != "cpu":
+            return GPU_OVERHEAD if train.precision == "float32" else None
+        given = AUTO_OVERHEAD
+    return None if given is None else given * (4 if train.precision == "bfloat16" else 1)
+
+
+def pieces(indices: np.ndarray, lengths: np.ndarray, train: Train, device: torch.device = CPU) -> list[np.ndarray]:
     """The batch `indices` cut into micro-batches: at most `micro_batch_size` each, sorted by length where it pays.
 
-    The cut minimises padded tokens plus `piece_overhead` for each piece, over all ways to cut the sorted batch. The
+    The cut minimises padded tokens plus `overhead` for each piece, over all ways to cut the sorted batch. The
     gradient is that of the undivided batch; only the order in which examples draw dropout masks differs.
-
-    In bfloat16 a piece counts four times as much: its tokens take a fraction of the time, and what a piece takes
-    besides (casts and gradients of all weights, the dispatch of its operators) stays. docs/speed.md has the figures.
+    docs/speed.md has the figures.
     """
     most = train.micro_batch_size or len(indices)
-    if train.piece_overhead is None:
+    each = overhead(train, device)
+    if each is None:
         return [indices[i : i + most] for i in range(0, len(indices), most)]
-    overhead = train.piece_overhead * (4 if train.precision == "bfloat16" else 1)
     order = np.argsort(lengths[indices], kind="stable")
     indices = indices[order]
     longest = lengths[indices]
@@ -49,7 +65,7 @@ def pieces(indices: np.ndarray, lengths: np.ndarray, train: Train) -> list[np.nd
     cost, cut = np.zeros(n + 1), np.zeros(n + 1, dtype=int)
     for end in range(1, n + 1):  # cost[end]: the cheapest way to cut the first `end` examples
         starts = np.arange(max(0, end - most), end)
-        costs = cost[starts] + (end - starts) * longest[end - 1] + overhead
+        costs = cost[starts] + (end - starts) * longest[end - 1] + each
         best = int(np.argmin(costs))
         cost[end], cut[end] = costs[best], starts[best]
     parts = []

@@ -35,11 +35,17 @@ class Checkpoints:
         for old in self._newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
 
-    def load(self) -> dict | None:
-        """The state of the newest checkpoint that is whole, or None."""
+    def load(self, device: str = "cpu") -> dict | None:
+        """The state of the newest checkpoint that is whole and was written on such a device, or None."""
         for path in self._newest_first():
             if _digest(path) == path.stem.split("-")[1]:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if (written := state.get("device", "cpu")) == device:
+                    return state
+                # Random states do not translate, and a run that began there would repeat on neither.
+                print(f"checkpoint {path} is of {written}, and this is {device}: starting afresh", file=sys.stderr)
+                path.rename(path.with_suffix(f".{written}"))
+                continue
             print(f"checkpoint {path} is damaged; going on from the one before", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
         return None

@@ -14,11 +14,13 @@ from ..config import Config
 from ..errors import NonFiniteGradient, Stopped
 from ..glue import Tokenised, compute, headline, headline_name, predictions
 from ..methods import ExampleLosses, Method, example_losses
+from ..methods.step import not_finite
 from ..progress import Bar
 from ..signals import StopSignals
 from ..task import Task
 from .batches import epoch_order, evaluation_batches, pieces, training_subset
 from .checkpoint import Checkpoints
+from .device import Outcomes, to
 
 LOG_EVERY = 10  # steps
 
@@ -100,12 +102,26 @@ def fine_tune(
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(config.seeds.data)
-    state = State()
+    state, outcomes = State(), Outcomes(device)
+
+    def read(all_of_them: bool) -> None:
+        for one in outcomes.read(all_of_them):
+            if not one.finite:
+                state.step = one.step - 1  # those after it were not taken either
+                state.diverged = f"step {one.step}: {not_finite(one.norm, one.loss)}"
+                return
+            state.window.append(one.loss)
+            state.forwards += one.forwards
+            state.backwards += one.backwards
 
     def save() -> None:
+        read(all_of_them=True)
+        if state.diverged:
+            return
         checkpoints.save(
             state.step,
             {
+                "device": device.type,
                 "state": vars(state) | {"evaluations": list(state.evaluations), "window": list(state.window)},
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -115,7 +131,7 @@ def fine_tune(
             },
         )
 
-    saved = checkpoints.load()
+    saved = checkpoints.load(device.type)
     if saved is not None:
         state = State(**saved["state"])
         model.load_state_dict(saved["model"])
@@ -137,32 +153,38 @@ def fine_tune(
             batch = order[position * train.batch_size : (position + 1) * train.batch_size]
             closures = [
                 ExampleLosses(model, to(examples.batch(piece), device), autocast)
-                for piece in pieces(batch, examples.lengths, train)
+                for piece in pieces(batch, examples.lengths, train, device)
             ]
             try:
-                loss = method.backward(closures)
+                loss = method.backward(closures, wait=not outcomes.later)
             except NonFiniteGradient as error:
                 state.diverged = f"step {state.step + 1}: {error}"
                 break
             if train.max_grad_norm is not None:
                 clip_grads_with_norm_(params, train.max_grad_norm, torch.as_tensor(method.report["gradient_norm"]))
+            state.step += 1
+            outcomes.add(state.step, loss, method.report)
+            if outcomes.later:
+                optimizer.found_inf = outcomes.found  # type: ignore[attr-defined]  # read by fused optimizers
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
 
-            state.step += 1
-            state.forwards += float(method.report["forwards"])
-            state.backwards += float(method.report["backwards"])
-            state.window.append(float(loss))
+            logs = state.step % LOG_EVERY == 0 or state.step == total
+            evaluates = state.step % evaluate_every == 0 or state.step == total
+            read(all_of_them=logs or evaluates or bool(phases and state.step in phases))
             state.seconds += time.perf_counter() - started
-            bar.update(state.step, state.window[-1])
-            if state.step % LOG_EVERY == 0 or state.step == total:
+            if state.diverged:
+                break
+            if state.window:
+                bar.update(state.step, state.window[-1])
+            if logs:
                 log(train_record(state, optimizer.param_groups[0]["lr"], per_epoch, method))
                 state.window.clear()
 
             if phases and state.step in phases:
                 phases[state.step]()
-            if state.step % evaluate_every == 0 or state.step == total:
+            if evaluates:
                 evaluation = evaluate(task, data, model, device, autocast)
                 evaluation = {"step": state.step, "epoch": state.step / per_epoch} | evaluation
                 log({"event": "evaluation"} | evaluation)
@@ -253,7 +275,3 @@ def predict(
         passed(len(indices))
     model.train(was_training)
     return answers, torch.cat(losses)
-
-
-def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

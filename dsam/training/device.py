@@ -1,0 +1,179 @@
+"""The device that a run trains on: chosen, waited for as little as possible, and what it says when its memory ends."""
+
+import contextlib
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..config import Config
+from ..errors import OutOfMemory, UserError
+
+
+def find_device(config: Config) -> torch.device:
+    """The device that `device.name` asks for. Raises UserError where there is none such, or it lacks the precision as
+    far as its kind tells. Does not start CUDA."""
+    name = config.device.name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device.name={name}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    if config.train.precision == "tf32" and device.type != "cuda":
+        raise UserError("train.precision=tf32 is NVIDIA GPUs' own: take float32 or bfloat16 on a CPU")
+    return device
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device of `find_device`, set up as the run wants it. UserError where it cannot compute in its precision."""
+    if config.device.deterministic:  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device, precision = find_device(config), config.train.precision
+    with memory_said(device):
+        if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+            raise UserError(f"train.precision=bfloat16: {torch.cuda.get_device_name(device)} has none; take float32")
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.device.threads or max(1, cores // len(config.launcher.slots)))
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.use_deterministic_algorithms(config.device.deterministic)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return device
+
+
+def fallen_back(config: Config) -> str | None:
+    """A note where device.name=auto takes the CPU although PyTorch is built for GPUs."""
+    if config.device.name == "auto" and torch.version.cuda and not torch.cuda.is_available():
+        return f"device.name=auto: PyTorch is built for CUDA {torch.version.cuda} but finds no GPU: on the CPU"
+    return None
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """UserError where this machine lacks one of launcher.devices. To be called where CUDA has not started."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        for device in dict.fromkeys(devices):
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+            if not torch.cuda.device_count():
+                os.environ.pop("CUDA_VISIBLE_DEVICES")
+                there = torch.cuda.device_count()
+                raise UserError(f"launcher.devices={device}: this machine has no such GPU; it shows {there}")
+    finally:
+        if before is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed blocks for the next step instead of giving them back to the kernel.
+
+    A step frees and takes several copies of the weights, and each time the kernel would clear their pages anew, which
+    is about a tenth of a SAM step of MiniLM on short sentences.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def memory_said(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU whose memory ends says so in one line, as OutOfMemory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError, and what CUDA raises where it cannot even start
+        if device.type == "cpu" or "out of memory" not in str(error):
+            raise
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+            ours = torch.cuda.memory_reserved(device)
+            had = f" ({total / 1e9:.1f} GB, {free / 1e9:.1f} free, {ours / 1e9:.1f} this run's)"
+        except (RuntimeError, AssertionError):  # CUDA has not started
+            had = ""
+        raise OutOfMemory(
+            f"{device} is out of memory{had}: take train.micro_batch_size=8, which leaves the numbers as they are, "
+            "or fewer runs at once (launcher.per_device=1)"
+        ) from error
+
+
+def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch there, without a wait. A mask that hides nothing is left out, which the model would wait to learn."""
+    if device.type == "cpu":
+        return batch
+    batch = {name: value for name, value in batch.items() if name != "attention_mask" or not value.all()}
+    pin = device.type == "cuda" and torch.cuda.is_available()
+    return {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _mask(**options) -> Tensor | None:
+    if options.get("attention_mask") is not None:  # which SDPA's own function looks into, to leave it out
+        options |= {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}
+    return sdpa_mask(**options)
+
+
+NAME = "dsam_without_wait"
+AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def attend_without_wait(network: PreTrainedModel) -> None:
+    """Has the network's attention, where it is the usual one, take a mask as it is: transformers otherwise waits for
+    the device in each pass, to learn whether the mask hides anything (`to` has seen to that)."""
+    if network.config._attn_implementation == "sdpa":  # others are a model's own
+        network.set_attn_implementation(NAME)
+
+
+class Outcome(NamedTuple):
+    """What came of one step."""
+
+    step: int
+    loss: float
+    norm: float
+    finite: bool
+    forwards: float
+    backwards: float
+
+
+class Outcomes:
+    """What came of the steps, read when the device is done with them: a step later, so that the host does not wait for
+    what it has just asked for. On a CPU, which is done when it returns, at once.
+
+    `found` (0-dim) is 1 from the first step on that was not finite: an optimizer that is given it as `found_inf` leaves
+    the weights as they were before that step.
+    """
+
+    def __init__(self, device: torch.device, later: bool | None = None):
+        self.later = device.type == "cuda" if later is None else later
+        self.found = torch.zeros((), device=device)
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, float, float]] = deque()
+
+    def add(self, step: int, loss: Tensor, report: dict) -> None:
+        norm = torch.as_tensor(report["gradient_norm"], device=loss.device)
+        finite = report.pop("finite", torch.ones((), dtype=torch.bool, device=loss.device))
+        if self.later:
+            self.found = torch.maximum(self.found, (~finite).float())
+        told = torch.stack([loss.double(), norm.double(), finite.double()]).to("cpu", non_blocking=True)
+        event = None
+        if loss.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, told, event, float(report["forwards"]), float(report["backwards"])))
+
+    def read(self, all_of_them: bool) -> Iterator[Outcome]:
+        """Those of all steps but the latest, or `all_of_them`; each once, in order."""
+        while len(self._waiting) > (self.later and not all_of_them):
+            step, told, event, forwards, backwards = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, norm, finite = told.tolist()
+            yield Outcome(step, loss, norm, bool(finite), forwards, backwards)

@@ -1,0 +1,249 @@
+"""What a GPU would meet, on a machine without one: tensors of two devices, waits of the host, memory, resumes."""
+
+import functools
+import re
+
+import meta_device
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from meta_device import GPU
+from transformers import BertConfig, BertForSequenceClassification
+
+import dsam
+from dsam.config import CONF, Config, Train
+from dsam.errors import OutOfMemory
+from dsam.methods import METHODS
+from dsam.methods.outer_products import Rows
+from dsam.methods.weighting import WEIGHTINGS
+from dsam.overrides import compose_config
+from dsam.runs import run
+from dsam.training import device as devices
+from dsam.training import loop
+from dsam.training.batches import pieces
+from dsam.training.checkpoint import Checkpoints
+
+CPU = torch.device("cpu")
+CASES = {name: (name, {}) for name in METHODS if name != "delta_sam"}
+CASES |= {f"{name} fresh": (name, {"mask": "fresh"}) for name in ("sam", "esam", "ae_sam", "freelb", "smart", "rdrop")}
+CASES |= {f"delta_sam {w}": ("delta_sam", {"weighting": w}) for w in WEIGHTINGS}
+CASES |= {
+    "delta_sam probe layers=1": ("delta_sam", {"weighting": "probe", "layers": 1}),
+    "delta_sam gibbs exact": ("delta_sam", {"weighting": "gibbs", "norms": "exact"}),
+    "delta_sam probe recompute": ("delta_sam", {"weighting": "probe", "recompute": True}),
+}
+# What a step waits for besides the loss, which the loop reads a step later. These may only fall.
+MAY_WAIT = {
+    "ae_sam": (1, "whether to ascend"),
+    "ae_sam fresh": (1, "whether to ascend"),
+    "esam": (1, "which examples descend"),
+    "esam fresh": (1, "which examples descend"),
+    "delta_sam equalised": (1, "its solver is SciPy's"),
+}
+
+
+@functools.cache
+def small(labels: str) -> BertConfig:
+    sizes = dict(vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=16)
+    return BertConfig(**sizes, num_labels=1 if labels == "float" else 2)
+
+
+def config(*given: str) -> Config:
+    return Config.load(compose_config(["tracking=disabled", *given], CONF))
+
+
+def batch(labels: str, tokens: int, B: int = 4) -> dict[str, torch.Tensor]:
+    inputs = {
+        name: torch.ones(B, tokens, dtype=torch.int64, device=GPU)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    dtype = torch.float32 if labels == "float" else torch.int64
+    return inputs | {"labels": torch.zeros(B, dtype=dtype, device=GPU)}
+
+
+def to_host(value):
+    """What torch.load(map_location="cpu") gives back."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype, device="cpu")
+    return [to_host(x) for x in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lengths, labels, autocast", [((8,), "int", None), ((8, 9), "float", torch.bfloat16)])
+def test_a_step_and_a_resume_on_another_device(monkeypatch, case, lengths, labels, autocast):
+    name, options = CASES[case]
+    host = meta_device.Host()
+    meta_device.as_a_gpu(monkeypatch, host)
+    with GPU:
+        model = BertForSequenceClassification(small(labels)).train()
+    devices.attend_without_wait(model)
+    method = METHODS[name](model, **options)
+    if name == "looksam":  # the step after a resume is one that reuses
+        method.k = 3
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=1e-3, foreach=True)
+    closures = [dsam.ExampleLosses(model, batch(labels, tokens), autocast) for tokens in lengths]
+    for turn in range(2 if autocast is None else 1):  # a step, and one after a resume
+        with host:
+            if turn:
+                method.load_state_dict({k: to_host(v) for k, v in method.state_dict().items()})
+            host.waits.clear()
+            method.backward(closures, wait=False)
+            assert method.report["finite"].device == GPU
+            torch.nn.utils.clip_grads_with_norm_(params, 1.0, method.report["gradient_norm"])
+            assert all(p.device == GPU and (p.grad is None or p.grad.device == GPU) for p in params)
+            optimizer.step()
+            optimizer.zero_grad()
+        allowed = MAY_WAIT.get(case, (0, ""))[0] * len(lengths)
+        assert sum(host.waits.values()) <= allowed, dict(host.waits)
+
+
+def test_attention_that_does_not_look_into_its_mask_is_the_same():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(small("int")).eval()
+    inputs = {"input_ids": torch.randint(50, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    inputs["attention_mask"][0, 4:] = 0
+    expected = model(**inputs).logits
+    devices.attend_without_wait(model)
+    assert model.config._attn_implementation == devices.NAME
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_a_batch_travels_without_a_mask_that_hides_nothing():
+    ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    there = devices.to({"input_ids": ids, "attention_mask": mask}, GPU)
+    assert set(there) == {"input_ids", "attention_mask"} and all(x.device == GPU for x in there.values())
+    assert set(devices.to({"input_ids": ids, "attention_mask": mask[:1]}, GPU)) == {"input_ids"}
+
+
+def test_rows_that_wait_for_nothing_are_the_same_rows():
+    """Sums at the first of equal rows, against one row for each pair of example and word."""
+    g = torch.Generator().manual_seed(0)
+    B, S, words, n = 4, 6, 5, 3
+    examples = torch.arange(B)[:, None].expand(B, S).flatten()
+    made = []
+    for make in (Rows.summed, Rows._summed_in_place):
+        g.manual_seed(1)
+        ids = torch.randint(words, (B * S,), generator=g)
+        values = torch.randn(B * S, n, generator=g, dtype=torch.float64)
+        rows = make(examples, ids, values, B, [S] * B)
+        made.append((rows, rows.minus(make(examples, ids.flip(0), values, B, [S] * B))))
+    weights, x = torch.rand(B, dtype=torch.float64), torch.randn(B, 2, n, dtype=torch.float64)
+    wanted = torch.randint(words, (B, 7))
+    for compact, in_place in zip(*made, strict=True):
+        for ask in (
+            lambda rows: rows.squared_norms(),
+            lambda rows: rows.gram(),
+            lambda rows: rows.weighted_sum(weights, words).to_dense(),
+            lambda rows: rows.lookups(wanted, weights[:, None, None]),
+            lambda rows: rows.outputs(x, words, weights[:, None, None]),
+        ):
+            torch.testing.assert_close(ask(in_place), ask(compact))
+
+
+def train(**settings) -> Train:
+    return Train(epochs=1, batch_size=32, lr=0.1, **settings)
+
+
+@pytest.mark.parametrize(
+    "device, precision, as_if",
+    [(CPU, "float32", 64), (CPU, "bfloat16", 256), (GPU, "float32", 512), (GPU, "bfloat16", None), (GPU, "tf32", None)],
+)
+def test_how_finely_batches_are_cut_is_the_devices_affair_and_not_the_runs_name(device, precision, as_if):
+    lengths = np.random.default_rng(0).integers(5, 120, size=32)
+    found = pieces(np.arange(32), lengths, train(precision=precision, piece_overhead="auto"), device)
+    expected = pieces(np.arange(32), lengths, train(piece_overhead=as_if), CPU)
+    assert [piece.tolist() for piece in found] == [piece.tolist() for piece in expected]
+    assert train(piece_overhead="auto").named() == train(piece_overhead=64).named()
+
+
+class Saved:
+    """A folder of checkpoints that keeps none."""
+
+    def load(self, device):
+        return None
+
+    def save(self, step, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("diverges", [None, 7, 20])
+@pytest.mark.parametrize("name", ["plain", "sam", "looksam", "fsam", "msam"])
+def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name, diverges):
+    """Losses, log, evaluations, weights; where a loss is not finite: the step, the message and the weights before."""
+
+    def fine_tuned(later: bool):
+        monkeypatch.setattr(devices.Outcomes, "__init__", functools.partialmethod(outcomes, later=later))
+        c = config(f"paths.runs={tmp_path}", "train.max_steps=25", f"optimizer={conf.get(name, name)}")
+        ready = run.prepare(c)
+        method, log, calls = run.make_method(c, ready.network), [], 0
+        backward = method.backward
+
+        def spoilt(closures, **options):
+            nonlocal calls
+            calls += 1
+            if calls == diverges:
+                closures = [lambda f=f: f() * float("nan") for f in closures]
+            return backward(closures, **options)
+
+        method.backward = spoilt
+        state = loop.fine_tune(
+            c, ready.task, ready.data, ready.network, method, CPU, Saved(), log=log.append, resume=lambda state: None
+        )
+        state.seconds = 0.0
+        for line in log:
+            line.pop("seconds", None)
+        if diverges:
+            log = [line for line in log if line["step"] < diverges]
+        return vars(state), log, run.weights_digest(ready.network)
+
+    outcomes = devices.Outcomes.__init__
+    conf = {"plain": "adamw"}
+    at_once, later = fine_tuned(False), fine_tuned(True)
+    if diverges:
+        assert at_once[0]["diverged"] == f"step {diverges}: gradient norm nan at loss nan: the step was not taken"
+    assert later == at_once
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_start(paths):
+    done = command("-m", "seed=0,1", "train.max_steps=2", "launcher.devices=[9]", "tracking=disabled", *paths)
+    assert done.returncode == 2 and "launcher.devices=9: this machine has no such GPU" in done.stderr, done.stderr
+    done = command("train.max_steps=2", "device.name=cuda", "tracking=disabled", *paths)
+    assert done.returncode == 2 and re.search(r"error: device.name=cuda: this machine shows 0 CUDA", done.stderr)
+    done = command("train.max_steps=2", "train.precision=tf32", "device.name=cpu", "tracking=disabled", *paths)
+    assert done.returncode == 2 and "train.precision=tf32 is NVIDIA GPUs' own" in done.stderr
+
+
+def test_a_pytorch_for_gpus_that_finds_none_says_so_once(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "finds no GPU: on the CPU" in devices.fallen_back(config())
+    assert devices.fallen_back(config("device.name=cpu")) is None
+
+
+def test_memory_that_ends_is_one_line():
+    line = r"^cuda is out of memory: take train.micro_batch_size=8"
+    with pytest.raises(OutOfMemory, match=line), devices.memory_said(torch.device("cuda")):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another"), devices.memory_said(torch.device("cuda")):
+        raise RuntimeError("another mistake")
+
+
+def test_a_run_that_lacked_memory_beside_others_is_tried_alone(tmp_path, paths):
+    arguments = ["-m", "task=agreement", "train.max_steps=4", "tracking=disabled", *paths, "seed=0,1,2"]
+    beside = ["launcher.devices=[0]", "launcher.per_device=2", "device.name=cpu"]
+    done = command(*arguments, *beside, before="faults:memory_for_one")
+    assert done.returncode == 0, done.stderr
+    assert "is tried once more, alone on its device" in done.stderr and "3 finished" in done.stdout
+    alone = command(*arguments, "paths.runs=" + str(tmp_path / "alone"), before="faults:memory_for_one")
+    assert alone.returncode == 0 and "tried once more" not in alone.stderr
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_not_gone_on_from(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {"device": "cuda", "x": torch.ones(1)})
+    assert checkpoints.load("cpu") is None
+    said = capsys.readouterr().err
+    assert "is of cuda, and this is cpu: starting afresh" in said and said.count("\n") == 1
+    checkpoints.save(4, {"device": "cpu", "x": torch.ones(1)})
+    assert checkpoints.load("cpu")["device"] == "cpu"
