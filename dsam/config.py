@@ -129,11 +129,13 @@ class Model(Settings):
 
 
 class Optimizer(Settings):
-    """A method of `dsam.methods.METHODS`, its options, and how many times the usual steps it takes."""
+    """A method of `dsam.methods.METHODS`, its options, and how many times the usual steps and which share of the usual
+    learning rate it takes."""
 
     name: Text
     method: Text
     steps_factor: AtLeast1 = 1
+    lr_factor: Positive = 1.0
     options: Group = {}
 
     @model_validator(mode="before")

@@ -1,7 +1,8 @@
 """Moving the weights to w + ε and back, exactly; and the random state that both sides of a comparison share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Ten
 
 
 class RandomState:
-    """The state of PyTorch's default generators (CPU, and the CUDA devices of `params`): what dropout draws from."""
+    """The state of PyTorch's default generators, the CPU's and those of the devices of `params`: what dropout draws
+    from. RuntimeError where a device's cannot be read, and masks so not be replayed."""
 
     def __init__(self, params: Sequence[Tensor]):
         self.params = params
@@ -68,15 +70,15 @@ class RandomState:
     @property
     def devices(self) -> list[torch.device]:
         """Where the parameters are now, which may be elsewhere than when the method was made."""
-        return sorted({p.device for p in self.params if p.device.type == "cuda"}, key=str)
+        return sorted({p.device for p in self.params if p.device.type not in ("cpu", "meta")}, key=str)
 
     def get(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+        return [torch.get_rng_state(), *(_of(d, "get_rng_state")() for d in self.devices)]
 
     def set(self, state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])
-        for device, cuda_state in zip(self.devices, state[1:], strict=True):
-            torch.cuda.set_rng_state(cuda_state, device)
+        for device, there in zip(self.devices, state[1:], strict=True):
+            _of(device, "set_rng_state")(there)
 
     @contextmanager
     def replay(self, state: list[Tensor]) -> Iterator[None]:
@@ -92,8 +94,21 @@ class RandomState:
     def aside(self, seed: int) -> Iterator[None]:
         """Inside, draws come from a stream of their own; outside, nothing was drawn."""
         outside = self.get()
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in self.devices:
+            with torch.get_device_module(device).device(device) if device.index is not None else nullcontext():
+                torch.get_device_module(device).manual_seed(seed)
         try:
             yield
         finally:
             self.set(outside)
+
+
+def _of(device: torch.device, name: str) -> Callable:
+    """The device's own torch.cuda.get_rng_state, or what it is called there. RuntimeError where it has none."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, name):
+        raise RuntimeError(f"dropout masks cannot be replayed on {device}: PyTorch has no {name} for it")
+    if device.type == "mps":  # the only one, and so it takes no device
+        return getattr(module, name)
+    return partial(getattr(module, name), device=device)

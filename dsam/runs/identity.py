@@ -44,6 +44,8 @@ def identify(config: Config) -> Identity:
     # Not there for what was there before these could be set, so that old runs keep their names.
     if config.data.noisy:
         contents["noise"] = [config.data.label_noise, config.data.heldout_noise, config.data.noise_seed]
+    if config.optimizer.lr_factor != 1:
+        contents["lr_factor"] = config.optimizer.lr_factor
     if (own := _settings(config.task)) != _settings(shipped().get(config.task.name)):
         contents["task_settings"] = own
     name = digest(contents)
@@ -68,6 +70,7 @@ def hyperparameters(config: Config) -> dict:
         "selection": config.selection,
         "initialise_from": config.initialise_from,
         # Only where they are set, so that records from before they could be are as they were.
+        **({"lr_factor": config.optimizer.lr_factor} if config.optimizer.lr_factor != 1 else {}),
         **{name: getattr(config.data, name) for name in ("heldout_noise", "noise_seed") if config.data.noisy},
     }
 

@@ -97,7 +97,7 @@ def fine_tune(
     autocast = torch.bfloat16 if train.precision == "bfloat16" else None
 
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
+        parameter_groups(model, train.weight_decay), lr=train.lr * config.optimizer.lr_factor, betas=train.betas, eps=train.eps, fused=True
     )
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
     params = [p for p in model.parameters() if p.requires_grad]
