@@ -210,6 +210,7 @@ class Device(Settings):
     name: Text = "auto"
     threads: AtOnce | None = None
     deterministic: Yes = False
+    graphs: Yes = True
 
     @model_validator(mode="after")
     def _name(self) -> "Device":

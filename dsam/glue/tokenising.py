@@ -68,15 +68,20 @@ class Tokenised:
             clean_labels=None if self.clean_labels is None else self.clean_labels[indices],
         )
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """The rows of these indices (B of them), padded to the longest, T.
+    def batch(
+        self, indices: Sequence[int] | np.ndarray, multiple: int = 1, most: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The rows of these indices (B of them), padded to the longest, or from there to a multiple up to `most`: T.
 
         input_ids, attention_mask and, if the model takes them, token_type_ids: int64, shape (B, T). labels, if known:
         int64 or float32, shape (B,).
         """
         indices = np.asarray(indices)
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
-        width = int(lengths.max())
+        width = longest = int(lengths.max())
+        if multiple > 1:
+            width = -(-width // multiple) * multiple
+            width = max(longest, width if most is None else min(width, most))
         column = np.arange(width) - (width - lengths[:, None] if self.pad_left else 0)
         mask = (column >= 0) & (column < lengths[:, None])
         source = (starts[:, None] + column)[mask]

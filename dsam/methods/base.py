@@ -31,6 +31,10 @@ class Method:
     passes = 1.0
     """Forward-backward passes per step, in units of one training pass over the batch."""
 
+    stateless = False
+    """Whether a step keeps nothing on the host and decides nothing there, so that a CUDA graph can replay it. Said by
+    each class for itself: a subclass that does not say so is not."""
+
     local_only = ""
     """Why the method cannot ascend on the joint batch of several processes; empty where it can."""
 
@@ -58,6 +62,11 @@ class Method:
             self._generator = torch.Generator(device)
             self._generator.manual_seed(self.seed)
         return self._generator
+
+    @property
+    def graphable(self) -> bool:
+        """Whether a CUDA graph of one step is that of all others: masks from a stream aside begin anew by the host."""
+        return vars(type(self)).get("stateless", False) and self.mask == "same"
 
     @property
     def host_generator(self) -> torch.Generator:
@@ -136,6 +145,8 @@ class Method:
 
 class Plain(Method):
     """The gradient of the mean loss: what `loss.mean().backward()` gives."""
+
+    stateless = True
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         return step.gradient()

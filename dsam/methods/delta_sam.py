@@ -12,7 +12,7 @@ from .per_example import PerExampleGradients
 from .perturbation import Gradients, perturbed, total_norm
 from .sam import SAM
 from .step import Step
-from .weighting import Probe, Weighting, make_weighting
+from .weighting import WEIGHTINGS, Probe, Weighting, make_weighting
 
 
 class DeltaSAM(SAM):
@@ -35,6 +35,8 @@ class DeltaSAM(SAM):
             `optimizer=dsam` has layers=2, here the default is the whole model.
     """
 
+    stateless = True
+
     def __init__(
         self,
         params,
@@ -54,6 +56,10 @@ class DeltaSAM(SAM):
             if self.module is None:
                 raise ValueError("layers looks inside the model: DeltaSAM(model, …)")
             self._top = TopLayers(self.module, self.weighting.layers)
+
+    @property
+    def graphable(self) -> bool:
+        return super().graphable and type(self.weighting) in WEIGHTINGS.values()  # not what others may do there
 
     @property
     def local_only(self) -> str:  # type: ignore[override]
@@ -166,7 +172,7 @@ class DeltaSAM(SAM):
         found, share = [], self._top.share if self._top is not None else 1.0
         for k in range(len(step)):
             with self._top.resume(k) if self._top is not None else nullcontext():
-                found.append(step.losses(k, ascent=True, precise=True, share=share).float())
+                found.append(step.losses(k, ascent=True, precise=True, share=share))
         return torch.cat(found)
 
     def _noise(self, params: list[nn.Parameter], step: Step) -> tuple[list[Tensor], int]:

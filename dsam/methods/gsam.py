@@ -18,6 +18,8 @@ class GSAM(SAM):
         alpha: weight of the orthogonal part, ≥ 0; 0 is SAM.
     """
 
+    stateless = True
+
     def __init__(self, params, rho: float = 0.05, alpha: float = 0.4, **options):
         super().__init__(params, rho, **options)
         if not alpha >= 0:

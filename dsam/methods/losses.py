@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gradients import wide
+
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses (B,) in float32: cross-entropy for integer labels (B,) and logits (B, C), squared error for float ones.
+    """Losses (B,) in at least float32: cross-entropy for integer labels (B,) and logits (B, C), squared error for floats.
 
     Raises ValueError for integer labels of a model with one output, which is a regression, and for an empty batch.
     """
@@ -20,9 +22,9 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
             f"the model has one output, a regression, and the labels are {labels.dtype}: pass labels.float(), or make "
             "the model with num_labels=2 for two classes"
         )
-    logits = logits.float()
+    logits = wide(logits)
     if labels.is_floating_point():
-        return (logits.reshape(len(labels)) - labels.float()).square()
+        return (logits.reshape(len(labels)) - labels.to(logits.dtype)).square()
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -59,7 +61,9 @@ class ExampleLosses:
 
     def subset(self, indices: list[int]) -> "ExampleLosses":
         """The same closure for some of its examples, still padded as before."""
-        batch = {name: value[indices] for name, value in self.inputs.items()} | {"labels": self.labels[indices]}
+        in_a_row = indices == list(range(indices[0], indices[0] + len(indices)))
+        which = slice(indices[0], indices[0] + len(indices)) if in_a_row else indices  # a list travels to the device
+        batch = {name: value[which] for name, value in self.inputs.items()} | {"labels": self.labels[which]}
         return ExampleLosses(self.model, batch, self.autocast)
 
     def __len__(self) -> int:
@@ -98,7 +102,7 @@ class ExampleLosses:
         return (torch.ones_like(ids) if mask is None else mask).float().unsqueeze(-1)
 
     def outputs(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(losses (B,), logits (B, C) in float32 with their graph), with `noise` (B, T, d) added to the embeddings.
+        """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings.
 
         Padding gets no noise. The noise goes in by a hook on `model.get_input_embeddings()` during this call only.
         """
@@ -108,7 +112,7 @@ class ExampleLosses:
             hook = self._embeddings().register_forward_hook(lambda _, __, out: out + added.to(out.dtype))
         try:
             with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
-                logits = self.model(**self.inputs).logits.float()
+                logits = wide(self.model(**self.inputs).logits)
         finally:
             if hook is not None:
                 hook.remove()

@@ -23,6 +23,8 @@ class PerInstance(SAM):
     is not. For others there is `GroupSAM(m=1)`.
     """
 
+    stateless = True
+
     def __init__(self, params: nn.Module, rho: float = 0.05, **options):
         super().__init__(params, rho, **options)
         if self.module is None:

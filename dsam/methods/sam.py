@@ -17,6 +17,7 @@ class SAM(Method):
         rho: radius of the ball, ≥ 0; 0 equals plain training bit for bit.
     """
 
+    stateless = True
     passes = 2.0
 
     def __init__(self, params, rho: float = 0.05, **options):
@@ -61,6 +62,8 @@ class ASAM(SAM):
 
     Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600, eq. 7. ρ is about ten times SAM's.
     """
+
+    stateless = True
 
     def __init__(self, params, rho: float = 0.5, eta: float = 0.01, **options):
         super().__init__(params, rho, **options)

@@ -8,7 +8,6 @@ import torch
 from ..config import AUTO_OVERHEAD, Train
 
 CPU = torch.device("cpu")
-GPU_OVERHEAD = 512.0  # tokens; by counting operators
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -36,13 +35,13 @@ def overhead(train: Train, device: torch.device) -> float | None:
     """Padded tokens that one more piece must save; None: none does.
 
     What a piece costs besides its tokens are casts and gradients of all weights and the dispatch of its operators. In
-    bfloat16 that counts four times as much on a CPU, where its tokens take a fraction of the time. A GPU computes a
-    batch's tokens while the next operators are dispatched, and a piece more pays in float32 alone.
+    bfloat16 that counts four times as much on a CPU, where its tokens take a fraction of the time. A GPU computes all
+    of a batch's tokens in less time than it takes to dispatch a piece more.
     """
     given = train.piece_overhead
     if given == "auto":
         if device.type != "cpu":
-            return GPU_OVERHEAD if train.precision == "float32" else None
+            return None
         given = AUTO_OVERHEAD
     return None if given is None else given * (4 if train.precision == "bfloat16" else 1)
 

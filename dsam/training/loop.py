@@ -21,6 +21,7 @@ from ..task import Task
 from .batches import epoch_order, evaluation_batches, pieces, training_subset
 from .checkpoint import Checkpoints
 from .device import Outcomes, to
+from .graphs import BUCKET, graphs_for
 
 LOG_EVERY = 10  # steps
 
@@ -96,13 +97,19 @@ def fine_tune(
     warmup = round(train.warmup_ratio * total)
     autocast = torch.bfloat16 if train.precision == "bfloat16" else None
 
+    lr = train.lr * config.optimizer.lr_factor
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=train.lr * config.optimizer.lr_factor, betas=train.betas, eps=train.eps, fused=True
+        parameter_groups(model, train.weight_decay),
+        lr=lr,
+        betas=train.betas,
+        eps=train.eps,
+        fused=True,
     )
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(config.seeds.data)
     state, outcomes = State(), Outcomes(device)
+    graphs = graphs_for(method, model, autocast, train.max_grad_norm, config.device.graphs)
 
     def read(all_of_them: bool) -> None:
         for one in outcomes.read(all_of_them):
@@ -151,17 +158,18 @@ def fine_tune(
             if epoch != order_epoch:
                 order, order_epoch = subset[epoch_order(len(subset), config.seeds.data, epoch)], epoch
             batch = order[position * train.batch_size : (position + 1) * train.batch_size]
-            closures = [
-                ExampleLosses(model, to(examples.batch(piece), device), autocast)
-                for piece in pieces(batch, examples.lengths, train, device)
-            ]
-            try:
-                loss = method.backward(closures, wait=not outcomes.later)
-            except NonFiniteGradient as error:
-                state.diverged = f"step {state.step + 1}: {error}"
-                break
-            if train.max_grad_norm is not None:
-                clip_grads_with_norm_(params, train.max_grad_norm, torch.as_tensor(method.report["gradient_norm"]))
+            parts = pieces(batch, examples.lengths, train, device)
+            if graphs is not None and len(parts) == 1:
+                loss = graphs.backward(examples.batch(parts[0], BUCKET, train.max_length))
+            else:
+                closures = [ExampleLosses(model, to(examples.batch(part), device), autocast) for part in parts]
+                try:
+                    loss = method.backward(closures, wait=not outcomes.later)
+                except NonFiniteGradient as error:
+                    state.diverged = f"step {state.step + 1}: {error}"
+                    break
+                if train.max_grad_norm is not None:
+                    clip_grads_with_norm_(params, train.max_grad_norm, torch.as_tensor(method.report["gradient_norm"]))
             state.step += 1
             outcomes.add(state.step, loss, method.report)
             if outcomes.later:

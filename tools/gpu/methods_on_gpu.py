@@ -1,7 +1,7 @@
 """Each method and weighting on the GPU against the CPU, and against itself. Writes $OUT/methods.json.
 
 One step without dropout in float64 and float32 beside the same step on the CPU (random numbers drawn on the CPU for
-both); with dropout: weights untouched, seven steps repeated bit for bit, the same with a checkpoint in between, bfloat16.
+both); with dropout: weights untouched, seven steps repeated bit for bit, with a checkpoint in between, bfloat16.
 """
 
 import contextlib
@@ -103,8 +103,8 @@ def masks_agree(precision):
     seen = []
     for autocast in (precision, None):
         kept = []
-        hooks = [m.register_forward_hook(lambda _, i, o: kept.append(o == 0)) for m in network.modules()
-                 if type(m) is torch.nn.Dropout]  # fmt: skip
+        dropouts = [m for m in network.modules() if type(m) is torch.nn.Dropout]
+        hooks = [m.register_forward_hook(lambda _, i, o, kept=kept: kept.append(o == 0)) for m in dropouts]
         torch.manual_seed(5)
         (_, longer) = closures(network, autocast)
         longer()

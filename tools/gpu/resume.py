@@ -1,5 +1,4 @@
-"""train.py on RTE with MiniLM: twice undisturbed, and killed (SIGKILL) after a checkpoint and continued; are the weights
-the same? SAM, and LookSAM, whose checkpoint holds gradients. Writes $OUT/resume.json."""
+"""train.py on RTE: twice undisturbed, and killed (SIGKILL) after a checkpoint and continued; are the weights the same? SAM, and LookSAM, whose checkpoint holds gradients. Writes $OUT/resume.json."""
 
 import json
 import os
@@ -9,15 +8,30 @@ import time
 from pathlib import Path
 
 CARRIED, SCRATCH, DEVICE = Path(os.environ["CARRIED"]), Path(os.environ["SCRATCH"]), os.environ["GPU_CHECK_DEVICE"]
-SHORT = [] if DEVICE == "cuda" else ["train.max_steps=8", "train.max_length=16", "train.batch_size=4", "device.threads=1"]
+SHORT = (
+    [] if DEVICE == "cuda" else ["train.max_steps=8", "train.max_length=16", "train.batch_size=4", "device.threads=1"]
+)
 MODEL = ["model=minilm", f"model.path={CARRIED}/encoder"]
 found = {"device": DEVICE}
 
 
 def start(name):
     """A run in a folder of its own, `name` being optimizer-anything."""
-    settings = ["task=rte", *MODEL, "data=local", f"data.root={CARRIED}/glue", f"optimizer={name.split('-')[0]}", "train.epochs=1"]
-    places = [f"paths.runs={SCRATCH}/{name}", f"paths.cache={SCRATCH}/cache", f"device.name={DEVICE}", "tracking=disabled", "device.deterministic=true"]
+    settings = [
+        "task=rte",
+        *MODEL,
+        "data=local",
+        f"data.root={CARRIED}/glue",
+        f"optimizer={name.split('-')[0]}",
+        "train.epochs=1",
+    ]
+    places = [
+        f"paths.runs={SCRATCH}/{name}",
+        f"paths.cache={SCRATCH}/cache",
+        f"device.name={DEVICE}",
+        "tracking=disabled",
+        "device.deterministic=true",
+    ]
     command = [sys.executable, "experiments/train.py", *settings, *places, *SHORT, "checkpoint.every_seconds=0.5"]
     with open(SCRATCH / f"{name}.txt", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import torch
 
-NAMES = "torch transformers tokenizers accelerate numpy pandas scipy scikit-learn statsmodels hydra-core omegaconf wandb datasets"
-MODULES = ("dsam.runs.run", "dsam.sweeps.sweep", "dsam.results.tables.build", "dsam.results.plots", "dsam.benchmark.throughput",
-           "dsam.integrations.transformers", "dsam.integrations.distributed", "dsam.sharpness.measure", "hydra")
+NAMES = "torch transformers tokenizers accelerate numpy pandas scipy scikit-learn hydra-core omegaconf wandb datasets"
+MODULES = (
+    "dsam.runs.run",
+    "dsam.sweeps.sweep",
+    "dsam.results.tables.build",
+    "dsam.results.plots",
+    "dsam.benchmark.throughput",
+    "dsam.integrations.transformers",
+    "dsam.integrations.distributed",
+    "dsam.sharpness.measure",
+    "hydra",
+)
 found = {"versions": {}, "imports that fail": {}}
 for name in NAMES.split():
     try:
