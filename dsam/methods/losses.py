@@ -11,7 +11,7 @@ from .gradients import wide
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses (B,) in at least float32: cross-entropy for integer labels (B,) and logits (B, C), squared error for floats.
+    """Losses (B,) in at least float32: cross-entropy for integer labels (B,), squared error for floats; logits (B, C).
 
     Raises ValueError for integer labels of a model with one output, which is a regression, and for an empty batch.
     """

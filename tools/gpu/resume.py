@@ -1,4 +1,5 @@
-"""train.py on RTE: twice undisturbed, and killed (SIGKILL) after a checkpoint and continued; are the weights the same? SAM, and LookSAM, whose checkpoint holds gradients. Writes $OUT/resume.json."""
+"""train.py on RTE: twice undisturbed, and killed (SIGKILL) after a checkpoint and continued; are the weights the same?
+SAM, and LookSAM, whose checkpoint holds gradients. Writes $OUT/resume.json."""
 
 import json
 import os
