@@ -53,6 +53,8 @@ class Host(TorchDispatchMode):
         if func is aten._to_copy.default and on_gpu and torch.device(kwargs.get("device") or GPU).type == "cpu":
             self.note("a copy to the host")
             return torch.ones(x.shape, dtype=kwargs.get("dtype") or x.dtype)
+        if func is aten._to_copy.default and not on_gpu and torch.device(kwargs.get("device") or "cpu") == GPU:
+            self.note("a copy from pageable memory")
         if func is aten._coalesce.default and on_gpu:
             self.note("coalesce")
             return torch.sparse_coo_tensor(x._indices(), x._values(), x.shape, is_coalesced=True)

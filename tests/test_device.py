@@ -39,7 +39,7 @@ MAY_WAIT = {
     "ae_sam fresh": (1, "whether to ascend"),
     "esam": (1, "which examples descend"),
     "esam fresh": (1, "which examples descend"),
-    "delta_sam equalised": (1, "its solver is SciPy's"),
+    "delta_sam equalised": (2, "its solver is SciPy's: there and back"),
 }
 
 

@@ -206,7 +206,8 @@ def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -
     draws = torch.empty((n + 63) // 64, dtype=torch.int64, device=like.device).random_(
         -(2**63), None, generator=generator
     )
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    places = torch.arange(8, dtype=torch.uint8, device=like.device)
+    bits = torch.ones_like(places) << places  # made where they are needed: a list would have to travel there
     signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(like.dtype)
     return signs.mul_(2).sub_(1).flatten()[:n].view(shape)
 

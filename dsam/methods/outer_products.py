@@ -147,7 +147,8 @@ class WeightGroup(NamedTuple):
         if tokens**2 * (m + n) < 2 * (tokens + batch_size**2) * m * n:
             return self.gram_by_tokens(batch_size)
         total = self.parts[0].right.new_zeros(batch_size, batch_size, dtype=wide(self.parts[0].right).dtype)
-        there = torch.cat([torch.arange(batch_size)[part.examples] for part in self.parts]).to(total.device)
+        everyone = torch.arange(batch_size, device=total.device)
+        there = torch.cat([everyone[part.examples] for part in self.parts])
         for k in self.keys:
             for rows in zip(*(part.rows(k, max(1, BLOCK // (len(there) * n))) for part in self.parts), strict=True):
                 gradients = torch.cat(rows)
@@ -158,10 +159,9 @@ class WeightGroup(NamedTuple):
         """The same from the products of all pairs of tokens, which never forms a gradient."""
         right = wide(torch.cat([part.right.flatten(0, 1) for part in self.parts]))
         lefts = [wide(torch.cat([part.lefts[k].flatten(0, 1) for part in self.parts])) for k in self.keys]
-        owner = torch.cat(
-            [torch.arange(batch_size)[part.examples].repeat_interleave(part.right.shape[1]) for part in self.parts]
-        )
-        member = torch.nn.functional.one_hot(owner.to(right.device), batch_size).to(right.dtype)  # (N, B)
+        everyone = torch.arange(batch_size, device=right.device)
+        owner = torch.cat([everyone[part.examples].repeat_interleave(part.right.shape[1]) for part in self.parts])
+        member = torch.nn.functional.one_hot(owner, batch_size).to(right.dtype)  # (N, B)
         upper, diagonal = right.new_zeros(2, batch_size, batch_size)
         for start in range(0, len(right), GRAM_BLOCK):  # symmetric: only blocks on and above the diagonal
             block = slice(start, start + GRAM_BLOCK)
