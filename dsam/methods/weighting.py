@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .gradients import wide
+
 ABSENT = cast(Tensor, None)
 """In place of what was not looked at, since the weighting does not read it."""
 
@@ -74,9 +76,9 @@ class Weighting:
         self.power, self.mix, self.probes, self.radius, self.layers = power, mix, probes, radius, layers
 
     def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
-        """Weights (B,) in float32 for `losses` (B,) at w."""
-        losses = losses.detach().float()
-        score = self.scores(losses, probe).float()
+        """Weights (B,) in at least float32 for `losses` (B,) at w."""
+        losses = wide(losses.detach())
+        score = wide(self.scores(losses, probe))
         if self.power != 1:
             score = score**self.power
         total = score.sum()
@@ -195,7 +197,7 @@ class GaussNewton(Weighting):
     def scores(self, losses: Tensor, probe: Probe) -> Tensor:
         if probe.labels.is_floating_point():
             return probe.norms / torch.maximum(2 * losses, self.floor * (2 * losses).mean()).clamp_min(1e-12)
-        p = probe.logits.float().softmax(-1)
+        p = wide(probe.logits).softmax(-1)
         r = p - torch.nn.functional.one_hot(probe.labels, p.shape[-1])
         dr = p * r - p * (p * r).sum(-1, keepdim=True)
         size = r.norm(dim=-1)
