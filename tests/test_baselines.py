@@ -44,12 +44,12 @@ def logits(model, data, noise=None):
     embeddings = model.get_input_embeddings()(data["input_ids"])
     if noise is not None:
         embeddings = embeddings + (noise * data["attention_mask"][..., None]).to(embeddings.dtype)
-    return model(inputs_embeds=embeddings, attention_mask=data["attention_mask"]).logits.float()
+    return model(inputs_embeds=embeddings, attention_mask=data["attention_mask"]).logits
 
 
 def task_loss(out, data):
     if out.shape[1] == 1:
-        return (out.squeeze(1) - data["labels"].float()).square().mean()
+        return (out.squeeze(1) - data["labels"].to(out.dtype)).square().mean()
     return cross_entropy(out, data["labels"])
 
 
@@ -183,7 +183,7 @@ def test_outputs_equal_the_call_and_noise_stays_off_padding_and_leaves_no_hook()
     closure = ExampleLosses(model, data)
     found, out = closure.outputs()
     torch.testing.assert_close(found, closure())
-    assert torch.equal(closure.logits.float(), out.detach())
+    assert torch.equal(closure.logits, out.detach())
     noise = torch.randn(closure.embedding_shape).requires_grad_()
     gradient = torch.autograd.grad(closure.outputs(noise)[0].sum(), noise)[0]
     at_tokens = data["attention_mask"].bool()

@@ -78,7 +78,7 @@ class Weighting:
     def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
         """Weights (B,) in at least float32 for `losses` (B,) at w."""
         losses = wide(losses.detach())
-        score = wide(self.scores(losses, probe))
+        score = self.scores(losses, probe).to(losses.dtype)
         if self.power != 1:
             score = score**self.power
         total = score.sum()
