@@ -2,16 +2,20 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from .text import duration
@@ -109,3 +113,46 @@ class Stages:
             share = min(1.0, self.done / self.total)
             left = duration((now - self.start) * (1 / share - 1))
             print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left} left", file=sys.stderr, flush=True)
+
+
+class Downloads:
+    """Of files, one after the other. On a terminal a bar for each, with bytes, rate and time left; in a log a line for
+    each once it is there. Context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    def __enter__(self) -> "Downloads":
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.progress.stop()
+
+    @contextmanager
+    def file(self, name: str, size: int) -> Iterator[None]:
+        """Around the download of one file of `size` bytes."""
+        self.task = self.progress.add_task(name, total=size)
+        start = time.monotonic()
+        yield
+        if not self.console.is_terminal:
+            self.say(f"{name}: {size / 1e6:.1f} MB in {duration(time.monotonic() - start)}")
+
+    def at(self, size: int) -> None:
+        """So many bytes of the file are there."""
+        self.progress.update(self.task, completed=size)
+
+    def say(self, line: str) -> None:
+        if self.console.is_terminal:  # above the bars
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

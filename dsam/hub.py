@@ -1,0 +1,340 @@
+"""Complete, checked local folders of the Hugging Face hub's repositories at a pinned commit.
+
+The hub is asked here and nowhere else. Its cache has the layout of huggingface_hub's own, which shares it: `blobs/` hold
+contents under the names that the hub states for them (sha256, or git's sha1 of small files), `snapshots/COMMIT/` links
+to them by file name, and `trees/COMMIT.json` is the list of the commit's files, by which all are checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import write_atomically
+from .hub_requests import Patience, Repo, offline, time_limit, why
+from .progress import Downloads
+
+COMMIT = re.compile("[0-9a-f]{40}")
+PART = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the hub states of a file: its size in bytes, and the name of its content (sha256, or git's sha1)."""
+
+    size: int
+    name: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.size, int) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(self.name))):
+            raise ValueError(f"no size and hash: {self.size!r}, {self.name!r}")
+
+
+Listing = dict[str, Entry]
+Choose = Callable[[Iterable[str]], list[str]]
+"""Which of a commit's files are needed."""
+
+
+class Damaged(Exception):
+    """A file that came twice with other bytes than the list of files states."""
+
+
+def require_commit(kind: str, repo_id: str, revision: str | None, setting: str) -> None:
+    """Raises UserError for a branch, a tag or a part of a hash, naming its commit: numbers may not change unseen."""
+    if revision and COMMIT.fullmatch(revision):
+        return
+    repo, now = Repo(kind, repo_id, str(revision)), ""
+    if not offline(repo):
+        with contextlib.suppress(UserError), Downloads() as progress:
+            now = f" (that is {setting}={_ask(repo, Patience(repo, progress.say, limit=10))[0]} now)"
+    raise UserError(f"{setting}={revision} may come to mean another commit: give a commit's 40 hex digits{now}")
+
+
+def snapshot(kind: str, repo_id: str, commit: str, choose: Choose) -> tuple[Path, list[str]]:
+    """(a local folder, the files in it that `choose` takes): all there, each with the size and hash that the hub states.
+
+    What is missing or damaged in the hub's cache is fetched. With a full cache nothing is asked or written.
+
+    Args:
+        kind: "dataset" or "model".
+        commit: 40 hexadecimal digits.
+
+    Raises:
+        UserError: what cannot be had, and why.
+    """
+    repo = Repo(kind, repo_id, commit)
+    place = _Place(repo)
+    kept = place.listing()
+    if kept is not None:
+        chosen = choose(kept)
+        if all(is_sound(place.file(name), kept[name]) for name in chosen):
+            return place.checked(choose, chosen)
+    if forbids := offline(repo):
+        raise repo.unavailable(f"{forbids} is set, and {place.lack(kept, choose)}")
+    with Downloads() as progress:
+        patience = Patience(repo, progress.say)
+        listing = kept if kept is not None else _listing(repo, place, patience)
+        try:
+            return place.checked(choose, _complete(repo, place, listing, choose, patience, progress))
+        except Damaged as damaged:
+            if kept is None:
+                raise repo.unavailable(str(damaged)) from None
+        try:  # the list that was kept may be what is wrong
+            listing = _listing(repo, place, patience)
+            return place.checked(choose, _complete(repo, place, listing, choose, patience, progress))
+        except Damaged as damaged:
+            raise repo.unavailable(str(damaged)) from None
+
+
+class _Place:
+    """Where a repository's files lie in the hub's cache."""
+
+    def __init__(self, repo: Repo):
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        self.repo = repo
+        self.cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+        name = repo_folder_name(repo_id=repo.id, repo_type=repo.kind)
+        self.folder, self.locks = self.cache / name, self.cache / ".locks" / name
+        self.snapshot = self.folder / "snapshots" / repo.revision
+
+    def file(self, name: str) -> Path:
+        return self.snapshot / name
+
+    def blob(self, entry: Entry) -> Path:
+        return self.folder / "blobs" / entry.name
+
+    def listing(self) -> Listing | None:
+        """The list of files as it was kept; None where it was not, or cannot be read."""
+        try:
+            known = json.loads((self.folder / "trees" / f"{self.repo.revision}.json").read_text(encoding="utf-8"))
+            if known["format_version"] == 1:
+                files = known["files"].items()
+                return {name: Entry(file["size"], file.get("lfs_sha256") or file["blob_id"]) for name, file in files}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass
+        return None
+
+    def lack(self, kept: Listing | None, choose: Choose) -> str:
+        """What is wrong with the cache, for an error."""
+        if kept is None:
+            return f"{self.cache} does not have it, or not with the list of its files"
+        wrong = [name for name in choose(kept) if not is_sound(self.file(name), kept[name])]
+        there = [name for name in wrong if self.file(name).exists()]
+        if there:
+            return f"{self.file(there[0])} is damaged"
+        return f"{self.cache} has {wrong[0]}{f' and {len(wrong) - 1} others' if wrong[1:] else ''} not"
+
+    def checked(self, choose: Choose, chosen: list[str]) -> tuple[Path, list[str]]:
+        """The folder, unless it has further files that would be read as if they were of the commit."""
+        names = [p.relative_to(self.snapshot).as_posix() for p in self.snapshot.rglob("*") if not p.is_dir()]
+        if strays := set(choose({*names, *chosen})) - set(chosen):
+            raise self.repo.unavailable(f"{self.file(min(strays))} is not of that commit: delete it")
+        return self.snapshot, chosen
+
+    def link(self, name: str, entry: Entry) -> None:
+        """Has the snapshot's file be the blob."""
+        file, blob = self.file(name), self.blob(entry)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(os.path.relpath(blob, file.parent))
+        except OSError:  # a file system without links
+            shutil.copyfile(blob, temporary)
+        temporary.replace(file)
+
+
+_sound: set[tuple] = set()
+
+
+def is_sound(file: Path, entry: Entry) -> bool:
+    """Whether the file is there with this size and hash. A file that has not changed is read once in a process."""
+    try:
+        stat = file.stat()
+        seen = (str(file), entry, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if stat.st_size != entry.size:
+            return False
+        if seen not in _sound:
+            with file.open("rb") as stream:
+                if len(entry.name) == 64:
+                    digest = hashlib.file_digest(stream, "sha256")
+                else:  # as git names a file
+                    digest = hashlib.sha1(b"blob %d\0" % entry.size + stream.read())
+            if digest.hexdigest() != entry.name:
+                return False
+            _sound.add(seen)
+    except OSError:
+        return False
+    return True
+
+
+def _ask(repo: Repo, patience: Patience) -> tuple[str, Any]:
+    """(the commit that the revision means, what the hub tells about its files)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    what = f"the list of files of the {repo}"
+    while True:
+        try:
+            with patience.answer_to(what):
+                told = HfApi().repo_info(
+                    repo.id, revision=repo.revision, repo_type=repo.kind, files_metadata=True, timeout=time_limit()
+                )
+            patience.reached = True
+            patience.renewed()
+            return str(told.sha), told.siblings
+        except HTTPError as error:
+            patience.after(error, what)
+        except Exception as error:  # no name of a repository, no address, no JSON
+            raise repo.unavailable(why(error, repo)) from None
+
+
+def _listing(repo: Repo, place: _Place, patience: Patience) -> Listing:
+    """The commit's files as the hub tells them; kept in the cache, where it can be written."""
+    commit, files = _ask(repo, patience)
+    if commit != repo.revision:
+        raise repo.unavailable(f"the hub answered with another commit, {commit}")
+    try:
+        kept = {
+            file.rfilename: {"size": file.size, "blob_id": file.blob_id}
+            | ({"lfs_sha256": file.lfs.sha256, "lfs_size": file.lfs.size} if file.lfs else {})
+            for file in files
+        }
+        listing = {name: Entry(file["size"], file.get("lfs_sha256") or file["blob_id"]) for name, file in kept.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise repo.unavailable(f"the hub does not tell its files' sizes and hashes ({error})") from None
+    with contextlib.suppress(OSError):  # a cache that cannot be written is the downloads' to report
+        (place.folder / "trees").mkdir(parents=True, exist_ok=True)
+        tree = place.folder / "trees" / f"{commit}.json"
+        write_atomically(tree, json.dumps({"format_version": 1, "files": kept}, indent=1))
+    return listing
+
+
+def _complete(
+    repo: Repo, place: _Place, listing: Listing, choose: Choose, patience: Patience, progress: Downloads
+) -> list[str]:
+    """Fetches what is missing of the chosen files, and returns their names. Raises Damaged."""
+    chosen = choose(listing)
+    missing = []
+    for name in chosen:
+        if is_sound(place.file(name), listing[name]):
+            continue
+        if place.file(name).exists():
+            progress.say(f"{place.file(name)} is damaged: fetching it again")
+        missing.append(name)
+    with _writable(repo, place):
+        for folder in (place.folder / "blobs", place.snapshot, place.locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        size = sum(listing[name].size for name in missing if not place.blob(listing[name]).exists())
+        free = shutil.disk_usage(place.folder).free + sum(p.stat().st_size for p in _partial(place, listing, missing))
+        if size > free:
+            raise repo.unavailable(
+                f"its files need {size / 1e6:,.0f} MB and {place.cache} has {free / 1e6:,.0f} MB left: make room, or "
+                "set HF_HOME=DIR"
+            )
+        for name in missing:
+            with _alone(place, listing[name], name, progress):
+                if not is_sound(place.blob(listing[name]), listing[name]):
+                    _fetch(repo, place, name, listing[name], patience, progress)
+                place.link(name, listing[name])
+    return chosen
+
+
+def _partial(place: _Place, listing: Listing, names: list[str]) -> list[Path]:
+    found = (place.folder / "blobs" / f"{listing[name].name}.incomplete" for name in names)
+    return [path for path in found if path.exists()]
+
+
+@contextlib.contextmanager
+def _writable(repo: Repo, place: _Place) -> Iterator[None]:
+    """Inside, a cache that cannot be written is one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise repo.unavailable(f"no space left in {place.cache}: make room, or set HF_HOME=DIR") from None
+        said = error.strerror or str(error)
+        raise repo.unavailable(f"the cache {place.cache} cannot be written ({said}): set HF_HOME=DIR") from None
+
+
+@contextlib.contextmanager
+def _alone(place: _Place, entry: Entry, name: str, progress: Downloads) -> Iterator[None]:
+    """Inside, no other process fetches this file."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
+
+    path = place.locks / f"{entry.name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(path, timeout=1))
+        except Timeout:
+            progress.say(f"another process fetches {name} of {place.repo.id}: waiting for it")
+            stack.enter_context(WeakFileLock(path))
+        yield
+
+
+def _fetch(repo: Repo, place: _Place, name: str, entry: Entry, patience: Patience, progress: Downloads) -> None:
+    """Downloads a file into its blob, going on where an earlier attempt stopped. Raises Damaged after two."""
+    partial = place.blob(entry).with_name(f"{entry.name}.incomplete")
+    for attempt in (1, 2):
+        with partial.open("ab") as stream, progress.file(f"{repo.id} {name}", entry.size):
+            _download(repo, name, entry, stream, patience, progress)
+        if is_sound(partial, entry):
+            partial.replace(place.blob(entry))
+            return
+        partial.unlink()
+        if attempt == 1:
+            progress.say(f"{name} of {repo.id} came damaged: fetching it again")
+    raise Damaged(f"{name} came twice with other bytes than the hub states for it (hash {entry.name})")
+
+
+def _download(repo: Repo, name: str, entry: Entry, stream: Any, patience: Patience, progress: Downloads) -> None:
+    """Adds what is missing to the file behind `stream`."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    address = hf_hub_url(repo.id, name, repo_type=repo.kind, revision=repo.revision)
+    what = f"{name} of {repo.id}"
+    while True:
+        there = stream.seek(0, os.SEEK_END)
+        if there >= entry.size:
+            return
+        # Plain bytes: a range of a compressed answer would be another range.
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
+        try:
+            with contextlib.ExitStack() as stack:
+                with patience.answer_to(what):
+                    streamed = get_session().stream("GET", address, headers=headers, timeout=time_limit())
+                    response = stack.enter_context(streamed)
+                hf_raise_for_status(response)
+                patience.reached = True
+                if there and response.status_code != 206:  # the whole file once more
+                    stream.truncate(0)
+                    there = 0
+                progress.at(there)
+                for part in response.iter_bytes(PART):
+                    stream.write(part)
+                    there += len(part)
+                    progress.at(there)
+                    patience.renewed()
+                    if there > entry.size:
+                        return
+            return
+        except HTTPError as error:
+            if getattr(getattr(error, "response", None), "status_code", None) == 416:  # no such range
+                stream.truncate(0)
+            else:
+                patience.after(error, what)
