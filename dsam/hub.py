@@ -1,8 +1,8 @@
 """Complete, checked local folders of the Hugging Face hub's repositories at a pinned commit.
 
-The hub is asked here and nowhere else. Its cache has the layout of huggingface_hub's own, which shares it: `blobs/` hold
-contents under the names that the hub states for them (sha256, or git's sha1 of small files), `snapshots/COMMIT/` links
-to them by file name, and `trees/COMMIT.json` is the list of the commit's files, by which all are checked.
+The hub is asked here and nowhere else. The cache is that of huggingface_hub and has its layout: `blobs/` holds contents
+under the names that the hub states for them (sha256, or git's sha1 of small files), `snapshots/COMMIT/` links to them
+by file name, and `trees/COMMIT.json` is the list of the commit's files, by which all are checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from .hub_requests import Patience, Repo, offline, time_limit, why
 from .progress import Downloads
 
 COMMIT = re.compile("[0-9a-f]{40}")
-PART = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def require_commit(kind: str, repo_id: str, revision: str | None, setting: str) 
 
 
 def snapshot(kind: str, repo_id: str, commit: str, choose: Choose) -> tuple[Path, list[str]]:
-    """(a local folder, the files in it that `choose` takes): all there, each with the size and hash that the hub states.
+    """(a local folder, the files in it that `choose` takes), each there with the size and hash that the hub states.
 
     What is missing or damaged in the hub's cache is fetched. With a full cache nothing is asked or written.
 
@@ -105,7 +104,10 @@ class _Place:
 
         self.repo = repo
         self.cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
-        name = repo_folder_name(repo_id=repo.id, repo_type=repo.kind)
+        try:
+            name = repo_folder_name(repo_id=repo.id, repo_type=repo.kind)
+        except ValueError as error:  # no name of a repository
+            raise repo.unavailable(" ".join(str(error).split())) from None
         self.folder, self.locks = self.cache / name, self.cache / ".locks" / name
         self.snapshot = self.folder / "snapshots" / repo.revision
 
@@ -189,7 +191,7 @@ def _ask(repo: Repo, patience: Patience) -> tuple[str, Any]:
     while True:
         try:
             with patience.answer_to(what):
-                told = HfApi().repo_info(
+                told: Any = HfApi().repo_info(
                     repo.id, revision=repo.revision, repo_type=repo.kind, files_metadata=True, timeout=time_limit()
                 )
             patience.reached = True
@@ -325,7 +327,7 @@ def _download(repo: Repo, name: str, entry: Entry, stream: Any, patience: Patien
                     stream.truncate(0)
                     there = 0
                 progress.at(there)
-                for part in response.iter_bytes(PART):
+                for part in response.iter_bytes():
                     stream.write(part)
                     there += len(part)
                     progress.at(there)
@@ -338,3 +340,7 @@ def _download(repo: Repo, name: str, entry: Entry, stream: Any, patience: Patien
                 stream.truncate(0)
             else:
                 patience.after(error, what)
+        except OSError:  # of the file
+            raise
+        except Exception as error:  # whatever an address or an answer that is none raises
+            raise repo.unavailable(why(error, repo)) from None

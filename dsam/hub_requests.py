@@ -125,10 +125,9 @@ def _asked_wait(error: Exception) -> float | None:
 
 def why(error: Exception, repo: Repo) -> str:
     """What went wrong, in words for people."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, errors, get_token
 
-    known = "authorization" in build_hf_headers()
+    known = get_token() is not None
     response = getattr(error, "response", None)
     address = f"{constants.ENDPOINT}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.id}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
