@@ -23,6 +23,7 @@ from .errors import UserError
 from .files import write_atomically
 from .hub_requests import Patience, Repo, offline, time_limit, why
 from .progress import Downloads
+from .text import filesize
 
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -242,10 +243,8 @@ def _complete(
         size = sum(listing[name].size for name in missing if not place.blob(listing[name]).exists())
         free = shutil.disk_usage(place.folder).free + sum(p.stat().st_size for p in _partial(place, listing, missing))
         if size > free:
-            raise repo.unavailable(
-                f"its files need {size / 1e6:,.0f} MB and {place.cache} has {free / 1e6:,.0f} MB left: make room, or "
-                "set HF_HOME=DIR"
-            )
+            room = f"its files need {filesize(size)} and {place.cache} has {filesize(free)} left"
+            raise repo.unavailable(f"{room}: make room, or set HF_HOME=DIR")
         for name in missing:
             with _alone(place, listing[name], name, progress):
                 if not is_sound(place.blob(listing[name]), listing[name]):

@@ -17,8 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
-from .text import duration
+from .text import duration, filesize
 
 
 class Bar:
@@ -124,11 +125,11 @@ class Downloads:
 
     def __enter__(self) -> "Downloads":
         self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=32)),
+            BarColumn(bar_width=12),
+            DownloadColumn(table_column=Column(no_wrap=True, min_width=14)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True, min_width=10)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -140,12 +141,12 @@ class Downloads:
 
     @contextmanager
     def file(self, name: str, size: int) -> Iterator[None]:
-        """Around the download of one file of `size` bytes."""
-        self.task = self.progress.add_task(name, total=size)
+        """Around the download of one file of `size` bytes; `name` is the repository's and its own."""
+        self.task = self.progress.add_task(name.split()[-1], total=size)  # all on one line of 80 columns
         start = time.monotonic()
         yield
         if not self.console.is_terminal:
-            self.say(f"{name}: {size / 1e6:.1f} MB in {duration(time.monotonic() - start)}")
+            self.say(f"{name}: {filesize(size)} in {duration(time.monotonic() - start)}")
 
     def at(self, size: int) -> None:
         """So many bytes of the file are there."""
