@@ -83,17 +83,14 @@ def snapshot(kind: str, repo_id: str, commit: str, choose: Choose) -> tuple[Path
         raise repo.unavailable(f"{forbids} is set, and {place.lack(kept, choose)}")
     with Downloads() as progress:
         patience = Patience(repo, progress.say)
-        listing = kept if kept is not None else _listing(repo, place, patience)
-        try:
-            return place.checked(choose, _complete(repo, place, listing, choose, patience, progress))
-        except Damaged as damaged:
-            if kept is None:
-                raise repo.unavailable(str(damaged)) from None
-        try:  # the list that was kept may be what is wrong
-            listing = _listing(repo, place, patience)
-            return place.checked(choose, _complete(repo, place, listing, choose, patience, progress))
-        except Damaged as damaged:
-            raise repo.unavailable(str(damaged)) from None
+        problem = ""
+        for known in (kept, None) if kept is not None else (None,):  # a list that was kept may be what is wrong
+            try:
+                listing = known if known is not None else _listing(repo, place, patience)
+                return place.checked(choose, _complete(repo, place, listing, choose, patience, progress))
+            except Damaged as damaged:
+                problem = str(damaged)
+    raise repo.unavailable(problem)
 
 
 class _Place:
