@@ -1,48 +1,28 @@
 """Complete, checked local folders of the Hugging Face hub's repositories at a pinned commit.
 
-The hub is asked here and nowhere else. The cache is that of huggingface_hub and has its layout: `blobs/` holds contents
-under the names that the hub states for them (sha256, or git's sha1 of small files), `snapshots/COMMIT/` links to them
-by file name, and `trees/COMMIT.json` is the list of the commit's files, by which all are checked.
+The hub is asked here and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 from .files import write_atomically
+from .hub_cache import Choose, Entry, Listing, Place, is_sound
 from .hub_requests import Patience, Repo, offline, time_limit, why
 from .progress import Downloads
 from .text import filesize
 
 COMMIT = re.compile("[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the hub states of a file: its size in bytes, and the name of its content (sha256, or git's sha1)."""
-
-    size: int
-    name: str
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(self.name))):
-            raise ValueError(f"no size and hash: {self.size!r}, {self.name!r}")
-
-
-Listing = dict[str, Entry]
-Choose = Callable[[Iterable[str]], list[str]]
-"""Which of a commit's files are needed."""
 
 
 class Damaged(Exception):
@@ -73,7 +53,7 @@ def snapshot(kind: str, repo_id: str, commit: str, choose: Choose) -> tuple[Path
         UserError: what cannot be had, and why.
     """
     repo = Repo(kind, repo_id, commit)
-    place = _Place(repo)
+    place = Place(repo)
     kept = place.listing()
     if kept is not None:
         chosen = choose(kept)
@@ -91,93 +71,6 @@ def snapshot(kind: str, repo_id: str, commit: str, choose: Choose) -> tuple[Path
             except Damaged as damaged:
                 problem = str(damaged)
     raise repo.unavailable(problem)
-
-
-class _Place:
-    """Where a repository's files lie in the hub's cache."""
-
-    def __init__(self, repo: Repo):
-        from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
-
-        self.repo = repo
-        self.cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
-        try:
-            name = repo_folder_name(repo_id=repo.id, repo_type=repo.kind)
-        except ValueError as error:  # no name of a repository
-            raise repo.unavailable(" ".join(str(error).split())) from None
-        self.folder, self.locks = self.cache / name, self.cache / ".locks" / name
-        self.snapshot = self.folder / "snapshots" / repo.revision
-
-    def file(self, name: str) -> Path:
-        return self.snapshot / name
-
-    def blob(self, entry: Entry) -> Path:
-        return self.folder / "blobs" / entry.name
-
-    def listing(self) -> Listing | None:
-        """The list of files as it was kept; None where it was not, or cannot be read."""
-        try:
-            known = json.loads((self.folder / "trees" / f"{self.repo.revision}.json").read_text(encoding="utf-8"))
-            if known["format_version"] == 1:
-                files = known["files"].items()
-                return {name: Entry(file["size"], file.get("lfs_sha256") or file["blob_id"]) for name, file in files}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass
-        return None
-
-    def lack(self, kept: Listing | None, choose: Choose) -> str:
-        """What is wrong with the cache, for an error."""
-        if kept is None:
-            return f"{self.cache} does not have it, or not with the list of its files"
-        wrong = [name for name in choose(kept) if not is_sound(self.file(name), kept[name])]
-        there = [name for name in wrong if self.file(name).exists()]
-        if there:
-            return f"{self.file(there[0])} is damaged"
-        return f"{self.cache} has {wrong[0]}{f' and {len(wrong) - 1} others' if wrong[1:] else ''} not"
-
-    def checked(self, choose: Choose, chosen: list[str]) -> tuple[Path, list[str]]:
-        """The folder, unless it has further files that would be read as if they were of the commit."""
-        names = [p.relative_to(self.snapshot).as_posix() for p in self.snapshot.rglob("*") if not p.is_dir()]
-        if strays := set(choose({*names, *chosen})) - set(chosen):
-            raise self.repo.unavailable(f"{self.file(min(strays))} is not of that commit: delete it")
-        return self.snapshot, chosen
-
-    def link(self, name: str, entry: Entry) -> None:
-        """Has the snapshot's file be the blob."""
-        file, blob = self.file(name), self.blob(entry)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        try:
-            temporary.symlink_to(os.path.relpath(blob, file.parent))
-        except OSError:  # a file system without links
-            shutil.copyfile(blob, temporary)
-        temporary.replace(file)
-
-
-_sound: set[tuple] = set()
-
-
-def is_sound(file: Path, entry: Entry) -> bool:
-    """Whether the file is there with this size and hash. A file that has not changed is read once in a process."""
-    try:
-        stat = file.stat()
-        seen = (str(file), entry, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if stat.st_size != entry.size:
-            return False
-        if seen not in _sound:
-            with file.open("rb") as stream:
-                if len(entry.name) == 64:
-                    digest = hashlib.file_digest(stream, "sha256")
-                else:  # as git names a file
-                    digest = hashlib.sha1(b"blob %d\0" % entry.size + stream.read())
-            if digest.hexdigest() != entry.name:
-                return False
-            _sound.add(seen)
-    except OSError:
-        return False
-    return True
 
 
 def _ask(repo: Repo, patience: Patience) -> tuple[str, Any]:
@@ -201,7 +94,7 @@ def _ask(repo: Repo, patience: Patience) -> tuple[str, Any]:
             raise repo.unavailable(why(error, repo)) from None
 
 
-def _listing(repo: Repo, place: _Place, patience: Patience) -> Listing:
+def _listing(repo: Repo, place: Place, patience: Patience) -> Listing:
     """The commit's files as the hub tells them; kept in the cache, where it can be written."""
     commit, files = _ask(repo, patience)
     if commit != repo.revision:
@@ -223,7 +116,7 @@ def _listing(repo: Repo, place: _Place, patience: Patience) -> Listing:
 
 
 def _complete(
-    repo: Repo, place: _Place, listing: Listing, choose: Choose, patience: Patience, progress: Downloads
+    repo: Repo, place: Place, listing: Listing, choose: Choose, patience: Patience, progress: Downloads
 ) -> list[str]:
     """Fetches what is missing of the chosen files, and returns their names. Raises Damaged."""
     chosen = choose(listing)
@@ -234,7 +127,9 @@ def _complete(
         if place.file(name).exists():
             progress.say(f"{place.file(name)} is damaged: fetching it again")
         missing.append(name)
-    with _writable(repo, place):
+    if not missing:
+        return chosen
+    with _writable(repo, place, missing):
         for folder in (place.folder / "blobs", place.snapshot, place.locks):
             folder.mkdir(parents=True, exist_ok=True)
         size = sum(listing[name].size for name in missing if not place.blob(listing[name]).exists())
@@ -250,13 +145,13 @@ def _complete(
     return chosen
 
 
-def _partial(place: _Place, listing: Listing, names: list[str]) -> list[Path]:
+def _partial(place: Place, listing: Listing, names: list[str]) -> list[Path]:
     found = (place.folder / "blobs" / f"{listing[name].name}.incomplete" for name in names)
     return [path for path in found if path.exists()]
 
 
 @contextlib.contextmanager
-def _writable(repo: Repo, place: _Place) -> Iterator[None]:
+def _writable(repo: Repo, place: Place, missing: list[str]) -> Iterator[None]:
     """Inside, a cache that cannot be written is one line."""
     try:
         yield
@@ -264,11 +159,13 @@ def _writable(repo: Repo, place: _Place) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise repo.unavailable(f"no space left in {place.cache}: make room, or set HF_HOME=DIR") from None
         said = error.strerror or str(error)
-        raise repo.unavailable(f"the cache {place.cache} cannot be written ({said}): set HF_HOME=DIR") from None
+        raise repo.unavailable(
+            f"the cache {place.cache} cannot be written ({said}), and {missing[0]} is to be fetched: set HF_HOME=DIR"
+        ) from None
 
 
 @contextlib.contextmanager
-def _alone(place: _Place, entry: Entry, name: str, progress: Downloads) -> Iterator[None]:
+def _alone(place: Place, entry: Entry, name: str, progress: Downloads) -> Iterator[None]:
     """Inside, no other process fetches this file."""
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
@@ -283,7 +180,7 @@ def _alone(place: _Place, entry: Entry, name: str, progress: Downloads) -> Itera
         yield
 
 
-def _fetch(repo: Repo, place: _Place, name: str, entry: Entry, patience: Patience, progress: Downloads) -> None:
+def _fetch(repo: Repo, place: Place, name: str, entry: Entry, patience: Patience, progress: Downloads) -> None:
     """Downloads a file into its blob, going on where an earlier attempt stopped. Raises Damaged after two."""
     partial = place.blob(entry).with_name(f"{entry.name}.incomplete")
     for attempt in (1, 2):

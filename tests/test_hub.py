@@ -19,7 +19,7 @@ from conftest import command
 from huggingface_hub import constants
 from test_config import config
 
-from dsam import glue, hub_requests
+from dsam import glue, hub_cache, hub_requests
 from dsam import hub as hub_files
 from dsam.config import Model
 from dsam.errors import UserError
@@ -223,7 +223,7 @@ def test_weights_are_pickles_only_where_there_are_no_others(own):
 def test_a_full_cache_is_read_offline_without_a_request_and_without_a_write(hub, monkeypatch):
     before = weights("bert"), rte()["train"].sentence1
     hub.log.clear()
-    hub_files._sound.clear()
+    hub_cache._sound.clear()
     there = files_below(Path(constants.HF_HUB_CACHE))
     assert (weights("bert"), rte()["train"].sentence1) == before
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -514,7 +514,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(hub, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
     said = error_of(rte)
-    assert f"the cache {tmp_path}/file/hub cannot be written (Not a directory): set HF_HOME=DIR" in said
+    assert f"the cache {tmp_path}/file/hub cannot be written (Not a directory), and rte/train-00000-of-0" in said
+    assert "HF_HOME=DIR" in said
     assert WAYS_OUT[0] in said
 
 
