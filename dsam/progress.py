@@ -2,19 +2,24 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
+from rich.table import Column
 
-from .text import duration
+from .text import duration, filesize
 
 
 class Bar:
@@ -109,3 +114,46 @@ class Stages:
             share = min(1.0, self.done / self.total)
             left = duration((now - self.start) * (1 / share - 1))
             print(f"{self.title}: {self.stage}  {100 * share:.0f} %  {left} left", file=sys.stderr, flush=True)
+
+
+class Downloads:
+    """Of files, one after the other. On a terminal a bar for each, with bytes, rate and time left; in a log a line for
+    each once it is there. Context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    def __enter__(self) -> "Downloads":
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=32)),
+            BarColumn(bar_width=12),
+            DownloadColumn(table_column=Column(no_wrap=True, min_width=14)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True, min_width=10)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.progress.stop()
+
+    @contextmanager
+    def file(self, name: str, size: int) -> Iterator[None]:
+        """Around the download of one file of `size` bytes; `name` is the repository's and its own."""
+        self.task = self.progress.add_task(name.split()[-1], total=size)  # all on one line of 80 columns
+        start = time.monotonic()
+        yield
+        if not self.console.is_terminal:
+            self.say(f"{name}: {filesize(size)} in {duration(time.monotonic() - start)}")
+
+    def at(self, size: int) -> None:
+        """So many bytes of the file are there."""
+        self.progress.update(self.task, completed=size)
+
+    def say(self, line: str) -> None:
+        if self.console.is_terminal:  # above the bars
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

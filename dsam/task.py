@@ -48,7 +48,7 @@ class Hub(_Part):
 
     dataset: str
     subset: str | None = None
-    """The folder of its files in the data set; None: they are not in one of their own."""
+    """The folder of its files in the data set; None: they are at the top, or in data/."""
     revision: str | None = None
     """A commit; None: data.revision, which is GLUE's."""
     text: Texts | None = None

@@ -13,6 +13,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def filesize(count: int) -> str:
+    """Bytes for people: 12 kB, 3.4 MB, 440 MB."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.{1 if count < 1e8 else 0}f} MB"
+
+
 def first_line(error: object, otherwise: str = "") -> str:
     """The first line of an error's message that says something; `otherwise` where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), otherwise)

@@ -33,7 +33,7 @@ def load(
     Args:
         source: "builtin", "local" or "hub".
         root: the folder of GLUE's official files, for "local".
-        revision: the commit of the hub's data set, for "hub".
+        revision: the commit of the hub's data set, for "hub", where the task itself names none.
         splits: which; by default those for training and evaluation.
 
     Raises:
@@ -78,7 +78,7 @@ def fingerprint(
         return builtin.fingerprint(task.name)
     if source == "local":
         return f"local {task.name} {files.digest(files.find(task, root, splits))}"
-    return f"hub {hub.DATASET}/{task.name}@{revision}"
+    return hub.fingerprint(task, revision)
 
 
 def _check(task: Task, source: str, splits: Sequence[str] | None) -> tuple[str, ...]:

@@ -20,9 +20,8 @@ from transformers.utils import logging as transformers_logging
 from ..config import Config, Model
 from ..errors import UserError, did_you_mean
 from ..glue.builtin import VOCABULARY
-from ..glue.hub import why_unreachable
 from ..text import described, first_line
-from .model_files import check_folder
+from .model_files import folder_of
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -137,24 +136,9 @@ def _set_dropout(architecture, dropout: float | None) -> None:
 
 
 def _load(model: Model, what: str, load, **options):
-    """`load` from the folder, the hub's cache or the hub, in this order; a UserError of one line for what fails."""
-    if model.path:
-        source = {"pretrained_model_name_or_path": str(check_folder(model.path)), "local_files_only": True}
-    else:
-        source = {"pretrained_model_name_or_path": model.id, "revision": model.revision}
+    """`load` from the model's folder; a UserError of one line for what fails."""
+    folder = folder_of(model)
     try:
-        if not model.path:
-            try:
-                return load(**source, local_files_only=True, trust_remote_code=False, **options)
-            except OSError:
-                problem = why_unreachable(f"models/{model.id}/revision/{model.revision}")
-                if problem:
-                    raise UserError(
-                        f"cannot get model {model.id} from the Hugging Face hub ({problem}): "
-                        "use model.path=DIR with a local model folder"
-                    ) from None
-        return load(**source, trust_remote_code=False, **options)
-    except UserError:
-        raise
+        return load(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # whatever a broken file raises inside transformers, tokenizers or safetensors
         raise UserError(f"model {model.path or model.id}: cannot read the {what}: {first_line(error)}") from None

@@ -3,14 +3,24 @@
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .. import hub
 from ..config import Model
 from ..errors import UserError
 from ..glue.builtin import VOCABULARY
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+PARTS = (("configuration", ("config.json",)), ("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES))
+"""What a model consists of, and the files of which one must be there."""
+READ_FROM_HUB = (
+    *("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "bpe.codes", "*.model", "*.tiktoken"),
+)
+"""Patterns of all that is read of a repository besides its weights."""
 
 
 def fingerprint(model: Model) -> str:
@@ -18,6 +28,7 @@ def fingerprint(model: Model) -> str:
     if model.path:
         return f"sha256:{_folder_digest(str(check_folder(model.path)))}"
     if model.id:
+        hub.require_commit("model", model.id, model.revision, "model.revision")
         return f"{model.id}@{model.revision}"
     described = json.dumps(model.architecture, sort_keys=True).encode() + VOCABULARY.read_bytes()
     return f"sha256:{hashlib.sha256(described).hexdigest()}"
@@ -33,12 +44,37 @@ def _folder_digest(path: str) -> str:
     return digest.hexdigest()
 
 
+def folder_of(model: Model) -> Path:
+    """The complete folder of a model: its own, or of the hub's files at its commit, checked and downloaded if need be.
+
+    Raises UserError where something is missing.
+    """
+    if model.path:
+        return check_folder(model.path)
+    assert model.id and model.revision
+    name = f"model {model.id} at {model.revision}"
+    return hub.snapshot("model", model.id, model.revision, functools.partial(_needed, name))[0]
+
+
+def _needed(model: str, names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that transformers reads: of the weights one kind, safetensors where there are."""
+    top = [name for name in names if "/" not in name]
+    _check(model, top)
+    weights = next(w for w in WEIGHT_FILES if w in top)
+    shards = f"{weights.split('.')[0]}-*-of-*.{weights.split('.')[1]}" if weights.endswith(".index.json") else weights
+    return sorted(n for n in top if any(fnmatchcase(n, p) for p in (*READ_FROM_HUB, weights, shards)))
+
+
 def check_folder(path: str) -> Path:
     """The folder, if it holds a configuration, weights and a tokenizer; else UserError that names what is missing."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder")
-    for what, names in (("configuration", ("config.json",)), ("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES)):
-        if not any((folder / name).is_file() for name in names):
-            raise UserError(f"model.path={path} has no {what} ({' or '.join(names)})")
+    _check(f"model.path={path}", [file.name for file in folder.iterdir() if file.is_file()])
     return folder
+
+
+def _check(model: str, names: list[str]) -> None:
+    for what, one_of in PARTS:
+        if not set(one_of) & set(names):
+            raise UserError(f"{model} has no {what} ({' or '.join(one_of)})")
