@@ -19,11 +19,12 @@ from conftest import command
 from huggingface_hub import constants
 from test_config import config
 
-from dsam import glue, hub_cache, hub_requests
-from dsam import hub as hub_files
+from dsam import glue
 from dsam.config import Model
 from dsam.errors import UserError
 from dsam.glue.builtin import VOCABULARY
+from dsam.hub import cache as hub_cache
+from dsam.hub import requests as hub_requests
 from dsam.progress import Downloads
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
@@ -504,7 +505,7 @@ def test_messages_tell_apart_what_is_wrong(hub, monkeypatch, tmp_path, clock):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in of()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     assert "its files need" in of() and "HF_HOME=DIR" in of()
     monkeypatch.undo()
     assert not hub.asked("cdn")

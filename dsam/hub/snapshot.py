@@ -1,7 +1,4 @@
-"""Complete, checked local folders of the Hugging Face hub's repositories at a pinned commit.
-
-The hub is asked here and nowhere else.
-"""
+"""Complete, checked local folders of the Hugging Face hub's repositories at a pinned commit."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .files import write_atomically
-from .hub_cache import Choose, Entry, Listing, Place, is_sound
-from .hub_requests import Patience, Repo, offline, time_limit, why
-from .progress import Downloads
-from .text import filesize
+from ..errors import UserError
+from ..files import write_atomically
+from ..progress import Downloads
+from ..text import filesize
+from .cache import Choose, Entry, Listing, Place, is_sound
+from .requests import Patience, Repo, offline, time_limit, why
 
 COMMIT = re.compile("[0-9a-f]{40}")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .hub_requests import Repo
+from .requests import Repo
 
 
 @dataclass(frozen=True)

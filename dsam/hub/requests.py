@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
-from .text import described, duration
+from ..errors import UserError
+from ..text import described, duration
 
 PATIENCE = 600.0
 """Seconds of trouble, without a byte in between, after which the hub is given up."""
