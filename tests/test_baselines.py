@@ -127,7 +127,7 @@ def test_freelb_is_its_algorithm(max_norm):
     model, data = bert(), batch()
     method = FreeLB(model, steps=3, step_size=0.5, init=0.3, max_norm=max_norm)
     numbers = data["attention_mask"].sum(1) * 16
-    noise = noise_of(method, data, "uniform") * 0.3 / numbers.sqrt()[:, None, None]
+    noise = noise_of(method, data, "uniform").double() * 0.3 / numbers.sqrt()[:, None, None]
     expected = None
     for t in range(3):
         noise = noise.detach().requires_grad_()

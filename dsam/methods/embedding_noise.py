@@ -43,7 +43,7 @@ class OutputMethod(Method):
         raise NotImplementedError
 
     def _noise(self, closure: Outputs, kind: str) -> Tensor:
-        """Noise (B, T, d) in float32, 0 at padding: "normal" N(0, 1) or "uniform" U(−1, 1).
+        """Noise (B, T, d) in at least float32, 0 at padding: "normal" N(0, 1) or "uniform" U(−1, 1).
 
         Each example draws from its own seed, so that (on the CPU) the noise is the same however the batch is cut.
         """
@@ -57,7 +57,8 @@ class OutputMethod(Method):
             noise = torch.stack(rows)
         else:  # at once: a draw for each example would be a kernel each
             noise = draw(size, tokens, width, generator=self.generator, device=device)
-        return (noise if kind == "normal" else noise.mul_(2).sub_(1)) * closure.token_mask
+        noise = (noise if kind == "normal" else noise.mul_(2).sub_(1)) * closure.token_mask
+        return noise.to(torch.promote_types(noise.dtype, self.params[0].dtype))
 
 
 def add_to_report(step: Step, name: str, value: Tensor) -> None:

@@ -24,6 +24,7 @@ from .device import Outcomes, to
 from .graphs import BUCKET, graphs_for
 
 LOG_EVERY = 10  # steps
+SAVING = 0.05  # most of the time that checkpoints may take
 
 
 @dataclass
@@ -109,6 +110,7 @@ def fine_tune(
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(config.seeds.data)
     state, outcomes = State(), Outcomes(device)
+    saved_at, cost = time.monotonic(), 0.0
     graphs = graphs_for(method, model, autocast, train.max_grad_norm, config.device.graphs)
 
     def read(all_of_them: bool) -> None:
@@ -121,7 +123,12 @@ def fine_tune(
             state.forwards += one.forwards
             state.backwards += one.backwards
 
-    def save() -> None:
+    def save(seconds: float) -> None:
+        """Writes a checkpoint, where the last is so many seconds old and has cost little of the time since."""
+        nonlocal saved_at, cost
+        if time.monotonic() - saved_at < max(seconds, cost / SAVING):
+            return
+        began = time.monotonic()
         read(all_of_them=True)
         if state.diverged:
             return
@@ -137,6 +144,8 @@ def fine_tune(
                 "random": method.random.get(),
             },
         )
+        saved_at = time.monotonic()
+        cost = saved_at - began
 
     saved = checkpoints.load(device.type)
     if saved is not None:
@@ -150,7 +159,6 @@ def fine_tune(
 
     model.train()
     order, order_epoch = np.empty(0, dtype=int), -1
-    last_save = time.monotonic()
     with StopSignals() as stop, Bar(f"{task.name} {config.optimizer.name} seed {config.seed}", total) as bar:
         while state.step < total and not state.diverged:
             started = time.perf_counter()
@@ -200,12 +208,10 @@ def fine_tune(
                 bar.evaluated(headline_name(task), evaluation["score"])
                 if evaluation is best(state.evaluations):
                     on_best()
-                save()
-                last_save = time.monotonic()
-            elif time.monotonic() - last_save >= config.checkpoint.every_seconds or stop.signum:
-                save()
-                last_save = time.monotonic()
-            if stop.signum and state.step < total:
+            if stop.signum:
+                cost = 0.0  # whatever it takes
+            save(0 if evaluates or stop.signum else config.checkpoint.every_seconds)
+            if stop.signum and state.step < total and not state.diverged:
                 raise Stopped(stop.signum)
     return state
 
