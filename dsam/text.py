@@ -1,5 +1,7 @@
 """Wording that messages share."""
 
+from collections.abc import Sequence
+
 
 def counted(number: int, what: str) -> str:
     """1 run, 2 runs."""
@@ -28,3 +30,17 @@ def first_line(error: object, otherwise: str = "") -> str:
 def described(error: Exception) -> str:
     """An error of another library in one line: its kind and all that it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def published(command: Sequence[str]) -> str:
+    """A command line for others: folders of this machine are DIR, and a script is named from the project's root."""
+
+    def word(given: str) -> str:
+        name, sign, value = given.partition("=")
+        if not sign:
+            name, value = "", given
+        if not value.lstrip("'\"").startswith(("/", "~")):
+            return given
+        return f"{name}{sign}" + ("/".join(value.split("/")[-2:]) if value.endswith(".py") else "DIR")
+
+    return " ".join(map(word, command))

@@ -1,7 +1,7 @@
-"""Makes up runs to time the tables with: python tests/many_runs.py 1000 /tmp/many
+"""Makes up runs to time the tables with: python tests/many_runs.py 1000 DIR/runs
 
-then  python experiments/paper.py experiment=glue_bert_base paths.runs=/tmp/many \\
-          paths.tables=/tmp/many-tables paths.figures=/tmp/many-figures
+then  python experiments/paper.py experiment=glue_bert_base paths.runs=DIR/runs \\
+          paths.tables=DIR/tables paths.figures=DIR/figures
 
 Eight tasks, five methods, N / 40 seeds; scores are random numbers and the files those of a run of three epochs.
 """

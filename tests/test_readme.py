@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.overrides import check
 from dsam.submission import make
+from dsam.text import published
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")}
@@ -108,3 +110,18 @@ def test_the_migration_page_shows_the_same_training_twice():
         trained.append([p.detach() for p in model.parameters()])
     for one, other in zip(*trained, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_published_names_a_folder_of_the_machine_that_made_it():
+    listed = subprocess.check_output(["git", "ls-files", "results", "docs", "README.md", "conf"], cwd=ROOT, text=True)
+    texts = [path for path in listed.split() if path.endswith((".md", ".json", ".csv", ".yaml", ".tex", ".html"))]
+    assert len(texts) > 50
+    folder = re.compile(r"(?<![\w.:/])/(tmp|home|root|work|Users|mnt|var|scratch)/")
+    named = [path for path in texts if folder.search((ROOT / path).read_text(encoding="utf-8"))]
+    assert not named, named
+
+
+def test_a_published_command_has_placeholders_for_folders():
+    given = ["/a/b/experiments/train.py", "model.path=/x/y", "data.root='~/glue'", "task=rte", "--out", "/o", "x=a/b"]
+    expected = "experiments/train.py model.path=DIR data.root=DIR task=rte --out DIR x=a/b"
+    assert published(given) == expected

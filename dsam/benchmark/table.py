@@ -1,6 +1,7 @@
 """The benchmark's JSON and its Markdown table."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from ..files import write_atomically
 from ..runs.provenance import provenance
+from ..text import published
 from .norms import Cost
 from .packing import Packed
 from .scaling import Point
@@ -116,7 +118,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         "settings": settings,
-        "provenance": provenance(device, {}),
+        "provenance": provenance(device, {}) | {"command": published(sys.argv)},
         "measured": {task: [asdict(timed) for timed in found] for task, found in measured.items()},
     }
     write_atomically(path, json.dumps(contents, indent=1) + "\n")

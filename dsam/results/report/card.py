@@ -16,7 +16,7 @@ from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
 from dsam.task import shipped
-from dsam.text import counted
+from dsam.text import counted, published
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
 HUB_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
@@ -202,14 +202,16 @@ def _hub_metric(name: str) -> str:
 
 def _base(model: str, base: dict) -> str:
     if not base.get("id"):
-        return f"- {model}: " + (f"the folder {base['path']}." if base.get("path") else "trained from random weights.")
-    copy = f" A local copy was read ({base['path']}); README.md has its fingerprint." if base.get("path") else ""
+        return f"- {model}: " + (
+            f"the folder {Path(base['path']).name}." if base.get("path") else "trained from random weights."
+        )
+    copy = " A local copy was read; README.md has its fingerprint." if base.get("path") else ""
     return f"- {model}: [{base['id']}](https://huggingface.co/{base['id']}) at revision {base.get('revision')}.{copy}"
 
 
 def _command(runs_dir: Path, experiment: str) -> str:
     try:
-        return manifest.read(runs_dir, experiment)["command"]
+        return published(manifest.read(runs_dir, experiment)["command"].split(" "))
     except (UserError, KeyError):
         return "not recorded"
 
