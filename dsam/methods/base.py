@@ -1,6 +1,7 @@
 """What every method is: a backward pass whose gradient is computed from a step."""
 
 import numbers
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,7 +26,7 @@ class Method:
         seed: of the method's own random draws (probes, fresh masks); it never touches PyTorch's default generator.
 
     After each `backward`, `report` holds what happened as floats or 0-dim tensors: forwards, backwards (each over
-    the whole batch), gradient_norm, and whatever the method adds.
+    the whole batch), gradient_norm, and whatever the method adds. `notes` says what it does otherwise than was asked.
     """
 
     passes = 1.0
@@ -52,6 +53,7 @@ class Method:
         self._generator: torch.Generator | None = None
         self._host_generator: torch.Generator | None = None
         self.report: dict[str, float | Tensor] = {}
+        self.notes: list[str] = []
         self.checked: set[str] = set()  # what one step has found to be in order, and no other looks at again
 
     @property
@@ -116,6 +118,12 @@ class Method:
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), the step's gradient, one tensor for each of `params`, None where none came)."""
         raise NotImplementedError
+
+    def note(self, line: str) -> None:
+        """Says once what is done otherwise than was asked; `notes` keeps it."""
+        if line not in self.notes:
+            self.notes.append(line)
+            warnings.warn(line, stacklevel=3)
 
     def _require_same_parameters(self) -> None:
         if any(p.requires_grad for p in self._frozen) or not all(p.requires_grad for p in self.params):

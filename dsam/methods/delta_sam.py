@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .layers import TopLayers
+from .layers import DoesNotFit, TopLayers
 from .per_example import PerExampleGradients
 from .perturbation import Gradients, perturbed, total_norm
 from .sam import SAM
@@ -55,7 +55,23 @@ class DeltaSAM(SAM):
         if self.weighting.sides and self.weighting.layers is not None:
             if self.module is None:
                 raise ValueError("layers looks inside the model: DeltaSAM(model, …)")
-            self._top = TopLayers(self.module, self.weighting.layers)
+            try:
+                self._top = TopLayers(self.module, self.weighting.layers)
+            except DoesNotFit as why:
+                self._probe_all(why)
+
+    def _probe_all(self, why: DoesNotFit) -> None:
+        self._top = None
+        self.note(f"layers={self.weighting.layers}: {why}: probes of the whole model, which take longer")
+
+    def _find_top(self, step: Step) -> None:
+        """Once: which parameters the top layers have for themselves."""
+        if self._top is None or self._top.params is not None or not len(step):
+            return
+        try:
+            self._top.find(lambda: step.aside(0))
+        except DoesNotFit as why:
+            self._probe_all(why)
 
     @property
     def graphable(self) -> bool:
@@ -68,6 +84,7 @@ class DeltaSAM(SAM):
         return f"weighting {type(self.weighting).__name__} needs the joint batch's {min(joint)}" if joint else ""
 
     def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
+        self._find_top(step)
         losses, gradient = self._exactly_weighted(step) if self.weighting.exact else self._weighted(step)
         return losses, step.joint(losses, gradient, weighted=True)
 
@@ -138,7 +155,7 @@ class DeltaSAM(SAM):
         """(losses at w to compare with, what the probes saw): losses at w ± v for random directions v, same masks."""
         params = self.params
         if self._top is not None:
-            above = {id(p) for p in self._top.params}
+            above = {id(p) for p in self._top.params or ()}
             params = [p for p in params if id(p) in above]
         probe = Probe(rho=self.rho, radius=self.weighting.radius, dimension=sum(p.numel() for p in params))
         if self.weighting.needs_logits:

@@ -1,81 +1,177 @@
-"""The top layers of an encoder on their own: passes that start from the hidden states of an earlier pass."""
+"""The top layers of an encoder on their own: passes that start from what the lower layers gave in an earlier pass."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..text import first_line
 from .perturbation import RandomState
+
+
+class DoesNotFit(Exception):
+    """Passes over the top layers of this model are not what its own would be; one line."""
 
 
 class TopLayers:
     """The last `count` layers of a Hugging Face encoder and all that follows them (pooler, classifier).
 
         top = TopLayers(model, 2)
+        top.find(run)                    # once: which parameters are theirs alone
         with top.record(k):
-            losses = closure()           # keeps what enters the top layers, and the random state there
+            losses = closure()           # keeps what the layers below gave, and the random state there
         with top.resume(k):
-            again = closure()            # runs the top layers alone, on the same input, with the same dropout masks
+            again = closure()            # the layers below give it again, and the top draws the same dropout masks
 
-    Raises ValueError where the model has no stack of layers or fewer than `count`.
+    The model stays whole: its lower layers give what the last of them gave, whatever that is, so that no model needs
+    to be known. Raises DoesNotFit where it has no stack of so many layers.
     """
 
     def __init__(self, model: nn.Module, count: int):
-        base = getattr(model, "base_model", model)
         stacks = [
-            (owner, name, stack)
-            for owner in base.modules()
-            for name, stack in owner.named_children()
-            if isinstance(stack, nn.ModuleList) and len({type(layer) for layer in stack}) == 1
+            module
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1
         ]
         if not stacks:
-            raise ValueError(f"layers={count}: {type(model).__name__} has no stack of layers")
-        self._owner, self._name, self.stack = max(stacks, key=lambda found: len(found[2]))
-        if not 1 <= count <= len(self.stack):
-            raise ValueError(f"layers={count}: {type(model).__name__} has {len(self.stack)}")
-        self.count, self.share = count, count / len(self.stack)
-        self._first = self.stack[-count]
-        self._kept: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        # Parameters are registered in the order in which they are used: what comes from the first top layer on.
-        start = next(iter(self._first.parameters()))
-        everything = list(model.parameters())
-        place = next(i for i, p in enumerate(everything) if p is start)
-        self.params = everything[place:]
-        self._random = RandomState(everything)
+            raise DoesNotFit(f"{type(model).__name__} has no stack of layers")
+        longest = max(map(len, stacks))
+        self._stacks = [stack for stack in stacks if len(stack) == longest]
+        if count < 1:
+            raise ValueError(f"layers must be at least 1, got {count}")
+        if count > longest:
+            raise DoesNotFit(f"{type(model).__name__} has {longest} layers")
+        self.count, self.share = count, count / longest
+        self.stack = self._stacks[0]
+        self.params: list[nn.Parameter] | None = None
+        self._all = list(model.parameters())
+        self._random = RandomState(self._all)
+        self._kept: dict[int, tuple[Any, list[Tensor]]] = {}
+
+    def find(self, losses: Callable[[], Tensor]) -> None:
+        """Finds the parameters that a pass from the top layers on depends on, and one to them does not.
+
+        Args:
+            losses: runs the model on a batch, each time with the same masks.
+        Raises DoesNotFit where a resumed pass is another than the whole one.
+        """
+        order: list[nn.ModuleList] = []
+        with ExitStack() as hooks, torch.enable_grad():
+            for stack in self._stacks:
+                hooks.enter_context(stack[-1].register_forward_hook(lambda *_, stack=stack: order.append(stack)))
+            losses()
+        if not order:
+            raise DoesNotFit("its layers are not called")
+        self.stack = order[-1]  # of an encoder and a decoder, that whose layers come last
+        entered = 0
+
+        def enters(*_) -> None:
+            nonlocal entered
+            entered += 1
+
+        with torch.enable_grad():
+            with self._first.register_forward_pre_hook(enters), self.record(0, graph=True):
+                whole = losses()
+            if entered != 1:
+                raise DoesNotFit("its layers share their weights")
+            below = leaves(x for x in tree_leaves(self._kept[0][0]) if isinstance(x, Tensor))
+            self._kept[0] = tree_map(_detached, self._kept[0][0]), self._kept[0][1]
+            before = self._versions()
+            try:
+                with self.resume(0):
+                    again = losses()
+            except RuntimeError as error:  # whatever a layer that is none makes of another's output
+                raise DoesNotFit(f"its layers cannot be passed over ({first_line(error)})") from None
+        if self._versions() != before:
+            raise DoesNotFit("it writes over what its layers give")
+        self.clear()
+        limits = torch.finfo(whole.dtype).eps
+        if not torch.allclose(whole, again, rtol=limits**0.6, atol=limits**0.6):
+            raise DoesNotFit("a pass from its top layers on is not what a whole pass gives")
+        above = leaves([again]) - below
+        self.params = [p for p in self._all if p in above]
+        if not self.params:
+            raise DoesNotFit("no parameter belongs to its top layers alone")
+
+    def _versions(self) -> list[int]:
+        return [x._version for x in tree_leaves(self._kept[0][0]) if isinstance(x, Tensor)]
+
+    @property
+    def _first(self) -> nn.Module:
+        return self.stack[-self.count]
 
     @contextmanager
-    def record(self, key: int = 0) -> Iterator[None]:
-        def keep(_, args: tuple) -> None:
-            self._kept[key] = args[0].detach(), self._random.get()
+    def record(self, key: int = 0, graph: bool = False) -> Iterator[None]:
+        """`graph`: of what is kept, the graph as well."""
+        kept: list[Any] = [None, None]
+        keep = (lambda x: x) if graph else _detached
 
-        handle = self._first.register_forward_pre_hook(keep)
-        try:
+        def below(_, __, output) -> None:
+            kept[0] = tree_map(keep, output)
+
+        def first(_, args: tuple, kwargs: dict) -> None:
+            kept[1] = self._random.get()
+            if self.count == len(self.stack):
+                kept[0] = keep(_hidden(args, kwargs))
+
+        with ExitStack() as hooks:
+            hooks.enter_context(self._first.register_forward_pre_hook(first, with_kwargs=True))
+            if self.count < len(self.stack):
+                hooks.enter_context(self.stack[-self.count - 1].register_forward_hook(below))
             yield
-        finally:
-            handle.remove()
+        self._kept[key] = kept[0], kept[1]
 
     @contextmanager
     def resume(self, key: int = 0) -> Iterator[None]:
         """Draws inside begin where they began at the top layers, whatever was drawn below."""
-        resumed = nn.ModuleList([_Resume(*self._kept[key], self._random), *self.stack[-self.count :]])
-        setattr(self._owner, self._name, resumed)
-        try:
-            yield
-        finally:
-            setattr(self._owner, self._name, self.stack)
+        output, state = self._kept[key]
+        dtype = self._all[0].dtype  # what autocast left narrower goes on in the weights' own
+        wide = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, output)
+
+        def first(_, args: tuple, kwargs: dict):
+            self._random.set(state)
+            return _with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
+
+        lower = list(self.stack)[: -self.count]
+        with self._first.register_forward_pre_hook(first, with_kwargs=True):
+            try:
+                for layer in lower:
+                    layer.forward = lambda *_, **__: wide  # type: ignore[method-assign]  # of this one alone
+                yield
+            finally:
+                for layer in lower:
+                    vars(layer).pop("forward", None)
 
     def clear(self) -> None:
-        """Lets go of the hidden states."""
+        """Lets go of what was kept."""
         self._kept.clear()
 
 
-class _Resume(nn.Module):
-    """In place of the lower layers."""
+def leaves(tensors: Iterator[Tensor] | Sequence[Tensor]) -> set[Tensor]:
+    """The leaves of autograd's graph that these depend on."""
+    found, seen = set(), set()
+    left: list[Any] = [x.grad_fn for x in tensors if x.grad_fn is not None]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        left += [following for following, _ in node.next_functions]
+    return found
 
-    def __init__(self, hidden: Tensor, state: list[Tensor], random: RandomState):
-        super().__init__()
-        self.hidden, self.state, self.random = hidden, state, random
 
-    def forward(self, embedded: Tensor, *_, **__) -> Tensor:
-        self.random.set(self.state)
-        return self.hidden
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _hidden(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(args: tuple, kwargs: dict, hidden: Any) -> tuple[tuple, dict]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -106,15 +106,37 @@ class ExampleLosses:
 
         Padding gets no noise. The noise goes in by a hook on `model.get_input_embeddings()` during this call only.
         """
-        hook = None
+        hook, called = None, False
         if noise is not None:
             added = noise * self.token_mask
-            hook = self._embeddings().register_forward_hook(lambda _, __, out: out + added.to(out.dtype))
+
+            def add(_, args: tuple, out: Tensor) -> Tensor:
+                nonlocal called
+                called = True
+                self._require_these_words(args[0])
+                return out + added.to(out.dtype)
+
+            hook = self._embeddings().register_forward_hook(add)
         try:
             with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
                 logits = wide(self.model(**self.inputs).logits)
         finally:
             if hook is not None:
                 hook.remove()
+        if noise is not None and not called:
+            raise ValueError(
+                f"{type(self.model).__name__} looks its words up elsewhere than in get_input_embeddings(): methods "
+                "with noise on the embeddings (r3f, freelb, smart) do not go with it"
+            )
         self.logits = logits.detach()
         return example_losses(logits, self.labels), logits
+
+    def _require_these_words(self, ids: Tensor) -> None:
+        """ValueError where the model looks up other indices than `input_ids`, as they are."""
+        given = self.inputs["input_ids"]
+        square = given.shape[0] == given.shape[1]  # where only the values tell a transposed table
+        if ids.shape != given.shape or (square and not torch.equal(ids, given)):
+            raise ValueError(
+                f"{type(self.model).__name__} looks its words up in another order than it is given them: methods with "
+                "noise on the embeddings (r3f, freelb, smart) do not go with it"
+            )

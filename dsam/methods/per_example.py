@@ -12,7 +12,7 @@ c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of th
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
 
@@ -25,6 +25,46 @@ from .gradients import dense, whole, wide
 from .outer_products import OuterProducts, Rows, WeightGroup
 
 SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
+
+class Unsupported(TypeError, RuntimeError):
+    """The model has something that the formulas are not for; one line."""
+
+
+def require_examples_apart(model: nn.Module) -> None:
+    """ValueError where an example's loss depends on the other examples of its batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"'{name}' ({type(module).__name__}) makes an example's loss depend on the batch's others: there is no "
+                "gradient of one example; use GroupNorm or LayerNorm, or put it into evaluation mode"
+            )
+
+
+def require_own_rows(model: nn.Module, whole: Callable[[], Tensor], fewer: Callable[[], Tensor]) -> None:
+    """Raises Unsupported where a layer's output has as many rows as the batch has examples, but not one for each: a
+    table of relative positions, say, of a batch that has as many tokens as examples.
+
+    Args:
+        whole: runs the model on a batch and returns its losses. fewer: on some of its examples, with equal padding.
+    """
+
+    def rows(run: Callable[[], Tensor]) -> tuple[int, dict[str, int]]:
+        seen: dict[str, int] = {}
+
+        def note(_, __, output: Tensor, name: str) -> None:
+            seen.setdefault(name, len(output))
+
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in model.named_modules():
+                if any(type(module).forward is kind.forward for kind in SUPPORTED):
+                    hooks.enter_context(module.register_forward_hook(partial(note, name=name)))
+            return len(run()), seen
+
+    (examples, of_whole), (_, of_fewer) = rows(whole), rows(fewer)
+    for name, count in of_whole.items():
+        if count == examples == of_fewer.get(name):
+            raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
 
 
 class PerExampleGradients:
@@ -73,7 +113,7 @@ class PerExampleGradients:
                 others.append((name, module, own))
         for name, module, own in others:
             if own.keys() - owned:  # what it only shares with a Linear is fine (the bias of BERT's decoder)
-                raise TypeError(
+                raise Unsupported(
                     f"per-example gradients: module '{name}' ({type(module).__name__}) owns parameters "
                     f"({', '.join(own.values())}) but is not a plain Linear, LayerNorm or Embedding"
                 )
@@ -150,7 +190,7 @@ class PerExampleGradients:
         self._batch = len(losses)
         for name, leading in self._uses:
             if leading != self.batch_size:
-                raise RuntimeError(
+                raise Unsupported(
                     f"per-example gradients: the output of '{name}' has leading dimension {leading}, not "
                     f"the batch size {self.batch_size}; if its input is shared, pass record(batch_size=...)"
                 )
@@ -331,7 +371,7 @@ class PerExampleGradients:
             return None
         x = args[0] if args else kwargs["input"]
         if len(x) != self.batch_size:
-            raise RuntimeError(
+            raise Unsupported(
                 f"per-example gradients: '{name}' was given {len(x)} examples, not the {self.batch_size} recorded"
             )
         terms = []
@@ -451,7 +491,7 @@ class PerExampleGradients:
                     stack.append(following)
         for name, p in self._model.named_parameters():
             if id(p) in self._positions and edges[id(p)] > self._use_counts[id(p)]:
-                raise RuntimeError(f"per-example gradients: '{name}' is also used without calling its module")
+                raise Unsupported(f"per-example gradients: '{name}' is also used without calling its module")
 
 
 class _Tap(torch.autograd.Function):

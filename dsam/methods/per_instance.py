@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .per_example import PerExampleGradients
+from .m_sam import GroupSAM
+from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
 from .perturbation import Gradients
 from .sam import SAM
 from .step import Step
@@ -19,9 +20,11 @@ class PerInstance(SAM):
     that is 2B small passes. Here it is two batched ones: the first keeps each layer's inputs and output gradients, of
     which g_i consists, and in the second they move the layer's outputs as ε_i would (`PerExampleGradients.perturbed`).
 
-    The model must consist of Linear, LayerNorm and Embedding modules as far as it is trained; TypeError names one that
-    is not. For others there is `GroupSAM(m=1)`.
+    That needs a model that consists of Linear, LayerNorm and Embedding modules as far as it is trained. Others are run
+    one example at a time, which `notes` says. ValueError where the examples depend on one another (batch norm).
     """
+
+    m = 1  # of the slow way
 
     stateless = True
 
@@ -29,9 +32,52 @@ class PerInstance(SAM):
         super().__init__(params, rho, **options)
         if self.module is None:
             raise ValueError("PerInstance looks inside the model: PerInstance(model, …), or GroupSAM(params, m=1)")
-        PerExampleGradients(self.module, self.params)  # says what it cannot look into before the first step
+        require_examples_apart(self.module)
+        self.singly = False
+        try:
+            PerExampleGradients(self.module, self.params)
+        except Unsupported as why:
+            self._go_singly(why)
+
+    def _go_singly(self, why: Unsupported) -> None:
+        self.singly = True
+        self.note(f"per_instance runs one example at a time, which takes longer: {why}")
+
+    @property
+    def local_only(self) -> str:  # type: ignore[override]
+        return GroupSAM.local_only if self.singly else ""
+
+    @property
+    def graphable(self) -> bool:
+        return super().graphable and not self.singly
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        if not self.singly and "rows" not in self.checked:
+            try:
+                self._check(step)
+            except Unsupported as why:
+                self._go_singly(why)
+        if not self.singly:
+            return self._at_once(step)
+        found = GroupSAM.compute(self, step)  # type: ignore[arg-type]
+        step.report.pop("groups")
+        step.report["example_gradient_norm"] = step.report.pop("group_gradient_norm")
+        return found
+
+    def _check(self, step: Step) -> None:
+        """Once: whether the formulas are right for this model, by its first batch."""
+        assert self.module is not None
+        piece = step.pieces[0]
+        gradients = PerExampleGradients(self.module, self.params)
+        with torch.enable_grad(), gradients.record():
+            found = step.aside(0)
+        gradients.backward(found)
+        if piece.restrictable and len(found) > 1:
+            fewer = piece.restricted(list(range(len(found) - 1)))
+            require_own_rows(self.module, lambda: step.aside(0), lambda: step.aside(0, fewer))
+        self.checked.add("rows")
+
+    def _at_once(self, step: Step) -> tuple[Tensor, Gradients]:
         assert self.module is not None
         gradients = PerExampleGradients(self.module, self.params)
         losses: list[Tensor] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteGradient
 from .gradients import add, owned, sparse_gradient, whole
 from .perturbation import Gradients, perturbed, total_norm
-from .piece import Closure, pieces_of
+from .piece import Closure, Piece, pieces_of
 
 if TYPE_CHECKING:
     from .base import Method
@@ -73,6 +73,15 @@ class Step:
         """
         with self.passing(k, share), self._masks_of(k, ascent):
             return self.pieces[k].losses(precise)
+
+    def aside(self, k: int, instead: Piece | None = None) -> Tensor:
+        """Losses of piece k, or of what is run in its stead, as a pass that is no part of the step: not counted, and
+        nothing drawn or moved by it."""
+        state = self._masks[k]
+        if state is None:
+            state = self.random.get()
+        with self._buffers_kept(), self.random.replay(state):
+            return (instead or self.pieces[k]).losses(precise=True)
 
     def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
         """Losses of all pieces without their graphs."""

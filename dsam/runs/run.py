@@ -95,6 +95,8 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
         )
         keep("last")
         result = summarise(config, identity.id, task, data, state, network, device)
+        if method.notes:  # what it did otherwise than was asked
+            result["notes"] = method.notes
         tracker.summary(result)
         record.finish(result)
     checkpoints.clear()

@@ -1,0 +1,164 @@
+"""Methods that look inside a model, with many families of encoders: each beside a reference that does not look."""
+
+import encoders
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsam import ExampleLosses
+from dsam.methods import METHODS, DeltaSAM, PerInstance
+from dsam.methods.layers import TopLayers
+from dsam.methods.perturbation import perturbed
+from dsam.methods.weighting import LossChange
+
+RADIUS = 0.3
+WHOLE = {"albert", "funnel", "squeezebert", "xlm"}  # their layers are shared, nested or written over
+AT_ONCE = {
+    "bert",
+    "roberta",
+    "xlm_roberta",
+    "camembert",
+    "electra",
+    "distilbert",
+    "albert",
+    "modernbert",
+    "fnet",
+    "xlm",
+}
+NO_NOISE = {"xlnet": "in another order", "t5": "elsewhere", "bart": "elsewhere"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:layers=2", "ignore:per_instance runs one example")
+
+
+class Seen(LossChange):
+    """Keeps what the probe saw."""
+
+    def scores(self, losses, probe):
+        self.losses, self.probe = losses, probe
+        return super().scores(losses, probe)
+
+
+def losses_of(model, parts):
+    """With the masks that a step draws first."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        return torch.cat([part() for part in parts])
+
+
+def moved_by_each(model, parts, layers):
+    """(the parameters that move the losses and not what goes into the last `layers` layers; those that move neither, as
+    the bias of the keys, which softmax takes out again), found by moving each."""
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(set(map(type, m))) == 1]
+    longest = max(map(len, stacks))
+    stack = [m for m in stacks if len(m) == longest][-1]
+    below = []
+
+    def keep(_, __, output):
+        below.extend(x.detach().clone() for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
+
+    def run():
+        below.clear()
+        return losses_of(model, parts), list(below)
+
+    with stack[-layers - 1].register_forward_hook(keep):
+        (losses, given), above, inert = run(), [], []
+        for p in model.parameters():
+            generator = torch.Generator().manual_seed(4)
+            with perturbed([p], [torch.randn(p.shape, generator=generator, dtype=p.dtype)], 0.5):
+                losses_now, given_now = run()
+            if all(map(torch.equal, given, given_now)):
+                (inert if torch.equal(losses_now, losses) else above).append(p)
+    return above, inert
+
+
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_probes_of_the_top_layers_are_those_of_a_whole_pass(family):
+    """δ-SAM's probes from the top two layers on, batches in pieces of two lengths, dropout and all."""
+    model = encoders.model(family)
+    parts = [ExampleLosses(model, encoders.batch(5, 9)), ExampleLosses(model, encoders.batch(3, 8, seed=2))]
+    weighting = Seen(layers=2, radius=RADIUS)
+    method = DeltaSAM(model, 0.05, weighting, seed=3)
+    torch.manual_seed(9)
+    method.backward(parts)
+    assert bool(method.notes) == (family in WHOLE)
+    torch.testing.assert_close(weighting.losses, losses_of(model, parts), rtol=1e-9, atol=1e-9)
+    if family in WHOLE:
+        assert weighting.probe.dimension == sum(p.numel() for p in model.parameters())
+        return
+    above, (must, may) = method._top.params, moved_by_each(model, parts, 2)
+    assert set(must) <= set(above) <= {*must, *may}
+    assert weighting.probe.dimension == sum(p.numel() for p in above)
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in above]
+    length = torch.sqrt(sum(v.square().sum() for v in noise))
+    with perturbed(above, noise, float(RADIUS / length)):
+        torch.testing.assert_close(weighting.probe.plus[0], losses_of(model, parts), rtol=1e-9, atol=1e-9)
+    assert (weighting.probe.plus[0] - weighting.losses).abs().max() > 1e-6
+
+
+def gradient(model, loss):
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [9, 5])
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_per_instance_is_a_loop_over_the_examples(family, tokens):
+    """With as many tokens as examples, too, where a table of relative positions looks like a batch."""
+    if family == "convbert" and tokens == 5:
+        pytest.skip("its convolution is wider")
+    model, data, rho = encoders.model(family).eval(), encoders.batch(5, tokens), 0.1
+    params = list(model.parameters())
+    expected = [torch.zeros_like(p) for p in params]
+
+    def loss(i):
+        inputs = {name: value[i : i + 1] for name, value in data.items() if name != "labels"}
+        return F.cross_entropy(model(**inputs).logits, data["labels"][i : i + 1])
+
+    for i in range(5):
+        ascent = gradient(model, loss(i))
+        size = torch.sqrt(sum(g.square().sum() for g in ascent))
+        with perturbed(params, ascent, float(rho / size)):
+            torch._foreach_add_(expected, gradient(model, loss(i)), alpha=1 / 5)
+    method = PerInstance(model, rho=rho)
+    method.backward(ExampleLosses(model, data))
+    assert method.singly == (family not in AT_ONCE) == bool(method.notes)
+    limit = 1e-6 if family in ("llama", "qwen2") else 1e-7  # some compute parts in float32, whatever their weights are
+    for p, g in zip(params, expected, strict=True):
+        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, g, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("name", ["r3f", "freelb", "smart"])
+@pytest.mark.parametrize("family", ["mpnet", "deberta_v2", "modernbert", *NO_NOISE])
+def test_noise_reaches_the_words_or_is_refused(family, name):
+    model = encoders.model(family).eval()
+    method = METHODS[name](model)
+    if family in NO_NOISE:
+        for tokens in (9, 5):
+            with pytest.raises(ValueError, match=f"looks its words up {NO_NOISE[family]}"):
+                method.backward(ExampleLosses(model, encoders.batch(5, tokens)))
+        return
+    method.backward(ExampleLosses(model, encoders.batch()))
+    plain = gradient(model, ExampleLosses(model, encoders.batch())().mean())
+    moved = max(
+        float((p.grad - g).abs().max()) for p, g in zip(model.parameters(), plain, strict=True) if p.grad is not None
+    )
+    assert moved > 1e-12  # of plain training, which is equal to 1e-16
+
+
+def test_examples_that_depend_on_one_another_have_no_gradient_of_their_own():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) makes an example's loss depend"):
+        PerInstance(model)
+    assert PerInstance(model.eval()).singly
+
+
+def test_a_stack_that_is_left_whole_is_itself_again_whatever_happens():
+    model = encoders.model("mpnet")
+    top = TopLayers(model, 2)
+    part = ExampleLosses(model, encoders.batch())
+    with top.record():
+        part()
+    with pytest.raises(RuntimeError, match="on purpose"), top.resume():
+        raise RuntimeError("on purpose")
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
