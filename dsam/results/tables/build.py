@@ -1,6 +1,6 @@
 """The tables of an experiment, built from collected runs, and the cells behind them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,11 +23,13 @@ class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
     `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
-    step; None where there is no such run. `chosen` is None where no settings were chosen by another sweep, `rho` where
+    step; None where there is no such run. `last_epoch` is the main table without a choice of the epoch; None where that
+    is the main one. `chosen` is None where no settings were chosen by another sweep, `rho` where
     no method was run with several, `beside_published` where nothing published is comparable.
     """
 
     main: Table
+    last_epoch: Table | None
     per_task: Table
     statistics: Table
     equal_compute: Table | None
@@ -49,6 +51,7 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
     cost = cost_table(frame, baseline)
     return Tables(
         main=_main(frame, summary, comparison, cost, which, baseline),
+        last_epoch=_last_epoch(frame, cost, baseline) if which == "best" else None,
         per_task=_per_task(frame, summary, which),
         statistics=_statistics(frame, comparison, which, baseline),
         equal_compute=_equal_compute(frame, which, baseline),
@@ -111,6 +114,11 @@ def _main(frame, summary, comparison, cost, which, baseline) -> Table:
     caption = f"Scores on the development sets ({which} epoch): mean ± sd over seeds (number of runs), ×100"
     notes = [selection_note(frame, which), *_main_notes(frame, comparison, averaged, which, baseline)]
     return Table("main", caption, notes, pd.DataFrame(values), text, styled(styles, text)).without_single_model()
+
+
+def _last_epoch(frame, cost, baseline) -> Table:
+    table = _main(frame, summarise(frame, "last"), compare(frame, baseline, "last"), cost, "last", baseline)
+    return replace(table, name="last_epoch")
 
 
 def _marks(runs, means, which) -> dict[str, dict[str, str]]:
