@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -170,14 +170,19 @@ def run_one(cfg: DictConfig) -> None:
             print(f"diverged: {result['diverged']}")
 
 
-def sweep(cfgs: Sequence[DictConfig]) -> None:
-    """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed."""
+def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
+    """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed.
+
+    Args:
+        jobs: each one's composed configuration and the name of its experiment.
+    """
     from .sweeps import choose, estimate
     from .sweeps import sweep as sweeps
+    from .sweeps.compose import configurations
     from .sweeps.planned import counts, unfinished
 
     with one_line_errors():
-        configs = [load(cfg) for cfg in cfgs]
+        configs = configurations(jobs)
         runs = sweeps.plan(configs)
         first = configs[0]
         fresh = choose.check_fresh(configs)
