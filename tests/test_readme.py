@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -125,3 +126,13 @@ def test_a_published_command_has_placeholders_for_folders():
     given = ["/a/b/experiments/train.py", "model.path=/x/y", "data.root='~/glue'", "task=rte", "--out", "/o", "x=a/b"]
     expected = "experiments/train.py model.path=DIR data.root=DIR task=rte --out DIR x=a/b"
     assert published(given) == expected
+
+
+def test_the_finding_is_what_its_table_says():
+    table = pd.read_csv(ROOT / "results" / "tables" / "label_noise_chosen" / "main.csv").set_index("method")
+    text = README + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for method, name in (("sam", "SAM is"), ("dsam", "δ-SAM"), ("per_instance", "exact per-instance perturbation")):
+        row = 100 * table.loc[method, ["difference", "low", "high"]].astype(float)
+        said = re.findall(rf"{name} ([\d.]+)[^(]*\((?:95 % interval )?([\d.]+) to ([\d.]+)\)", " ".join(text.split()))
+        assert len(said) == 2
+        assert all(abs(float(x) - value) <= 0.051 for found in said for x, value in zip(found, row, strict=True))
