@@ -336,13 +336,10 @@ def test_words_that_another_layer_is_tied_to_are_all_probed():
     assert closure.words is None
 
 
-def test_where_there_are_no_such_layers_the_whole_model_is_probed_and_that_is_said():
-    model = bert()
-    with pytest.warns(UserWarning, match="layers=3: BertForSequenceClassification has 2 layers: probes of the whole"):
-        method = DeltaSAM(model, RHO, Seen(layers=3, radius=0.7), seed=3)
-    method.backward([ExampleLosses(model, batch())])
-    assert len(method.notes) == 1 and method.weighting.probe.dimension == sum(p.numel() for p in model.parameters())
-    with pytest.warns(UserWarning, match="no stack of layers"):
+def test_where_there_are_no_such_layers():
+    with pytest.raises(ValueError, match="layers=3: BertForSequenceClassification has 2"):
+        DeltaSAM(bert(), RHO, "probe", layers=3)
+    with pytest.warns(UserWarning, match="no stack of layers: probes of the whole model"):
         DeltaSAM(nn.Linear(2, 2), RHO, "probe", layers=1)
     with pytest.raises(ValueError, match="looks inside the model"):
         DeltaSAM(bert().parameters(), RHO, "probe", layers=1)

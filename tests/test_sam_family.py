@@ -149,7 +149,7 @@ def test_per_instance_keeps_an_examples_masks_in_both_passes():
 
 
 def test_per_instance_names_what_it_cannot_look_into():
-    with pytest.raises(TypeError, match=r"'1' \(BatchNorm1d\)"):
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\)"):
         PerInstance(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
     with pytest.raises(ValueError, match=r"GroupSAM\(params, m=1\)"):
         PerInstance(nn.Linear(5, 4).parameters())

@@ -74,7 +74,9 @@ class Oracle:
             noise: list[Tensor | None] = [torch.randn(p.shape, generator=generator).to(p) for p in self.params]
             dimension = self.dimension
             if layers is not None:
-                above = {id(p) for p in TopLayers(self.closure.model, layers).params}
+                top = TopLayers(self.closure.model, layers)
+                top.find(self.closure)  # there is no dropout here
+                above = {id(p) for p in top.params or ()}
                 noise = [v if id(p) in above else None for p, v in zip(self.params, noise, strict=True)]
                 dimension = sum(v.numel() for v in noise if v is not None)
             sides = []

@@ -27,7 +27,7 @@ class TopLayers:
             again = closure()            # the layers below give it again, and the top draws the same dropout masks
 
     The model stays whole: its lower layers give what the last of them gave, whatever that is, so that no model needs
-    to be known. Raises DoesNotFit where it has no stack of so many layers.
+    to be known. Raises DoesNotFit where it has no stack of layers, and ValueError where that has fewer.
     """
 
     def __init__(self, model: nn.Module, count: int):
@@ -42,8 +42,10 @@ class TopLayers:
         self._stacks = [stack for stack in stacks if len(stack) == longest]
         if count < 1:
             raise ValueError(f"layers must be at least 1, got {count}")
+        if count > longest > 1:
+            raise ValueError(f"layers={count}: {type(model).__name__} has {longest}")
         if count > longest:
-            raise DoesNotFit(f"{type(model).__name__} has {longest} layers")
+            raise DoesNotFit(f"{type(model).__name__} has one layer, or one that all share")
         self.count, self.share = count, count / longest
         self.stack = self._stacks[0]
         self.params: list[nn.Parameter] | None = None
@@ -89,7 +91,7 @@ class TopLayers:
             raise DoesNotFit("it writes over what its layers give")
         self.clear()
         limits = torch.finfo(whole.dtype).eps
-        if not torch.allclose(whole, again, rtol=limits**0.6, atol=limits**0.6):
+        if not ((whole - again).abs() <= limits**0.6 * (1 + whole.abs())).all():
             raise DoesNotFit("a pass from its top layers on is not what a whole pass gives")
         above = leaves([again]) - below
         self.params = [p for p in self._all if p in above]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,30 +53,27 @@ class PerInstance(SAM):
         return super().graphable and not self.singly
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
-        if not self.singly and "rows" not in self.checked:
-            try:
-                self._check(step)
-            except Unsupported as why:
-                self._go_singly(why)
         if not self.singly:
-            return self._at_once(step)
+            try:
+                self._require_own_rows(step)
+                return self._at_once(step)
+            except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
+                self._go_singly(why)
+                step.report |= {"forwards": 0.0, "backwards": 0.0}
         found = GroupSAM.compute(self, step)  # type: ignore[arg-type]
         step.report.pop("groups")
         step.report["example_gradient_norm"] = step.report.pop("group_gradient_norm")
         return found
 
-    def _check(self, step: Step) -> None:
-        """Once: whether the formulas are right for this model, by its first batch."""
-        assert self.module is not None
-        piece = step.pieces[0]
-        gradients = PerExampleGradients(self.module, self.params)
-        with torch.enable_grad(), gradients.record():
-            found = step.aside(0)
-        gradients.backward(found)
-        if piece.restrictable and len(found) > 1:
-            fewer = piece.restricted(list(range(len(found) - 1)))
-            require_own_rows(self.module, lambda: step.aside(0), lambda: step.aside(0, fewer))
-        self.checked.add("rows")
+    def _require_own_rows(self, step: Step) -> None:
+        """Once, at the first piece with as many tokens as examples, where shapes do not tell the two apart."""
+        for k, piece in enumerate(step.pieces if "rows" not in self.checked else ()):
+            if piece.square:
+                assert self.module is not None
+                fewer = piece.restricted(list(range((piece.size or 1) - 1)))
+                require_own_rows(self.module, partial(step.aside, k), partial(step.aside, k, fewer))
+                self.checked.add("rows")
+                return
 
     def _at_once(self, step: Step) -> tuple[Tensor, Gradients]:
         assert self.module is not None

@@ -80,7 +80,7 @@ class Step:
         state = self._masks[k]
         if state is None:
             state = self.random.get()
-        with self._buffers_kept(), self.random.replay(state):
+        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state):
             return (instead or self.pieces[k]).losses(precise=True)
 
     def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
@@ -93,9 +93,13 @@ class Step:
         """Around one forward pass of piece k: counts it, and undoes what any but the piece's first does to buffers."""
         self.report["forwards"] += share * self.costs[k]
         again, self._run[k] = self._run[k], True
-        grads = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.params]
-        with self._buffers_kept() if again else nullcontext():
+        with self._gradient_left_alone(), self._buffers_kept() if again else nullcontext():
             yield
+
+    @contextmanager
+    def _gradient_left_alone(self) -> Iterator[None]:
+        grads = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.params]
+        yield
         for p, (grad, version) in zip(self.params, grads, strict=True):
             if p.grad is not grad or (grad is not None and grad._version != version):
                 raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from dsam.config import Config
+from dsam.config import AUTO_OVERHEAD, Config
 from dsam.errors import UserError
 from dsam.results.collect import COLUMNS, TRAIN, collect
 from dsam.results.report import make as report
@@ -92,6 +92,8 @@ def _flaw(folder: Path) -> str | None:
             "options": config["optimizer"]["options"],
             **{name: config[name] for name in ("train", "seeds", "selection") if name in config},
         }
+        if told["train"].get("piece_overhead") == "auto":
+            told["train"] = told["train"] | {"piece_overhead": AUTO_OVERHEAD}  # as it names the run
         if config["model"]["id"] and not config["model"]["path"]:
             told["model"] = f"{config['model']['id']}@{config['model']['revision']}"
         for name, value in told.items():
