@@ -126,7 +126,8 @@ def fine_tune(
     def save(seconds: float) -> None:
         """Writes a checkpoint, where the last is so many seconds old and has cost little of the time since."""
         nonlocal saved_at, cost
-        if time.monotonic() - saved_at < max(seconds, cost / SAVING):
+        enough = cost / SAVING if config.checkpoint.every_seconds else 0  # 0: at every step, whatever it costs
+        if time.monotonic() - saved_at < max(seconds, enough):
             return
         began = time.monotonic()
         read(all_of_them=True)
