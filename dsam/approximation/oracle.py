@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..methods import ExampleLosses, Probe, Weighting
 from ..methods.delta_sam import curvature_along_own_gradients
 from ..methods.gradients import inner_product
-from ..methods.layers import TopLayers
+from ..methods.layers import DoesNotFit, TopLayers
 from ..methods.per_example import PerExampleGradients
 from ..methods.perturbation import Gradients, perturbed, total_norm
 
@@ -74,9 +74,7 @@ class Oracle:
             noise: list[Tensor | None] = [torch.randn(p.shape, generator=generator).to(p) for p in self.params]
             dimension = self.dimension
             if layers is not None:
-                top = TopLayers(self.closure.model, layers)
-                top.find(self.closure)  # there is no dropout here
-                above = {id(p) for p in top.params or ()}
+                above = self._above(layers)
                 noise = [v if id(p) in above else None for p, v in zip(self.params, noise, strict=True)]
                 dimension = sum(v.numel() for v in noise if v is not None)
             sides = []
@@ -86,6 +84,15 @@ class Oracle:
                     sides.append(self._losses()[None])
             self._probed[layers] = sides[0], sides[1]
         return self._probed[layers]
+
+    def _above(self, layers: int) -> set[int]:
+        """Ids of the parameters that are the top layers' own; of all, where the model has no such layers."""
+        try:
+            top = TopLayers(self.closure.model, layers)
+            top.find(self.closure)
+        except DoesNotFit:
+            return set(map(id, self.params))
+        return set(map(id, top.params or ()))
 
     def probe(self, rho: float, layers: int | None = None) -> Probe:
         """What a weighting may see, all of it exact but the random probe's losses."""
