@@ -1,6 +1,7 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -104,25 +105,24 @@ class ExampleLosses:
     def outputs(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings.
 
-        Padding gets no noise. The noise goes in by a hook on `model.get_input_embeddings()` during this call only.
+        Padding gets no noise. It goes in by hooks, during this call only, where the model looks `input_ids` up in the
+        table of `get_input_embeddings()`: in an encoder and decoder (T5, BART) where the encoder does, as in R3F's own.
         """
-        hook, called = None, False
-        if noise is not None:
-            added = noise * self.token_mask
+        added = None if noise is None else noise * self.token_mask
+        called = False
 
-            def add(_, args: tuple, out: Tensor) -> Tensor:
-                nonlocal called
-                called = True
-                self._require_these_words(args[0])
-                return out + added.to(out.dtype)
+        def add(_, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+            nonlocal called
+            called = True
+            assert added is not None
+            turned = self._turned(args[0] if args else kwargs["input"])
+            return out + (added.transpose(0, 1) if turned else added).to(out.dtype)
 
-            hook = self._embeddings().register_forward_hook(add)
-        try:
+        with ExitStack() as hooks:
+            for lookup in self._lookups() if noise is not None else []:
+                hooks.enter_context(lookup.register_forward_hook(add, with_kwargs=True))
             with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
                 logits = wide(self.model(**self.inputs).logits)
-        finally:
-            if hook is not None:
-                hook.remove()
         if noise is not None and not called:
             raise ValueError(
                 f"{type(self.model).__name__} looks its words up elsewhere than in get_input_embeddings(): methods "
@@ -131,12 +131,24 @@ class ExampleLosses:
         self.logits = logits.detach()
         return example_losses(logits, self.labels), logits
 
-    def _require_these_words(self, ids: Tensor) -> None:
-        """ValueError where the model looks up other indices than `input_ids`, as they are."""
+    def _lookups(self) -> list[nn.Embedding]:
+        """The modules that look the given words up: all with that table, of an encoder and a decoder the encoder's."""
+        table, where = self._embeddings().weight, self.model
+        if getattr(getattr(where, "config", None), "is_encoder_decoder", False):
+            where = where.get_encoder()  # type: ignore[operator]  # a Hugging Face model's
+        return [m for m in where.modules() if isinstance(m, nn.Embedding) and m.weight is table]
+
+    def _turned(self, ids: Tensor) -> bool:
+        """Whether a lookup has the sequence first, as XLNet's. ValueError where it is not of `input_ids`."""
         given = self.inputs["input_ids"]
-        square = given.shape[0] == given.shape[1]  # where only the values tell a transposed table
-        if ids.shape != given.shape or (square and not torch.equal(ids, given)):
-            raise ValueError(
-                f"{type(self.model).__name__} looks its words up in another order than it is given them: methods with "
-                "noise on the embeddings (r3f, freelb, smart) do not go with it"
-            )
+        if given.shape[0] != given.shape[1]:
+            if ids.shape in (given.shape, given.mT.shape):
+                return ids.shape != given.shape
+        elif torch.equal(ids, given):  # as many examples as tokens: only the values tell
+            return False
+        elif torch.equal(ids, given.mT):
+            return True
+        raise ValueError(
+            f"{type(self.model).__name__} looks up other words than its input_ids: methods with noise on the "
+            "embeddings (r3f, freelb, smart) do not go with it"
+        )
