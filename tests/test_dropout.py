@@ -3,6 +3,7 @@
 import copy
 import json
 
+import encoders
 import pytest
 import torch
 import transformers
@@ -13,7 +14,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.runs.run import prepare
-from dsam.training.dropout import Dropout, attention, dropout, use_fast_dropout
+from dsam import ExampleLosses
+from dsam.methods import METHODS
+from dsam.training.dropout import Dropout, attention, configure_dropout, dropout, set_dropout, use_fast_dropout
 
 N = 4_000_000
 
@@ -167,3 +170,78 @@ def test_a_run_on_a_cpu_uses_it_and_keeps_nothing_of_it_in_a_models_folder(tmp_p
     assert network.config._attn_implementation == "dsam"
     network.save_pretrained(tmp_path / "kept")
     assert "dsam" not in json.dumps(json.loads((tmp_path / "kept" / "config.json").read_text()))
+
+
+def family(name, p):
+    """As a run with train.dropout=p builds it, in training mode."""
+    kind, sizes = encoders.FAMILIES[name]
+    settings = getattr(transformers, f"{kind}Config")(**sizes, num_labels=2)
+    torch.manual_seed(0)
+    configure_dropout(settings, p)
+    network = getattr(transformers, f"{kind}ForSequenceClassification")(settings).train()
+    set_dropout(network, p)
+    return network
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The probabilities that PyTorch's own functions are given in training."""
+    seen = []
+    functional, attend = nn.functional.dropout, nn.functional.scaled_dot_product_attention
+
+    def dropped(x, p=0.5, training=True, inplace=False):
+        if training:
+            seen.append(p)
+        return functional(x, p, training, inplace)
+
+    def attended(query, key, value, attn_mask=None, dropout_p=0.0, **options):
+        seen.append(dropout_p)
+        return attend(query, key, value, attn_mask, dropout_p, **options)
+
+    monkeypatch.setattr(nn.functional, "dropout", dropped)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attended)
+    return seen
+
+
+INPUTS = {name: value for name, value in encoders.batch().items() if name != "labels"}
+
+
+@pytest.mark.parametrize("name", encoders.FAMILIES)
+def test_train_dropout_sets_every_dropout_of_a_family(name, rates):
+    """Modules, functions with a number of their own, and attention; those that the family itself leaves out, too."""
+    network = family(name, 0.375)
+    network(**INPUTS)
+    assert set(rates) == {0.375}
+    per_layer = 1 if name in ("qwen2", "llama", "fnet") else 2
+    assert len(rates) >= 3 * per_layer
+    modules = [m.p for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    assert set(modules) <= {0.375}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", encoders.FAMILIES)
+def test_without_dropout_no_family_draws_anything(name, fast):
+    network = family(name, 0.0)
+    if fast:
+        use_fast_dropout(network)
+    state = torch.get_rng_state()
+    assert torch.equal(network(**INPUTS).logits, network(**INPUTS).logits)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_are_left_out_as_the_model_says_unless_nothing_may_be_random():
+    settings = transformers.BartConfig(encoder_layerdrop=0.5)
+    configure_dropout(settings, 0.2)
+    assert (settings.encoder_layerdrop, settings.attention_dropout) == (0.5, 0.2)
+    configure_dropout(settings, 0.0)
+    assert settings.encoder_layerdrop == 0
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.0, True), (0.1, False)])
+def test_rdrop_says_that_it_is_plain_training_where_nothing_is_dropped(p, said, recwarn):
+    network = family("bert", p)
+    method = METHODS["rdrop"](network)
+    for _ in range(2):
+        method.backward(ExampleLosses(network, encoders.batch()))
+    assert [note.startswith("rdrop: the model draws no dropout") for note in method.notes] == [True] * said
+    assert len(recwarn) == said

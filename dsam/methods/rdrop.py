@@ -1,5 +1,6 @@
 """R-Drop: two dropout masks have to agree."""
 
+import torch
 from torch import Tensor
 
 from .embedding_noise import OutputMethod, add_to_report, divergence, require_at_least
@@ -13,7 +14,7 @@ class RDrop(OutputMethod):
     Liang, Wu et al. 2021, R-Drop: Regularized Dropout for Neural Networks, arXiv 2106.14448, eqs. 1–3. The paper's
     formula sums the two losses, so its α is twice ours; as we understand the official GLUE code, it averages them, as
     here. Two passes. The second mask is always another one: `mask` has no effect. Without dropout it is plain
-    training up to rounding. The returned loss is that of the first mask, which is plain training's.
+    training up to rounding, which `notes` says. The returned loss is that of the first mask, which is plain training's.
 
     Args:
         alpha: ≥ 0.
@@ -31,6 +32,10 @@ class RDrop(OutputMethod):
     ) -> tuple[Tensor, list[Tensor | None]]:
         losses, logits = step.outputs(k)
         others, other_logits = step.outputs(k, other_masks=True)
+        if "dropout" not in self.checked:  # once: a later step does not wait to learn it
+            self.checked.add("dropout")
+            if torch.equal(logits, other_logits):
+                self.note("rdrop: the model draws no dropout, so that this is plain training in twice the time")
         apart = divergence(logits, other_logits)
         share = 1.0 if logits.shape[-1] == 1 else 0.5
         loss = ((losses + others) / 2 + self.alpha * share * apart).sum() / examples

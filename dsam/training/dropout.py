@@ -1,8 +1,8 @@
-"""Dropout that draws its masks four times as fast on a CPU; the same random variable as PyTorch's."""
+"""Dropout that draws its masks four times as fast on a CPU, the same random variable as PyTorch's; and its rate."""
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
@@ -80,3 +80,32 @@ def use_fast_dropout(network: PreTrainedModel) -> None:
                 setattr(module, name, Dropout(child.p).train(child.training))
     if network.config._attn_implementation == "sdpa":  # others are a model's own
         network.set_attn_implementation(NAME)
+
+
+def configure_dropout(config: PreTrainedConfig, p: float) -> None:
+    """Has a network that is built from this configuration drop with probability p wherever it can drop.
+
+    Each family has names of its own for its dropouts, and builds some of them only where p is above 0.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            configure_dropout(value, p)
+        elif _is_rate(name, value, p) or (_is_rate(name, 0.0, p) and value is None):
+            setattr(config, name, p)
+
+
+def set_dropout(network: nn.Module, p: float) -> None:
+    """The same in a network that is built, for what does not follow its configuration."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = p
+        for name, value in vars(module).items():
+            if _is_rate(name, value, p):
+                setattr(module, name, p)
+
+
+def _is_rate(name: str, value: object, p: float) -> bool:
+    """Whether it is a dropout's probability. To leave whole layers out is none, but no dropout means that no less."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return p == 0 if "layerdrop" in name else "dropout" in name or name.endswith("pdrop")

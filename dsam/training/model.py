@@ -21,6 +21,7 @@ from ..config import Config, Model
 from ..errors import UserError, did_you_mean
 from ..glue.builtin import VOCABULARY
 from ..text import described, first_line
+from .dropout import configure_dropout, set_dropout
 from .model_files import folder_of
 
 transformers_logging.set_verbosity_error()
@@ -46,7 +47,8 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     torch.manual_seed(config.seeds.init)
     if model.architecture and not (model.path or model.id):
         architecture = _architecture(model.architecture, num_labels, tokenizer)
-        _set_dropout(architecture, train.dropout)
+        if train.dropout is not None:
+            configure_dropout(architecture, train.dropout)
         try:
             network = BertForSequenceClassification(architecture)
         except Exception as error:  # whatever sizes that do not fit each other, or memory, raise inside torch
@@ -54,7 +56,8 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
         architecture.num_labels = num_labels
-        _set_dropout(architecture, train.dropout)
+        if train.dropout is not None:
+            configure_dropout(architecture, train.dropout)
         network, loaded = _load(
             model,
             "weights",
@@ -79,6 +82,8 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
+    if train.dropout is not None:
+        set_dropout(network, train.dropout)
     words: Any = network.get_input_embeddings()
     if len(tokenizer) > words.num_embeddings:
         raise UserError(
@@ -127,12 +132,6 @@ def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFa
         return BertConfig(**own | given | {"num_labels": num_labels})
     except Exception as error:  # whatever its checks of types raise
         raise UserError(f"model.architecture={given}: {described(error)}") from None
-
-
-def _set_dropout(architecture, dropout: float | None) -> None:
-    if dropout is not None:
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            setattr(architecture, name, dropout)
 
 
 def _load(model: Model, what: str, load, **options):
