@@ -56,12 +56,13 @@ def run(config: Config) -> dict:
 
 
 def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:
-    for note in ready.notes:
+    notes = [*ready.notes, *ready.otherwise]
+    for note in notes:
         print(note)
     task, network, data, device = ready.task, ready.network, ready.data, ready.device
     method = make_method(config, network)
 
-    record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": ready.notes})
+    record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": notes})
     checkpoints = Checkpoints(record.folder / "checkpoint")
     with Tracker(config, identity.id, record.folder, identity.contents) as tracker:
 
@@ -92,11 +93,12 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
             resume=lambda saved: record.cut_log(saved["step"]),
             on_best=partial(keep, "best"),
             phases=phases,
+            whole=ready.whole,
         )
         keep("last")
         result = summarise(config, identity.id, task, data, state, network, device)
-        if method.notes:  # what it did otherwise than was asked
-            result["notes"] = method.notes
+        if otherwise := [*ready.otherwise, *method.notes]:
+            result["notes"] = otherwise
         tracker.summary(result)
         record.finish(result)
     checkpoints.clear()
@@ -115,6 +117,14 @@ class Ready:
     data: dict[str, glue.Tokenised]
     device: torch.device
     notes: list[str]
+    whole: bool = False
+    """The model's outputs depend on padding, so that its batches are not cut."""
+
+    @property
+    def otherwise(self) -> list[str]:
+        """Notes on what is done otherwise than was asked, for the result."""
+        said = f"{type(self.network).__name__}'s outputs depend on padding: batches are not cut by length"
+        return [said] if self.whole else []
 
 
 def prepare(config: Config, device: torch.device | None = None) -> Ready:
@@ -132,7 +142,8 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     else:
         attend_without_wait(network)
     data, notes = load_data(config, tokenizer)
-    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes])
+    whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
+    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes], whole)
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:

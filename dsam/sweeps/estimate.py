@@ -121,6 +121,7 @@ def _few_steps(config: Config) -> tuple[float, int]:
             log=lambda line: None,
             resume=lambda state: None,
             phases={step: note for step in (first, last) if step},
+            whole=ready.whole,
         )
     return (times[1] - times[0]) / (last - first) * total, peak_memory(ready.device)
 

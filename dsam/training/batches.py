@@ -46,15 +46,17 @@ def overhead(train: Train, device: torch.device) -> float | None:
     return None if given is None else given * (4 if train.precision == "bfloat16" else 1)
 
 
-def pieces(indices: np.ndarray, lengths: np.ndarray, train: Train, device: torch.device = CPU) -> list[np.ndarray]:
-    """The batch `indices` cut into micro-batches: at most `micro_batch_size` each, sorted by length where it pays.
+def pieces(
+    indices: np.ndarray, lengths: np.ndarray, train: Train, device: torch.device = CPU, by_length: bool = True
+) -> list[np.ndarray]:
+    """The batch `indices` cut into micro-batches: at most `micro_batch_size` each, sorted `by_length` where it pays.
 
     The cut minimises padded tokens plus `overhead` for each piece, over all ways to cut the sorted batch. The
     gradient is that of the undivided batch; only the order in which examples draw dropout masks differs.
     docs/speed.md has the figures.
     """
     most = train.micro_batch_size or len(indices)
-    each = overhead(train, device)
+    each = overhead(train, device) if by_length else None
     if each is None:
         return [indices[i : i + most] for i in range(0, len(indices), most)]
     order = np.argsort(lengths[indices], kind="stable")

@@ -78,6 +78,7 @@ def fine_tune(
     resume: Callable[[dict], None],
     on_best: Callable[[], None] = lambda: None,
     phases: dict[int, Callable[[], None]] | None = None,
+    whole: bool = False,
 ) -> State:
     """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
 
@@ -87,6 +88,7 @@ def fine_tune(
         resume: called with the checkpoint's state before training goes on, e.g. to cut the log back to it.
         on_best: called after an evaluation that is the best so far.
         phases: {step: what to call once that step is taken}.
+        whole: the model's outputs depend on padding: all of a batch is padded alike, and to no more than its longest.
     Raises:
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
     """
@@ -111,7 +113,7 @@ def fine_tune(
     torch.manual_seed(config.seeds.data)
     state, outcomes = State(), Outcomes(device)
     saved_at, cost = time.monotonic(), 0.0
-    graphs = graphs_for(method, model, autocast, train.max_grad_norm, config.device.graphs)
+    graphs = graphs_for(method, model, autocast, train.max_grad_norm, config.device.graphs and not whole)
 
     def read(all_of_them: bool) -> None:
         for one in outcomes.read(all_of_them):
@@ -167,11 +169,12 @@ def fine_tune(
             if epoch != order_epoch:
                 order, order_epoch = subset[epoch_order(len(subset), config.seeds.data, epoch)], epoch
             batch = order[position * train.batch_size : (position + 1) * train.batch_size]
-            parts = pieces(batch, examples.lengths, train, device)
+            parts = pieces(batch, examples.lengths, train, device, by_length=not whole)
+            width = int(examples.lengths[batch].max()) if whole else 1
             if graphs is not None and len(parts) == 1:
                 loss = graphs.backward(examples.batch(parts[0], BUCKET, train.max_length))
             else:
-                closures = [ExampleLosses(model, to(examples.batch(part), device), autocast) for part in parts]
+                closures = [ExampleLosses(model, to(examples.batch(part, width), device), autocast) for part in parts]
                 try:
                     loss = method.backward(closures, wait=not outcomes.later)
                 except NonFiniteGradient as error:

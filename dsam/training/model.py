@@ -1,17 +1,24 @@
 """Builds the classifier and its tokenizer from a hub id, a local folder or an architecture; runs no code of theirs."""
 
+import inspect
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (  # type: ignore[attr-defined]  # BertTokenizerFast is there; its stubs lack it
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -29,13 +36,32 @@ transformers_logging.disable_progress_bar()
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
-    """The model's fast tokenizer."""
+    """The model's fast tokenizer, which marks the second sentence of a pair where the model takes such marks."""
     if model.architecture and not (model.path or model.id):
         return BertTokenizerFast(vocab=str(VOCABULARY), do_lower_case=True)
     tokenizer = _load(model, "tokenizer", AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
         raise UserError(f"model {model.path or model.id} has no fast tokenizer (tokenizer.json)")
+    _mark_sentences(tokenizer, _load(model, "configuration", AutoConfig.from_pretrained))
     return tokenizer
+
+
+def _mark_sentences(tokenizer: PreTrainedTokenizerFast, architecture: PreTrainedConfig) -> None:
+    """Has the tokenizer give token_type_ids to a model that tells a pair's sentences apart by them, and to no other:
+    ALBERT's and XLNet's leave them out."""
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(architecture), None)
+    if kind is None:
+        return
+    names = list(tokenizer.model_input_names)
+    takes = "token_type_ids" in inspect.signature(kind.forward).parameters
+    if "token_type_ids" in names:
+        if not takes:
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+        return
+    marks = set(tokenizer("one", "two", return_token_type_ids=True)["token_type_ids"])
+    known = math.inf if architecture.model_type == "xlnet" else getattr(architecture, "type_vocab_size", None) or 0
+    if takes and len(marks) > 1 and max(marks) < known:
+        tokenizer.model_input_names = [*names, "token_type_ids"]
 
 
 def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -56,6 +82,9 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
         architecture.num_labels = num_labels
+        pad = tokenizer.pad_token_id
+        if getattr(architecture, "pad_token_id", None) is None and pad is not None and pad < architecture.vocab_size:
+            architecture.pad_token_id = pad  # by which a decoder finds each row's last word
         if train.dropout is not None:
             configure_dropout(architecture, train.dropout)
         network, loaded = _load(
@@ -90,10 +119,10 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
             f"model {model.path or model.name}: the tokenizer has {len(tokenizer)} tokens and the model "
             f"{words.num_embeddings} embeddings: they do not fit each other"
         )
-    positions = getattr(architecture, "max_position_embeddings", None)
+    positions = _positions(network)
     if positions and train.max_length > positions:
         raise UserError(f"train.max_length={train.max_length} is above the model's {positions} positions")
-    _try(model, network, tokenizer, num_labels)
+    _try(config, network, tokenizer, num_labels)
     return network
 
 
@@ -106,17 +135,76 @@ def start_from(network: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"initialise_from: {folder} cannot be used: {described(error)}") from None
 
 
+def _positions(network: PreTrainedModel) -> int | None:
+    """The most tokens of a row; None where there is no such limit."""
+    limit = getattr(network.config, "max_position_embeddings", None)
+    if not limit or limit < 0:  # XLNet has −1 of them
+        return None
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return min(limit, module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from there
+    return limit
+
+
+ROWS = (["one", "one two three four five six seven"], ["two", "eight nine ten eleven twelve thirteen"])
+"""Two pairs, a short one and one of about 16 tokens."""
+
+
 @torch.no_grad()
-def _try(model: Model, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_labels: int) -> None:
-    """One short pair through the model, without dropout: what fails here would fail in the first step."""
-    was_training = network.training
+def _try(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_labels: int) -> None:
+    """Two pairs of different lengths through the model, without dropout: what fails here would fail in a step."""
+    model, was_training = config.model, network.training
+    rows = ROWS if tokenizer.pad_token_id is not None else (["one"], ["two"])
     try:
-        logits = network.eval()(**tokenizer("one", "two", return_tensors="pt")).logits
+        inputs = _padded(tokenizer, rows, config.train.max_length)
+        logits = network.eval()(**inputs).logits
     except Exception as error:  # whatever sizes that do not fit each other raise inside torch
         raise UserError(f"model {model.path or model.id or model.name} cannot be used: {described(error)}") from None
-    if logits.shape != (1, num_labels):
+    if logits.shape != (len(rows[0]), num_labels):
         raise UserError(f"model {model.path or model.id or model.name} gives outputs of shape {tuple(logits.shape)}")
     network.train(was_training)
+
+
+def _padded(tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[str]], most: int, more: int = 0) -> BatchEncoding:
+    """The rows' inputs, of at most `most` tokens, padded to the longest and as many tokens `more`."""
+    options: dict[str, Any] = {"truncation": "longest_first", "max_length": most, "return_attention_mask": True}
+    encoded = tokenizer(*rows, **options)
+    width = max(map(len, encoded["input_ids"])) + more
+    if len(rows[0]) == 1 and not more:
+        return tokenizer(*rows, **options, return_tensors="pt")
+    return tokenizer.pad(encoded, padding="max_length", max_length=width, return_tensors="pt")
+
+
+WIDER = (1, 8)
+"""Tokens of padding by which outputs may not change: one, where places are pooled in pairs, and more than a few."""
+
+
+@torch.no_grad()
+def depends_on_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, max_length: int) -> bool:
+    """Whether what the model gives for a row's tokens changes with its padding: it mixes or pools all places (FNet,
+    Funnel), or convolves over them (ConvBERT, MobileBERT)."""
+    most = max_length - max(WIDER)
+    if tokenizer.pad_token_id is None or most <= tokenizer.num_special_tokens_to_add(pair=True):
+        return False
+    was_training = network.training
+    network.eval()
+
+    def given(more: int) -> list[Tensor]:
+        """The logits, and the last hidden states at tokens: there it shows before it is diluted."""
+        inputs, hidden = _padded(tokenizer, ROWS, most, more).to(network.device), []
+        with network.base_model.register_forward_hook(lambda _, __, output: hidden.append(output[0])):
+            logits = network(**inputs).logits
+        mask = inputs["attention_mask"].bool()
+        return [logits, *(h[mask] for h in hidden if h.shape[:2] == mask.shape)]
+
+    usual = given(0)
+    found = any(
+        bool((one - other).abs().max() > 1e-4 * one.abs().max())
+        for more in WIDER
+        for one, other in zip(usual, given(more), strict=False)  # Funnel's last ones are at fewer places
+    )
+    network.train(was_training)
+    return found
 
 
 def _architecture(given: dict, num_labels: int, tokenizer: PreTrainedTokenizerFast) -> BertConfig:

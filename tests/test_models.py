@@ -1,0 +1,166 @@
+"""Classifiers of many families as a run builds them: their lengths, padding, marks of a pair's sentences."""
+
+from pathlib import Path
+
+import encoders
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_config import config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AlbertTokenizer, PreTrainedTokenizerFast, XLNetTokenizer
+
+from dsam.errors import UserError
+from dsam.glue import Tokenised
+from dsam.runs.run import prepare, run
+from dsam.training.model import build, load_tokenizer
+
+WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen the a is of and to in".split()
+SPECIAL = ["<unk>", "<pad>", "</s>", "<s>", "<mask>"]  # padding is 1 and the end 2, as `encoders` has them
+
+
+def plain_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """A word a token; pairs as BART and RoBERTa have them, all of the type 0."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 3), ("</s>", 2)]
+    )
+    named = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **named | options
+    )
+
+
+def unigram(kind, pad: str, cls: str, sep: str):
+    names = dict.fromkeys([pad, "<unk>", cls, sep, "[MASK]", *(f"▁{word}" for word in WORDS)])
+    return kind(vocab=[(name, -1.0) for name in names], unk_token="<unk>", pad_token=pad, cls_token=cls, sep_token=sep)
+
+
+def folder_of(place: Path, family: str, tokenizer=None, spoil=lambda network: None, **settings) -> Path:
+    """A model's folder, in float32, its tokenizer beside it."""
+    kind, sizes = encoders.FAMILIES[family]
+    tokenizer = tokenizer or plain_tokenizer(padding_side="left" if family == "xlnet" else "right")
+    torch.manual_seed(0)
+    given = getattr(transformers, f"{kind}Config")(**sizes | settings, num_labels=2)
+    network = getattr(transformers, f"{kind}ForSequenceClassification")(given)
+    spoil(network)
+    network.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def of(folder: Path, *more: str):
+    return config("model=encoder", f"model.path={folder}", f"paths.cache={folder}/cache", *more)
+
+
+PLACES = dict.fromkeys(["bert", "distilbert", "modernbert", "bart", "gpt2", "opt", "xlm", "llama"], encoders.P)
+PLACES |= dict.fromkeys(["roberta", "xlm_roberta", "camembert", "mpnet"], encoders.P - 2)  # they count from padding on
+PLACES |= dict.fromkeys(["xlnet", "t5", "funnel"], None)
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_rows_are_at_most_as_long_as_a_model_has_places(family, tmp_path):
+    limit = PLACES[family]
+    folder = folder_of(tmp_path, family)
+    tokenizer = plain_tokenizer()
+    network = build(of(folder, f"train.max_length={limit or 200}"), 2, tokenizer).eval()
+    row = tokenizer("one " * (limit or 200), truncation=True, max_length=limit or 200, return_tensors="pt")
+    assert row["input_ids"].shape[1] == (limit or 200)
+    assert torch.isfinite(network(**row).logits).all()
+    if limit is not None:
+        with pytest.raises(UserError, match=f"max_length={limit + 1} is above the model's {limit} positions"):
+            build(of(folder, f"train.max_length={limit + 1}"), 2, tokenizer)
+
+
+def test_a_decoder_without_a_word_for_padding_takes_its_tokenizers(tmp_path):
+    folder = folder_of(tmp_path, "gpt2", pad_token_id=None)
+    given = of(folder, "train.max_length=32")
+    tokenizer = load_tokenizer(given.model)
+    network = build(given, 2, tokenizer).eval()
+    assert network.config.pad_token_id == tokenizer.pad_token_id == 1
+    rows = ["one two three", "one two three four five six"]
+    both = network(**tokenizer(rows, padding=True, return_tensors="pt")).logits
+    each = torch.cat([network(**tokenizer(row, return_tensors="pt")).logits for row in rows])
+    torch.testing.assert_close(both, each, rtol=1e-4, atol=1e-5)
+
+
+def test_what_fails_with_two_rows_only_fails_before_the_run(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, "gpt2")
+    given = of(folder, "train.max_length=32")
+    tokenizer = load_tokenizer(given.model)
+    monkeypatch.setattr(transformers.GPT2Config, "pad_token_id", property(lambda self: None, lambda self, value: None))
+    with pytest.raises(UserError, match="cannot be used: ValueError: Cannot handle batch sizes > 1"):
+        build(given, 2, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["albert", "xlnet"])
+def test_the_second_sentence_of_a_pair_is_marked(family, tmp_path):
+    kind = {"albert": AlbertTokenizer, "xlnet": XLNetTokenizer}[family]
+    pad, cls, sep = {"albert": ("<pad>", "[CLS]", "[SEP]"), "xlnet": ("<pad>", "<cls>", "<sep>")}[family]
+    tokenizer = load_tokenizer(of(folder_of(tmp_path, family, unigram(kind, pad, cls, sep))).model)
+    encoded = tokenizer("one two", "three")
+    words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    types = dict(zip(words, encoded["token_type_ids"], strict=True))
+    assert (types["▁one"], types["▁two"], types["▁three"]) == (0, 0, 1)
+    data = prepare(of(tmp_path, "task=entailment", "train.max_length=32")).data
+    pairs = next(iter(data.values()))
+    assert {0, 1} <= set(np.unique(pairs.token_type_ids).tolist())
+
+
+def test_marks_go_to_no_model_that_has_none_for_them(tmp_path):
+    """RoBERTa has one type, MPNet none, GPT-2 would look them up as words; BERT's own tokenizer stays as it is."""
+    for family in ("roberta", "mpnet", "gpt2", "modernbert"):
+        types = {"type_vocab_size": 1} if family == "roberta" else {}
+        folder = folder_of(tmp_path / family, family, unigram(AlbertTokenizer, "<pad>", "[CLS]", "[SEP]"), **types)
+        assert load_tokenizer(of(folder).model).model_input_names == ["input_ids", "attention_mask"]
+    bert = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])})
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert load_tokenizer(of(folder_of(tmp_path / "bert", "bert", bert)).model).model_input_names == names
+    without = load_tokenizer(of(folder_of(tmp_path / "distilbert", "distilbert", bert)).model).model_input_names
+    assert without == ["input_ids", "attention_mask"]
+
+
+def heavy_padding(network):
+    network.get_input_embeddings().weight.data[1] = 1.0
+
+
+MIXED = {"fnet", "funnel", "convbert", "mobilebert"}
+
+
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_models_whose_outputs_depend_on_padding_are_known(family, tmp_path):
+    """A trained MobileBERT's word for padding is not zero."""
+    ready = prepare(of(folder_of(tmp_path, family, spoil=heavy_padding), "task=agreement", "train.max_length=32"))
+    assert ready.whole == (family in MIXED)
+    assert [note.endswith("batches are not cut by length") for note in ready.otherwise] == [True] * ready.whole
+
+
+@pytest.mark.parametrize("micro", ["null", "5"])
+def test_their_batches_are_padded_alike(micro, tmp_path, monkeypatch):
+    """Micro-batches, which bound the memory, are as wide as the whole batch is."""
+    seen = []
+    folder = folder_of(tmp_path / "model", "fnet")
+    options = [f"paths.runs={tmp_path}/runs", "task=agreement", "train.max_length=32", "train.piece_overhead=0"]
+    options += ["train.max_steps=2", "train.batch_size=16", f"train.micro_batch_size={micro}"]
+    given = of(folder, *options)
+    batch = Tokenised.batch
+
+    def noted(self, indices, *widths):
+        found = batch(self, indices, *widths)
+        if widths:
+            seen.append((found["input_ids"].shape, int(self.lengths[indices].max())))
+        return found
+
+    monkeypatch.setattr(Tokenised, "batch", noted)
+    result = run(given)
+    assert result["notes"] == [
+        "FNetForSequenceClassification's outputs depend on padding: batches are not cut by length"
+    ]
+    sizes = [16] * 2 if micro == "null" else [5, 5, 5, 1] * 2
+    assert [shape[0] for shape, _ in seen] == sizes
+    half = len(seen) // 2
+    for step in (seen[:half], seen[half:]):
+        assert {shape[1] for shape, _ in step} == {max(longest for _, longest in step)}
