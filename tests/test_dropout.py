@@ -13,9 +13,9 @@ from test_config import config
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from dsam.runs.run import prepare
 from dsam import ExampleLosses
 from dsam.methods import METHODS
+from dsam.runs.run import prepare
 from dsam.training.dropout import Dropout, attention, configure_dropout, dropout, set_dropout, use_fast_dropout
 
 N = 4_000_000

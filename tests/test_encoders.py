@@ -13,20 +13,14 @@ from dsam.methods.weighting import LossChange
 
 RADIUS = 0.3
 WHOLE = {"albert", "funnel", "squeezebert", "xlm"}  # their layers are shared, nested or written over
-AT_ONCE = {
-    "bert",
-    "roberta",
-    "xlm_roberta",
-    "camembert",
-    "electra",
-    "distilbert",
-    "albert",
-    "modernbert",
-    "fnet",
-    "xlm",
-}
+SINGLY = {"deberta", "deberta_v2", "xlnet", "funnel", "opt", "convbert", "squeezebert"}
+"""Families of which exact per-example quantities come from passes over single examples."""
+ROUGH = {"llama", "qwen2", "t5", "deberta", "funnel"}
+"""Families that compute their norms in float32, whatever their weights are."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:layers=2", "ignore:per_instance runs one example")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:layers=2", "ignore:per_instance runs one example", "ignore:weighting .* looks at one example"
+)
 
 
 class Seen(LossChange):
@@ -100,6 +94,21 @@ def gradient(model, loss):
     return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
 
 
+def single(model, data, i):
+    """Example i's loss alone."""
+    inputs = {name: value[i : i + 1] for name, value in data.items() if name != "labels"}
+    return F.cross_entropy(model(**inputs).logits, data["labels"][i : i + 1])
+
+
+def assert_gradient(model, expected, limit):
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, g, rtol=limit, atol=limit)
+
+
+def norm_of(gradients):
+    return float(torch.sqrt(sum(g.square().sum() for g in gradients)))
+
+
 @pytest.mark.parametrize("tokens", [9, 5])
 @pytest.mark.parametrize("family", encoders.FAMILIES)
 def test_per_instance_is_a_loop_over_the_examples(family, tokens):
@@ -109,22 +118,53 @@ def test_per_instance_is_a_loop_over_the_examples(family, tokens):
     model, data, rho = encoders.model(family).eval(), encoders.batch(5, tokens), 0.1
     params = list(model.parameters())
     expected = [torch.zeros_like(p) for p in params]
-
-    def loss(i):
-        inputs = {name: value[i : i + 1] for name, value in data.items() if name != "labels"}
-        return F.cross_entropy(model(**inputs).logits, data["labels"][i : i + 1])
-
     for i in range(5):
-        ascent = gradient(model, loss(i))
-        size = torch.sqrt(sum(g.square().sum() for g in ascent))
-        with perturbed(params, ascent, float(rho / size)):
-            torch._foreach_add_(expected, gradient(model, loss(i)), alpha=1 / 5)
+        ascent = gradient(model, single(model, data, i))
+        with perturbed(params, ascent, rho / norm_of(ascent)):
+            torch._foreach_add_(expected, gradient(model, single(model, data, i)), alpha=1 / 5)
     method = PerInstance(model, rho=rho)
     method.backward(ExampleLosses(model, data))
-    assert method.singly == (family not in AT_ONCE) == bool(method.notes)
-    limit = 1e-6 if family in ("llama", "qwen2") else 1e-7  # some compute parts in float32, whatever their weights are
-    for p, g in zip(params, expected, strict=True):
-        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, g, rtol=limit, atol=limit)
+    assert method.singly == (family in SINGLY) == bool(method.notes)
+    assert_gradient(model, expected, 1e-6 if family in ROUGH else 1e-9)
+
+
+def curvature(model, data, i, own, length=1e-2):
+    """‖H ĝ‖ of example i along its own gradient, by central differences."""
+    sides = []
+    for sign in (1, -1):
+        with perturbed(list(model.parameters()), own, sign * length / norm_of(own)):
+            sides.append(gradient(model, single(model, data, i)))
+    return norm_of(torch._foreach_sub(*sides)) / (2 * length)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("name", ["relative_gap", "exact_curvature", "gibbs"])
+@pytest.mark.parametrize("family", [*sorted(SINGLY), "mpnet", "gpt2", "qwen2", "t5", "bart"])
+def test_exact_weightings_are_of_each_examples_own_gradient(family, name, pieces):
+    """The step's gradient beside that at w + ρ Σ p_i g_i / ‖…‖; pieces of different lengths, too."""
+    model, rho = encoders.model(family).eval(), 0.1
+    parts = [encoders.batch(5, 9)] if pieces == 1 else [encoders.batch(3, 9), encoders.batch(2, 12, seed=4)]
+    places = [(part, i) for part in parts for i in range(len(part["labels"]))]
+    own = [gradient(model, single(model, part, i)) for part, i in places]
+    norms = torch.tensor([norm_of(g) for g in own], dtype=torch.float64)
+    if name == "exact_curvature":
+        bent = [curvature(model, *place, g) for place, g in zip(places, own, strict=True)]
+        scores = torch.tensor(bent, dtype=torch.float64) / norms
+    elif name == "relative_gap":
+        mean = [sum(several) / len(own) for several in zip(*own, strict=True)]
+        along = torch.stack([sum((a * b).sum() for a, b in zip(g, mean, strict=True)) for g in own])
+        scores = 1 - along / (norms * norm_of(mean))
+    else:
+        scores = torch.exp(norms - norms.max())
+    p = scores / scores.sum()
+    ascent = [sum(float(w) * g for w, g in zip(p, several, strict=True)) for several in zip(*own, strict=True)]
+    with perturbed(list(model.parameters()), ascent, rho / norm_of(ascent)):
+        each = [gradient(model, single(model, part, i)) for part, i in places]
+    expected = [sum(several) / len(places) for several in zip(*each, strict=True)]
+    method = DeltaSAM(model, rho, name, **({"norms": "exact"} if name == "gibbs" else {}))
+    method.backward([ExampleLosses(model, part) for part in parts])
+    assert method.singly == (family in SINGLY) == bool(method.notes)
+    assert_gradient(model, expected, 1e-5 if family in ROUGH else 1e-8)
 
 
 def logits_from(model, embedded, inputs):

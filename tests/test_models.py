@@ -16,7 +16,8 @@ from dsam.glue import Tokenised
 from dsam.runs.run import prepare, run
 from dsam.training.model import build, load_tokenizer
 
-WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen the a is of and to in".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
+WORDS += ["the", "a", "is", "of", "and", "to", "in"]
 SPECIAL = ["<unk>", "<pad>", "</s>", "<s>", "<mask>"]  # padding is 1 and the end 2, as `encoders` has them
 
 

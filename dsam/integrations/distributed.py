@@ -144,6 +144,8 @@ class JointStep(Step):
 class GlobalStep(JointStep):
     """Every pass is over the joint batch, so that all ranks see the same gradients and take the same decisions."""
 
+    alone = False
+
     @cached_property
     def words(self) -> nn.Embedding | None:
         return None  # the ranks' batches differ in their words, but not in their probes; dense gradients are reduced

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import DoesNotFit, TopLayers
-from .per_example import PerExampleGradients
+from .one_by_one import OneByOne
+from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
 from .perturbation import Gradients, perturbed, total_norm
 from .sam import SAM
 from .step import Step
@@ -59,6 +60,21 @@ class DeltaSAM(SAM):
                 self._top = TopLayers(self.module, self.weighting.layers)
             except DoesNotFit as why:
                 self._probe_all(why)
+        self.singly = False  # exact per-example quantities are taken from passes over single examples
+        if self.weighting.exact:
+            if self.module is None:
+                name = type(self.weighting).__name__
+                raise ValueError(f"weighting {name} looks inside the model: DeltaSAM(model, …)")
+            require_examples_apart(self.module)
+            try:
+                PerExampleGradients(self.module, self.params)
+            except Unsupported as why:
+                self._go_singly(why)
+
+    def _go_singly(self, why: Unsupported) -> None:
+        self.singly = True
+        name = type(self.weighting).__name__
+        self.note(f"weighting {name} looks at one example at a time, which takes longer: {why}")
 
     def _probe_all(self, why: DoesNotFit) -> None:
         self._top = None
@@ -75,7 +91,8 @@ class DeltaSAM(SAM):
 
     @property
     def graphable(self) -> bool:
-        return super().graphable and type(self.weighting) in WEIGHTINGS.values()  # not what others may do there
+        known = type(self.weighting) in WEIGHTINGS.values()  # not what others may do there
+        return super().graphable and known and not self.singly
 
     @property
     def local_only(self) -> str:  # type: ignore[override]
@@ -85,8 +102,20 @@ class DeltaSAM(SAM):
 
     def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
         self._find_top(step)
-        losses, gradient = self._exactly_weighted(step) if self.weighting.exact else self._weighted(step)
+        losses, gradient = self._found(step)
         return losses, step.joint(losses, gradient, weighted=True)
+
+    def _found(self, step: Step) -> tuple[Tensor, Gradients]:
+        """(losses at w (B,), Σ_i p_i g_i), in the way that goes with weighting and model."""
+        if self.weighting.exact and not self.singly:
+            assert self.module is not None
+            try:
+                require_own_rows(self.module, step)
+                return self._exactly_weighted(step)
+            except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
+                self._go_singly(why)
+                step.report |= {"forwards": 0.0, "backwards": 0.0}
+        return self._weighted(step)
 
     def _weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""
@@ -113,8 +142,7 @@ class DeltaSAM(SAM):
     def _exactly_weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """As above with exact per-example quantities: one backward pass over the activations serves for the norms and
         for the weighted gradient."""
-        if self.module is None:
-            raise ValueError(f"weighting {type(self.weighting).__name__} looks inside the model: DeltaSAM(model, …)")
+        assert self.module is not None
         pieces, recorded = [], []
         for k in range(len(step)):
             gradients = PerExampleGradients(self.module, self.params)
@@ -129,12 +157,7 @@ class DeltaSAM(SAM):
         batch = PerExampleGradients.joined(recorded)
         exact = self.weighting.exact
         if "cosines" in exact:
-            squares, products = batch.squared_norms_and_mean_dots()
-            probe.norms = squares.sqrt()
-            limits = torch.finfo(products.dtype)
-            # ‖g‖² = mean_i g_i·g, where it is more than what rounding leaves of gradients that cancel.
-            size = torch.maximum(products.mean(), limits.eps * squares.mean()).sqrt()
-            probe.cosines = (products / (probe.norms * size).clamp_min(limits.tiny)).clamp(-1, 1)
+            probe.norms, probe.cosines = norms_and_cosines(*batch.squared_norms_and_mean_dots())
         else:
             probe.norms = batch.squared_norms().sqrt()
         if "gram" in exact:
@@ -143,6 +166,19 @@ class DeltaSAM(SAM):
             probe.curvature = torch.cat([self._curvature(step, k, g) for k, g in enumerate(recorded)])
         weights = step.weigh(self.weighting, losses, probe)
         return losses, batch.weighted_gradient(weights, self.takes_rows() and step.rows_suffice())
+
+    def _look_singly(self, step: Step, probe: Probe) -> None:
+        """The exact quantities of `probe`, from a pass or more over each example."""
+        examples, exact = OneByOne(step), self.weighting.exact
+        if "gram" in exact:
+            probe.gram = examples.gram()
+            probe.norms, probe.cosines = norms_and_cosines(probe.gram.diagonal(), probe.gram.mean(1))
+        elif "cosines" in exact:
+            probe.norms, probe.cosines = norms_and_cosines(*examples.squared_norms_and_mean_dots())
+        else:
+            probe.norms = examples.squared_norms().sqrt()
+        if "curvature" in exact:
+            probe.curvature = examples.curvature()
 
     def _curvature(self, step: Step, k: int, gradients: PerExampleGradients) -> Tensor:
         def losses() -> Tensor:
@@ -164,6 +200,8 @@ class DeltaSAM(SAM):
                 raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
             probe.logits = torch.cat([logits for logits, _ in outputs])
             probe.labels = torch.cat([labels for _, labels in outputs])
+        if self.weighting.exact and self.singly:
+            self._look_singly(step, probe)
         if not self.weighting.sides:
             return losses, probe
         if any(piece.autocast for piece in step.pieces):
@@ -227,6 +265,14 @@ def rademacher(shape: Sequence[int], like: Tensor, generator: torch.Generator) -
     bits = torch.ones_like(places) << places  # made where they are needed: a list would have to travel there
     signs = (draws.view(torch.uint8)[:, None] & bits != 0).to(like.dtype)
     return signs.mul_(2).sub_(1).flatten()[:n].view(shape)
+
+
+def norms_and_cosines(squares: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """(‖g_i‖, cosines with the mean gradient g), from ‖g_i‖² and g_i · g; all of shape (B,)."""
+    norms, limits = squares.sqrt(), torch.finfo(products.dtype)
+    # ‖g‖² = mean_i g_i·g, where it is more than what rounding leaves of gradients that cancel.
+    size = torch.maximum(products.mean(), limits.eps * squares.mean()).sqrt()
+    return norms, (products / (norms * size).clamp_min(limits.tiny)).clamp(-1, 1)
 
 
 def curvature_along_own_gradients(

@@ -76,6 +76,11 @@ class OuterProducts(NamedTuple):
         inner = torch.bmm(x, self.right.mT.to(x.dtype)) * scales.to(x.dtype)
         return torch.bmm(inner, self.lefts[k].to(inner.dtype))
 
+    def turned_outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
+        """The same of a layer that multiplies by weight k itself: scales_i x_it g_i, x (B, S, m) -> (B, S, n)."""
+        inner = torch.bmm(x, self.lefts[k].mT.to(x.dtype)) * scales.to(x.dtype)
+        return torch.bmm(inner, self.right.to(inner.dtype))
+
     def lookups(self, k: int, ids: Tensor, scales: Tensor) -> Tensor:
         """Rows `ids` (B, S) of scales_i g_i for weight k, tied to an embedding: (B, S, n)."""
         left = self.lefts[k]

@@ -14,17 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .gradients import dense, whole, wide
+from .layer_kinds import EMBEDDING, LINEAR, LOOKUP, TURNED, Lookups, See, kind_of, positions_apart, scaled
 from .outer_products import OuterProducts, Rows, WeightGroup
-
-SUPPORTED = (nn.Linear, nn.LayerNorm, nn.Embedding)
+from .step import Step
 
 
 class Unsupported(TypeError, RuntimeError):
@@ -41,34 +39,37 @@ def require_examples_apart(model: nn.Module) -> None:
             )
 
 
-def require_own_rows(model: nn.Module, whole: Callable[[], Tensor], fewer: Callable[[], Tensor]) -> None:
-    """Raises Unsupported where a layer's output has as many rows as the batch has examples, but not one for each: a
-    table of relative positions, say, of a batch that has as many tokens as examples.
+def require_own_rows(model: nn.Module, step: Step) -> None:
+    """Once, at the first piece with as many tokens as examples, where shapes do not tell the two apart: raises
+    Unsupported where a layer's output has as many rows as there are examples, but not one for each."""
+    for k, piece in enumerate(step.pieces if "rows" not in step.checked else ()):
+        if piece.square:
+            examples = piece.size or 1
+            whole = _rows(model, partial(step.aside, k), examples)
+            fewer = piece.restricted(list(range(examples - 1)))
+            of_fewer = _rows(model, partial(step.aside, k, fewer), examples - 1)
+            for name, count in whole.items():
+                if count == examples == of_fewer.get(name):
+                    raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
+            step.checked.add("rows")
+            return
 
-    Args:
-        whole: runs the model on a batch and returns its losses. fewer: on some of its examples, with equal padding.
-    """
 
-    def rows(run: Callable[[], Tensor]) -> tuple[int, dict[str, int]]:
-        seen: dict[str, int] = {}
+def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[str, int]:
+    """Rows of the output of each module that there are formulas for, by name."""
+    seen: dict[str, int] = {}
 
-        def note(_, __, output: Tensor, name: str) -> None:
-            seen.setdefault(name, len(output))
+    def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen.setdefault(name, len(output))
 
-        with ExitStack() as hooks, torch.no_grad():
-            for name, module in model.named_modules():
-                if any(type(module).forward is kind.forward for kind in SUPPORTED):
-                    hooks.enter_context(module.register_forward_hook(partial(note, name=name)))
-            return len(run()), seen
-
-    (examples, of_whole), (_, of_fewer) = rows(whole), rows(fewer)
-    for name, count in of_whole.items():
-        if count == examples == of_fewer.get(name):
-            raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
+    modules = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
+    with _hooked(model, modules, note, lambda: examples), torch.no_grad():
+        run()
+    return seen
 
 
 class PerExampleGradients:
-    """Per-example gradients g_i = ∇losses[i] of a model of Linear, LayerNorm and Embedding.
+    """Per-example gradients g_i = ∇losses[i] of a model of Linear, LayerNorm, Embedding and their kin (`layer_kinds`).
 
         gradients = PerExampleGradients(model)
         with gradients.record():
@@ -82,14 +83,14 @@ class PerExampleGradients:
     `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
     leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
-    B is an error; one that is B by chance (a relative-position table of T = B rows) cannot be noticed.
+    B is an error; one that is B by chance is not noticed here (`require_own_rows`).
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
     """
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter] | None = None):
         """`params`: the parameters that count, by default all that require a gradient.
 
-        Raises TypeError naming a module that owns such a parameter and is not Linear, LayerNorm or Embedding,
+        Raises TypeError naming a module that owns such a parameter and is none of these,
         ValueError for a parameter that is not the model's. One that is frozen later contributes nothing.
         """
         self.params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
@@ -101,12 +102,7 @@ class PerExampleGradients:
         for name, module in model.named_modules():
             own = {id(p): which for which, p in module.named_parameters(recurse=False)}
             own = {p: which for p, which in own.items() if p in self._positions}
-            # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
-            if (
-                any(type(module).forward is kind.forward for kind in SUPPORTED)
-                and set(own.values()) <= {"weight", "bias"}
-                and not getattr(module, "scale_grad_by_freq", False)
-            ):
+            if kind_of(module) is not None and set(own.values()) <= {"weight", "bias"}:
                 self._modules.append((name, module))
                 owned |= own.keys()
             else:
@@ -156,27 +152,13 @@ class PerExampleGradients:
         self._batch = batch_size
         handle = self._model.register_forward_pre_hook(self._read_batch_size, with_kwargs=True)
         try:
-            with self._hooked(self._tap):
+            with _hooked(self._model, self._modules, self._tap, lambda: self._batch):
                 yield self
         except BaseException:
             self.clear()
             raise
         finally:
             handle.remove()
-
-    @contextmanager
-    def _hooked(self, hook: Callable):
-        """Inside, `hook(name, module, args, kwargs, output)` sees, and may replace, what the modules put out."""
-        handles = []
-        try:
-            for name, module in self._modules:
-                if isinstance(module, nn.Embedding):
-                    handles.append(module.register_forward_pre_hook(self._expand_indices, with_kwargs=True))
-                handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def backward(self, losses: Tensor) -> None:
@@ -362,7 +344,8 @@ class PerExampleGradients:
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
-        with self._hooked(partial(self._perturb, scales, products)):
+        perturb = partial(self._perturb, scales, products)
+        with _hooked(self._model, self._modules, perturb, lambda: self._batch):
             yield
 
     def _perturb(self, scales: Tensor, products: dict[int, OuterProducts], name: str, module, args, kwargs, output):
@@ -375,24 +358,28 @@ class PerExampleGradients:
                 f"per-example gradients: '{name}' was given {len(x)} examples, not the {self.batch_size} recorded"
             )
         terms = []
-        if isinstance(module, nn.Embedding):
+        kind = kind_of(module)
+        if isinstance(module, EMBEDDING):
             ids = x.reshape(self.batch_size, -1)
             shape = (*ids.shape, module.embedding_dim)
             if weight in self._rows:
                 terms.append(self._rows[weight].lookups(ids, scales))
             if weight in products:
                 terms.append(products[weight].lookups(weight, ids, scales))
-        elif isinstance(module, nn.Linear):
-            tokens = x.reshape(self.batch_size, -1, module.in_features)
-            shape = (*tokens.shape[:2], module.out_features)
+        elif isinstance(module, LINEAR) or kind == TURNED:
+            tokens = x.reshape(self.batch_size, -1, x.shape[-1])
+            shape = (*tokens.shape[:2], output.shape[-1])
             if weight in products:
-                terms.append(products[weight].outputs(weight, tokens, scales))
+                outputs = products[weight].turned_outputs if kind == TURNED else products[weight].outputs
+                terms.append(outputs(weight, tokens, scales))
             if weight in self._rows:
-                terms.append(self._rows[weight].outputs(tokens, module.out_features, scales))
+                if kind == TURNED:
+                    raise Unsupported(f"per-example gradients: '{name}' is tied to an embedding the other way round")
+                terms.append(self._rows[weight].outputs(tokens, output.shape[-1], scales))
         else:
-            shape = (self.batch_size, -1, prod(module.normalized_shape))
+            shape = (self.batch_size, -1, module.weight.numel())
             if weight in self._vectors:
-                normalized = F.layer_norm(x, module.normalized_shape, eps=module.eps).reshape(shape)
+                normalized = scaled(module, x).reshape(shape)
                 terms.append(normalized * (self._vectors[weight][:, None] * scales))
         if bias in self._vectors:
             terms.append(self._vectors[bias][:, None] * scales)
@@ -410,13 +397,6 @@ class PerExampleGradients:
             leading = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
             self._batch = max(leading, default=None)
 
-    def _expand_indices(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
-        ids = args[0] if args else kwargs["input"]
-        if self._batch and ids.dim() and ids.shape[0] == 1:
-            return (ids.expand(self._batch, *ids.shape[1:]),), {}
-        return None
-
     def _counted(self, module: nn.Module) -> list[int | None]:
         """Positions of the module's weight and bias, None for what does not count."""
         own = [getattr(module, which, None) for which in ("weight", "bias")]
@@ -433,19 +413,21 @@ class PerExampleGradients:
 
     def _receive(self, module: nn.Module, counted: list[int | None], x: Tensor, grad: Tensor) -> None:
         weight, bias = counted
-        if isinstance(module, nn.Embedding):
+        kind = kind_of(module)
+        if isinstance(module, EMBEDDING):
             if weight is not None:
                 self._lookups[weight].append((x, grad, module.padding_idx))
             return
-        if isinstance(module, nn.Linear):
-            grad = grad.reshape(self.batch_size, -1, module.out_features)
-            if weight is not None:
+        if isinstance(module, LINEAR) or kind == TURNED:
+            grad = grad.reshape(self.batch_size, -1, grad.shape[-1])
+            if weight is not None and kind == TURNED:
+                self._factors[weight].append((x.detach().reshape(*grad.shape[:2], -1).to(grad.dtype), grad))
+            elif weight is not None:
                 self._factors[weight].append((grad, x))
         else:
-            assert isinstance(module, nn.LayerNorm)
-            grad = wide(grad).reshape(self.batch_size, -1, prod(module.normalized_shape))
+            grad = wide(grad).reshape(self.batch_size, -1, module.weight.numel())  # type: ignore[operator]
             if weight is not None:
-                normalized = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
+                normalized = scaled(module, wide(x.detach()))
                 self._add_vector(weight, normalized.reshape(grad.shape).mul_(grad).sum(1))
         if bias is not None:
             self._add_vector(bias, wide(grad).sum(1))
@@ -510,6 +492,33 @@ class _Tap(torch.autograd.Function):
         receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx: let it not keep the layer's input too
         receive(grad)
         return grad, None, None
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], see: See, examples: Callable[[], int | None]
+) -> Iterator[None]:
+    """Inside, `see` sees, and may replace, what the modules put out; indices that all examples share are looked up for
+    each of `examples()`, where their number is known."""
+
+    def expand(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
+        ids, size = args[0] if args else kwargs["input"], examples()
+        if size and ids.dim() and ids.shape[0] == 1:
+            return (ids.expand(size, *ids.shape[1:]),), {}
+        return None
+
+    with ExitStack() as contexts:
+        for name, module in modules:
+            kind = kind_of(module)
+            if kind is EMBEDDING:
+                contexts.enter_context(module.register_forward_pre_hook(expand, with_kwargs=True))
+            if kind != LOOKUP:
+                contexts.enter_context(module.register_forward_hook(partial(see, name), with_kwargs=True))
+        if any(kind_of(module) == LOOKUP for _, module in modules):
+            contexts.enter_context(Lookups(modules, see, examples))
+        contexts.enter_context(positions_apart(model, examples))
+        yield
 
 
 @contextmanager

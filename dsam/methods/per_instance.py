@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,26 +53,19 @@ class PerInstance(SAM):
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         if not self.singly:
+            assert self.module is not None
             try:
-                self._require_own_rows(step)
+                require_own_rows(self.module, step)
                 return self._at_once(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 self._go_singly(why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
+        if not step.alone:
+            raise ValueError(f"PerInstance cannot ascend on the joint batch ({self.local_only}); use ascent='local'")
         found = GroupSAM.compute(self, step)  # type: ignore[arg-type]
         step.report.pop("groups")
         step.report["example_gradient_norm"] = step.report.pop("group_gradient_norm")
         return found
-
-    def _require_own_rows(self, step: Step) -> None:
-        """Once, at the first piece with as many tokens as examples, where shapes do not tell the two apart."""
-        for k, piece in enumerate(step.pieces if "rows" not in self.checked else ()):
-            if piece.square:
-                assert self.module is not None
-                fewer = piece.restricted(list(range((piece.size or 1) - 1)))
-                require_own_rows(self.module, partial(step.aside, k), partial(step.aside, k, fewer))
-                self.checked.add("rows")
-                return
 
     def _at_once(self, step: Step) -> tuple[Tensor, Gradients]:
         assert self.module is not None

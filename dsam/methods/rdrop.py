@@ -30,12 +30,11 @@ class RDrop(OutputMethod):
     def piece(
         self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
+        before = self.random.get()
         losses, logits = step.outputs(k)
+        if all(map(torch.equal, before, self.random.get())):  # on the host, which waits for no device
+            self.note("rdrop: the model draws no dropout, so that this is plain training in twice the time")
         others, other_logits = step.outputs(k, other_masks=True)
-        if "dropout" not in self.checked:  # once: a later step does not wait to learn it
-            self.checked.add("dropout")
-            if torch.equal(logits, other_logits):
-                self.note("rdrop: the model draws no dropout, so that this is plain training in twice the time")
         apart = divergence(logits, other_logits)
         share = 1.0 if logits.shape[-1] == 1 else 0.5
         loss = ((losses + others) / 2 + self.alpha * share * apart).sum() / examples

@@ -267,6 +267,9 @@ class Step:
 
     # What several processes do together (`dsam.integrations.distributed`); one process is alone.
 
+    alone = True
+    """Whether its passes are over this process's examples only."""
+
     def joint(self, losses: Tensor, gradient: Gradients, weighted: bool = False) -> list[Tensor | None]:
         """The gradient over the batches of all processes, from this one's over its `losses` (B,)."""
         return list(gradient)

@@ -1,0 +1,177 @@
+"""Which of a model's modules `per_example` has formulas for, found by what they compute, not by their names alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .gradients import wide
+
+LINEAR, NORM, EMBEDDING = nn.Linear, nn.LayerNorm, nn.Embedding
+TURNED = "turned"
+"""A linear layer whose weight is (in, out): GPT-2's Conv1D."""
+SCALE = "scale"
+"""f(x) · weight + bias by elements of the last axis, f without parameters: RMSNorm and its relatives."""
+LOOKUP = "lookup"
+"""An embedding with a forward of its own, which looks rows up as embeddings do: BART's and OPT's positions."""
+_found: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+
+def kind_of(module: nn.Module) -> object:
+    """LINEAR, NORM, EMBEDDING, TURNED, SCALE, LOOKUP, or None for what is none of them or owns something else."""
+    own = dict(module.named_parameters(recurse=False))
+    if not own or not own.keys() <= {"weight", "bias"} or getattr(module, "scale_grad_by_freq", False):
+        return None
+    # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
+    for kind in (LINEAR, NORM, EMBEDDING):
+        if type(module).forward is kind.forward:
+            return kind
+    if isinstance(module, EMBEDDING):
+        return LOOKUP
+    if module not in _found:
+        _found[module] = TURNED if _is_turned(module, own) else SCALE if _is_scale(module, own) else None
+    return _found[module]
+
+
+def scaled(module: nn.Module, x: Tensor) -> Tensor:
+    """f(x) of a module of kind NORM or SCALE: what its weight multiplies."""
+    if isinstance(module, LINEAR | EMBEDDING):
+        raise TypeError(f"{type(module).__name__} scales nothing")
+    if isinstance(module, NORM):
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    one = torch.ones_like(module.weight, dtype=x.dtype)  # type: ignore[arg-type]
+    return _with(module, one, x) - _with(module, torch.zeros_like(one), x)  # where the weight is 1 + w, too
+
+
+def _with(module: nn.Module, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What the module's forward makes of x with this weight and bias, none of its hooks called."""
+    kept = dict(module._parameters)
+    try:
+        for name, p in kept.items():
+            if p is not None:
+                other = torch.zeros_like(weight) if bias is None else bias
+                module._parameters[name] = weight if name == "weight" else other  # type: ignore[assignment]  # will do
+        return module.forward(x)
+    finally:
+        module._parameters.update(kept)
+
+
+@torch.no_grad()
+def _is_turned(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    weight = own.get("weight")
+    if type(module).__name__ != "Conv1D" or weight is None or weight.ndim != 2:
+        return False
+    given, bias = _drawn((2, 3, weight.shape[0]), weight), own.get("bias")
+    expected = given @ weight if bias is None else given @ weight + bias
+    return _gives(module, lambda: module.forward(given), expected)
+
+
+@torch.no_grad()
+def _is_scale(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+    weight = own.get("weight")
+    if (
+        weight is None
+        or weight.ndim != 1
+        or any(p.shape != weight.shape for p in own.values())
+        or any(module.children())
+    ):
+        return False
+    x, by, to = (_drawn(shape, weight) for shape in ((2, 3, len(weight)), weight.shape, weight.shape))
+    try:
+        expected = _with(module, torch.zeros_like(weight), x) + scaled(module, x) * by
+    except Exception:  # whatever another kind of layer makes of three axes
+        return False
+    expected = expected + to if "bias" in own else expected
+    whole = _gives(module, lambda: _with(module, by, x, to), expected)
+    return whole and _gives(module, lambda: _with(module, by, x[:1], to), expected[:1])
+
+
+def _drawn(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _gives(module: nn.Module, run: Callable[[], Tensor], expected: Tensor) -> bool:
+    try:
+        found = run()
+    except Exception:  # whatever another kind of layer makes of three axes
+        return False
+    limit = torch.finfo(expected.dtype).eps ** 0.5 if expected.dtype.itemsize < 8 else 1e-5  # some compute in float32
+    return found.shape == expected.shape and torch.allclose(wide(found), wide(expected), rtol=limit, atol=limit)
+
+
+See = Callable[[str, nn.Module, tuple, dict, Tensor], Tensor | None]
+"""(name, module, args, kwargs, output) -> what to go on with in place of the output, None for itself."""
+
+
+class Lookups(TorchFunctionMode):
+    """Inside, `see` sees what modules of kind LOOKUP look up, one row of indices for each of `examples()`."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], see: See, examples: Callable[[], int | None]):
+        super().__init__()
+        self.tables = {id(module.weight): (name, module) for name, module in modules if kind_of(module) == LOOKUP}
+        self.see, self.examples = see, examples
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.embedding or id(args[1]) not in self.tables:
+            return func(*args, **kwargs)
+        ids, size = args[0], self.examples()
+        if size and ids.dim() and ids.shape[0] == 1:  # positions that all examples share
+            ids = ids.expand(size, *ids.shape[1:])
+        found = func(ids, *args[1:], **kwargs)
+        seen = self.see(*self.tables[id(args[1])], (ids,), {}, found)
+        return found if seen is None else seen
+
+
+TABLES = ("compute_position_bias", "compute_bias")
+"""Methods that look relative positions up once for all examples, in `relative_attention_bias`: MPNet's and T5's."""
+
+
+@contextmanager
+def positions_apart(model: nn.Module, examples: Callable[[], int | None]) -> Iterator[None]:
+    """Inside, such tables are looked up for each example: the values are the same, and each example's gradient is its
+    own. `examples()` says how many there are, None where that is not known."""
+    patched = []
+    try:
+        for module in model.modules():
+            for name in TABLES:
+                table = module._modules.get("relative_attention_bias")
+                if hasattr(type(module), name) and isinstance(table, EMBEDDING) and name not in vars(module):
+                    setattr(module, name, partial(_for_each, module, getattr(module, name), examples))
+                    patched.append((module, name))
+        yield
+    finally:
+        for module, name in patched:
+            delattr(module, name)
+
+
+def _for_each(module: nn.Module, look_up: Callable[..., Tensor], examples: Callable[[], int | None], *args, **kwargs):
+    """(B, heads, T, S) of what `look_up` gives for one or all."""
+    table, size = module._modules["relative_attention_bias"], examples()
+    assert isinstance(table, EMBEDDING)
+    if size is None:
+        return look_up(*args, **kwargs)
+    asked = _Asked(table)
+    try:
+        module._modules["relative_attention_bias"] = asked
+        look_up(*args, **kwargs)
+    finally:
+        module._modules["relative_attention_bias"] = table
+    return table(asked.ids.expand(size, *asked.ids.shape)).permute(0, 3, 1, 2)
+
+
+class _Asked(nn.Module):
+    """Stands in for a table to learn what is looked up in it."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.weight = table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.ids = ids
+        return self.weight.new_zeros(()).expand(*ids.shape, self.weight.shape[1])
