@@ -45,10 +45,10 @@ def require_own_rows(model: nn.Module, step: Step) -> None:
     for k, piece in enumerate(step.pieces if "rows" not in step.checked else ()):
         if piece.square:
             examples = piece.size or 1
-            whole = _rows(model, partial(step.aside, k), examples)
+            of_all = _rows(model, partial(step.aside, k), examples)
             fewer = piece.restricted(list(range(examples - 1)))
             of_fewer = _rows(model, partial(step.aside, k, fewer), examples - 1)
-            for name, count in whole.items():
+            for name, count in of_all.items():
                 if count == examples == of_fewer.get(name):
                     raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
             step.checked.add("rows")
