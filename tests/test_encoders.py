@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from dsam import ExampleLosses
-from dsam.methods import METHODS, DeltaSAM, PerInstance
+from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one
+from dsam.methods.layer_kinds import kind_of
 from dsam.methods.layers import TopLayers
 from dsam.methods.perturbation import perturbed
+from dsam.methods.step import Step
 from dsam.methods.weighting import LossChange
 
 RADIUS = 0.3
@@ -167,6 +169,36 @@ def test_exact_weightings_are_of_each_examples_own_gradient(family, name, pieces
     assert_gradient(model, expected, 1e-5 if family in ROUGH else 1e-8)
 
 
+def mean_gradient(model, places, weights=None):
+    """Σ_i p_i g_i, one example after the other; uniform p where none are given."""
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for k, (part, i) in enumerate(places):
+        share = 1 / len(places) if weights is None else float(weights[k])
+        torch._foreach_add_(total, gradient(model, single(model, part, i)), alpha=share)
+    return total
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("name", ["plain", "sam", "dsam", "dsam_whole"])
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_a_step_is_that_of_a_loop_over_the_examples(family, name, pieces):
+    """The gradient of the mean loss at w + ρ Σ p_i g_i / ‖…‖, from single examples; pieces of different lengths."""
+    model, rho = encoders.model(family).eval(), 0.1
+    parts = [encoders.batch(3, 9)] if pieces == 1 else [encoders.batch(2, 9), encoders.batch(2, 12, seed=4)]
+    weighting = Seen(layers=2 if name == "dsam" else None, radius=RADIUS)
+    method = METHODS[name](model, **({"rho": rho} if name == "sam" else {})) if name in METHODS else None
+    method = method or DeltaSAM(model, rho, weighting, seed=3)
+    loss = method.backward([ExampleLosses(model, part) for part in parts])
+    places, rise = [(part, i) for part in parts for i in range(len(part["labels"]))], None
+    torch.testing.assert_close(loss, torch.stack([single(model, *place) for place in places]).mean().detach())
+    if name.startswith("dsam"):
+        rise = (weighting.probe.plus[0] - weighting.losses).abs()
+    ascent = mean_gradient(model, places, None if rise is None else rise / rise.sum())
+    with perturbed(list(model.parameters()), ascent, 0 if name == "plain" else rho / norm_of(ascent)):
+        expected = mean_gradient(model, places)
+    assert_gradient(model, expected, 1e-6 if family in ROUGH else 1e-9)
+
+
 def logits_from(model, embedded, inputs):
     """The logits where the words are embedded already, each kind of model asked in its own way."""
     mask, ids = inputs["attention_mask"], inputs["input_ids"]
@@ -236,3 +268,74 @@ def test_a_stack_that_is_left_whole_is_itself_again_whatever_happens():
     with pytest.raises(RuntimeError, match="on purpose"), top.resume():
         raise RuntimeError("on purpose")
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["electra", "mpnet", "t5"])
+def test_probes_go_on_in_float32_from_what_autocast_left_narrow(family):
+    """ELECTRA's words are narrower than its layers, which a layer in bfloat16 widens."""
+    model, weighting = encoders.model(family, torch.float32).eval(), Seen(layers=3, radius=1e-3)
+    data = encoders.batch()
+    DeltaSAM(model, 0.05, weighting).backward(ExampleLosses(model, data, torch.bfloat16))
+    assert weighting.probe.plus.dtype == torch.float32
+    clean = ExampleLosses(model, data)().detach()
+    torch.testing.assert_close(weighting.probe.plus[0], clean, rtol=0.02, atol=0.02)
+
+
+def test_products_are_the_same_however_few_gradients_are_held(monkeypatch):
+    model = encoders.model("xlnet").eval()
+    found = []
+    for held in (2**28, 2 * sum(p.numel() for p in model.parameters())):
+        monkeypatch.setattr(one_by_one, "HELD", held)
+        part = ExampleLosses(model, encoders.batch())
+        found.append(one_by_one.OneByOne(Step(DeltaSAM(model), part)).gram())
+    own = [gradient(model, single(model, encoders.batch(), i)) for i in range(5)]
+    flat = torch.stack([torch.cat([g.flatten() for g in one]) for one in own])
+    for gram in found:
+        torch.testing.assert_close(gram, flat @ flat.T, rtol=1e-10, atol=1e-14)
+
+
+def test_one_example_at_a_time_is_refused_on_the_joint_batch_of_several_processes():
+    class Joint(Step):
+        alone = False
+
+    model = encoders.model("xlnet")
+    method = PerInstance(model)
+    with pytest.raises(ValueError, match="use ascent='local'"):
+        method.take(Joint(method, ExampleLosses(model, encoders.batch())))
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, mean=None, bias=True):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(4))
+        self.bias = torch.nn.Parameter(torch.rand(4)) if bias else None
+        self.mean = mean
+
+    def forward(self, x):
+        x = x if self.mean is None else x - x.mean(self.mean, keepdim=True)
+        return x * (1 + self.weight) + (0 if self.bias is None else self.bias)
+
+
+class Soft(Norm):
+    def forward(self, x):
+        return x * self.weight.softmax(0)
+
+
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        (Norm(), True),
+        (Norm(mean=-1, bias=False), True),
+        (Norm(mean=0), False),  # over the batch
+        (Soft(bias=False), False),
+        (torch.nn.RMSNorm(4), True),
+        (torch.nn.BatchNorm1d(4).eval(), False),
+        (torch.nn.GroupNorm(2, 4), False),
+        (torch.nn.PReLU(4), False),
+        (torch.nn.Conv1d(4, 4, 1), False),
+    ],
+)
+def test_a_layer_that_scales_is_known_by_what_it_computes(module, known):
+    before = [p.detach().clone() for p in module.parameters()]
+    assert (kind_of(module) == "scale") == known
+    assert all(map(torch.equal, before, module.parameters()))
