@@ -214,6 +214,8 @@ def test_train_dropout_sets_every_dropout_of_a_family(name, rates):
     assert set(rates) == {0.375}
     per_layer = 1 if name in ("qwen2", "llama", "fnet") else 2
     assert len(rates) >= 3 * per_layer
+    kept = {k: v for k, v in network.config.to_dict().items() if "drop" in k and "layerdrop" not in k}
+    assert set(kept.values()) == {0.375}  # as a kept model's folder says
     modules = [m.p for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     assert set(modules) <= {0.375}
 

@@ -106,7 +106,8 @@ class ExampleLosses:
         """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings.
 
         Padding gets no noise. It goes in by hooks, during this call only, where the model looks `input_ids` up in the
-        table of `get_input_embeddings()`: in an encoder and decoder (T5, BART) where the encoder does, as in R3F's own.
+        table of `get_input_embeddings()`; of an encoder and a decoder (T5, BART) where the encoder does, as we
+        understand the code of R3F's authors.
         """
         added = None if noise is None else noise * self.token_mask
         called = False
