@@ -144,6 +144,32 @@ def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
     assert table.text.loc[1, "peak memory (MiB)"] == "–"
 
 
+def test_seconds_and_memory_of_two_machines_are_not_compared(tmp_path):
+    """As many cells on each, and more runs on the GPU; sam never ran there."""
+    ran = [
+        ("adamw", 0, "GPU", 0.1),
+        ("adamw", 2, "GPU", 0.1),
+        ("adamw", 1, "CPU", 0.01),
+        ("dsam", 0, "GPU", 0.3),
+        ("sam", 0, "CPU", 5.0),
+    ]
+    for method, seed, machine, seconds in ran:
+        train = {"steps": 1, "seconds": 3600, "peak_memory_bytes": seconds * 2**20, "examples_per_second": 1}
+        one = plan("rte", "tiny", method, seed)
+        finish(tmp_path, one, train=train | {"seconds_per_step": seconds, "passes_per_step": 2})
+        (tmp_path / one["folder"] / "provenance.json").write_text(json.dumps({"device": machine}))
+    built = tables.build(collect(tmp_path))
+    cost = built.cost.text.set_index("method")
+    assert cost["seconds per step"].to_dict() == {"adamw": "0.100", "dsam": "0.300", "sam": "–"}
+    assert cost["time / adamw"].to_dict() == {"adamw": "1.00", "dsam": "3.00", "sam": "–"}
+    assert cost["memory / adamw"].to_dict() == {"adamw": "1.00", "dsam": "3.00", "sam": "–"}
+    assert cost["compute / adamw"].to_dict() == {"adamw": "1.00", "dsam": "1.00", "sam": "1.00"}
+    assert list(cost["hours in all"]) == ["3.00", "1.00", "1.00"]
+    assert list(built.per_task.text["seconds per step"]) == ["0.100", "0.300", "–"]
+    for table in (built.cost, built.per_task):
+        assert table.notes[-1].endswith(" Here they, and memory, are of the runs on GPU alone.")
+
+
 def test_cells_rebuild_the_means(runs_dir, tmp_path):
     built = tables.build(collect(runs_dir, "smoke"))
     tables.write(built, tmp_path / "out")

@@ -13,7 +13,7 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
-           "last", "majority", "degenerate", "evaluations", "reason", "folder"]  # fmt: skip
+           "last", "majority", "degenerate", "evaluations", "machine", "reason", "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
@@ -24,8 +24,8 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
     damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
     none was recorded. `degenerate` is whether a finished run's best is no better than the majority answer.
-    `evaluations` holds [step, score, loss] of each, `folder` the path below `runs_dir`. Further columns:
-    `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
+    `evaluations` holds [step, score, loss] of each, `machine` what it ran on, `folder` the path below `runs_dir`.
+    Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
 
@@ -64,7 +64,18 @@ def _run_folders(runs_dir: Path) -> list[str]:
 
 def _row(runs_dir: Path, folder: str) -> dict:
     path = os.path.join(runs_dir, folder, "result.json")
-    return read(path) if os.path.exists(path) else _unfinished(runs_dir / folder)
+    if not os.path.exists(path):
+        return _unfinished(runs_dir / folder)
+    return read(path) | {"machine": _machine(os.path.join(runs_dir, folder, "provenance.json"))}
+
+
+def _machine(path: str) -> str | None:
+    """The processor or GPU that the run ran on, where it is known."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _unfinished(folder: Path) -> dict:
