@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -54,6 +54,12 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                     f"{model}: development loss by forward-backward passes; thin lines are runs, thick ones their means"
                 )
                 yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
+        for task, noisy in runs[runs["memorised"].str.len() > 0].groupby("task", sort=False):
+            text = (
+                f"{model}, {task}: how much of the wrong training labels is fitted, how much of the right ones, and the "
+                "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones their means"
+            )
+            yield f"memorised_{place}_{re.sub(r'[^A-Za-z0-9.-]+', '-', task)}", text, memorised(noisy, baseline)
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
             text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
@@ -142,6 +148,37 @@ def curves(
                 mean = pd.concat(means, axis=1).dropna().mean(axis=1)
                 axes.plot(passes * mean.index, scale * mean, linewidth=1.6, label=method, **style)
         axes.set_xlabel("step" if by == "steps" else "forward-backward passes", fontsize=9)
+    _legend(figure, panels)
+    return figure
+
+
+def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
+    """How fast the runs of a task with label noise fit wrong and right labels, and how much the wrong ones pull."""
+    shown: dict[str, Callable[[dict], float | None]] = {
+        "wrong labels fitted (%)": lambda point: point["flipped"].get("accuracy"),
+        "right labels fitted (%)": lambda point: point["clean"].get("accuracy"),
+        "wrong labels' share of Σ‖gradient‖ (%)": lambda point: point.get("pull"),
+    }
+    figure = Figure(figsize=(2.9 * len(shown), 2.6), layout="constrained")
+    panels = {}
+    for column, (title, value) in enumerate(shown.items()):
+        axes = panels[title] = figure.add_subplot(1, len(shown), column + 1)
+        _plain(axes)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=9)
+        for position, method in enumerate(methods(frame, baseline)):
+            style = _style(position)
+            lines = [
+                pd.Series({step: value(point) for step, point in points}, dtype=float)
+                for points in frame.loc[frame["method_label"] == method, "memorised"]
+            ]
+            for line in lines:
+                axes.plot(line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
+            mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
+            axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+    wrong = frame["memorised"].map(lambda points: points[-1][1].get("pulling")).dropna()
+    if len(wrong):  # where each example pulls alike
+        axes.axhline(100 * wrong.mean(), color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
     _legend(figure, panels)
     return figure
 
