@@ -56,7 +56,7 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                 yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
         for task, noisy in runs[runs["memorised"].str.len() > 0].groupby("task", sort=False):
             text = (
-                f"{model}, {task}: how much of the wrong training labels is fitted, how much of the right ones, and the "
+                f"{model}, {task}: how much of the wrong training labels is fitted, and of the right ones, and the "
                 "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones their means"
             )
             yield f"memorised_{place}_{re.sub(r'[^A-Za-z0-9.-]+', '-', task)}", text, memorised(noisy, baseline)
