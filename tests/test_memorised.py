@@ -51,8 +51,8 @@ def test_the_measure_is_that_of_a_loop_over_the_examples(task, paths):
     wrong = examples.labels != examples.clean_labels
     assert found["wrong"] == found["pulling"] == pytest.approx(wrong.mean()) and 5 < wrong.sum() < 20
     close = dict(rel=1e-4)
-    for name, losses, which, labels in (("clean", given, ~wrong, examples.labels), ("flipped", given, wrong, examples.labels),
-                                        ("true", true, wrong, examples.clean_labels)):
+    kinds = [("clean", given, ~wrong, examples.labels), ("flipped", given, wrong, examples.labels)]
+    for name, losses, which, labels in [*kinds, ("true", true, wrong, examples.clean_labels)]:
         assert found[name]["loss"] == pytest.approx(losses[which].mean(), **close)
         right = (answers == labels)[which].mean()
         assert found[name].get("accuracy") == (None if task == "similarity" else pytest.approx(right))
@@ -102,6 +102,6 @@ def test_looking_changes_nothing_and_is_drawn(paths, tmp_path, monkeypatch):
     drawn = {name: figure for name, _, figure in plots.figures(collect(tmp_path / "runs"))}
     figure = drawn["memorised_tiny_entailment-noise-0.3"]
     first, _, pull = figure.axes
-    line = [line for line in first.lines if line.get_label() == "sam"][0]
+    line = next(line for line in first.lines if line.get_label() == "sam")
     assert list(line.get_ydata()) == pytest.approx([100 * p["flipped"]["accuracy"] for p in points])
     assert list(pull.lines[-2].get_ydata()) == pytest.approx([100 * p["pull"] for p in points])

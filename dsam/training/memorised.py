@@ -35,7 +35,7 @@ def memorised(examples: Tokenised, model: nn.Module, device: torch.device, autoc
     try:
         logits = _logits(examples, model, device, autocast)
         given, true = torch.from_numpy(examples.labels), torch.from_numpy(examples.clean_labels)
-        found = {"examples": len(examples), "wrong": float(flipped.double().mean())}
+        found: dict = {"examples": len(examples), "wrong": float(flipped.double().mean())}
         for name, labels, which in (("clean", given, ~flipped), ("flipped", given, flipped), ("true", true, flipped)):
             found[name] = _fit(logits[which], labels[which])
         some = examples.take(np.arange(min(len(examples), PULLING)))
