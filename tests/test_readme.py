@@ -131,7 +131,8 @@ def test_a_published_command_has_placeholders_for_folders():
 def test_the_finding_is_what_its_table_says():
     table = pd.read_csv(ROOT / "results" / "tables" / "label_noise_chosen" / "main.csv").set_index("method")
     text = README + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for method, name in (("sam", "SAM is"), ("dsam", "δ-SAM"), ("per_instance", "exact per-instance perturbation")):
+    for method, name in (("sam", "SAM is"), ("dsam", "δ-SAM"), ("per_instance", "exact per-instance perturbation"),
+                         ("adamw_low_lr", "at half the learning rate")):  # fmt: skip
         row = 100 * table.loc[method, ["difference", "low", "high"]].astype(float)
         said = re.findall(rf"{name} ([\d.]+)[^(]*\((?:95 % interval )?([\d.]+) to ([\d.]+)\)", " ".join(text.split()))
         assert len(said) == 2
