@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from test_results_collect import fail, finish, plan, sweep
 
 from dsam.errors import UserError
@@ -410,10 +411,28 @@ def test_a_legend_stays_inside_and_leaves_the_panels_their_height(tmp_path, task
         assert all(axes.get_window_extent().y0 > shown.y1 for axes in figure.axes)
 
 
-def test_figures_tell_methods_apart_without_colour(tmp_path):
-    looks = [plots._style(position) for position in range(28)]
+def test_figures_tell_methods_apart_without_colour():
+    looks = list(plots.styles([*plots.METHODS, "own", "another", "adamw (lr=1)"]).values())
     assert len({(look["marker"], look["linestyle"]) for look in looks[:7]}) == 7
-    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == 28
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == len(looks)
+
+
+def test_a_method_has_one_look_in_all_figures(tmp_path):
+    shipped = {path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")}
+    assert set(plots.METHODS) == shipped
+    alone = plots.styles(["dsam"])["dsam"]
+    assert plots.styles(["adamw", "own", "sam", "dsam"])["dsam"] == plots.styles(["dsam", "sam"])["dsam"] == alone
+    grid = plots.styles(["sam (rho=0.1)", "dsam (rho=0.1)", "dsam (rho=0.2)"])
+    assert grid["dsam (rho=0.1)"] == alone
+    assert grid["dsam (rho=0.2)"]["color"] == alone["color"] and grid["dsam (rho=0.2)"] != alone
+    for seed in (0, 1):
+        for method in ("adamw", "dsam"):
+            finish(tmp_path, plan("rte", "tiny", method, seed))
+    for name, _, figure in plots.figures(collect(tmp_path)):
+        colours = {
+            line.get_color() for axes in figure.axes for line in axes.lines if line.get_marker() == alone["marker"]
+        }
+        assert colours <= {alone["color"]} and (colours or name.startswith("loss")), name
 
 
 def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
