@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def one_line_errors():
-    """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either."""
+    """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either, and none
+    where a reader of the output has seen enough (`| head -1`)."""
     try:
-        yield
+        with reader_may_leave():
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -43,7 +45,7 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
 
     from . import overrides
 
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch, reader_may_leave():
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
         given = flags(arguments)
         if given.experimental_rerun:
             raise UserError("--experimental-rerun is not supported: a run's folder holds its config.yaml")
@@ -96,7 +98,7 @@ def _info_last(arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def reader_may_leave():
-    """Inside, a reader of the output that has seen enough (`| head -1`) ends nothing."""
+    """Inside, a reader of the output that leaves ends nothing."""
     wrapped = sys.stdout
 
     class Output:
