@@ -16,6 +16,8 @@ from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
 from dsam.results.report import make as report
+from dsam.results.report.words import in_words
+from dsam.results.statistics import compare
 from dsam.results.tables import build as tables
 from dsam.results.tables import rendering
 from dsam.results.tables.rendering import Table, as_html, as_latex, as_markdown, escape_latex
@@ -115,6 +117,35 @@ def test_without_a_baseline_there_are_scores_and_a_reason(tmp_path):
     main = tables.build(collect(tmp_path)).main
     assert main.text.loc[0, "difference to adamw"] == "–"
     assert any("baseline adamw was not run" in note for note in main.notes)
+
+
+def test_the_words_are_those_of_the_numbers(tmp_path):
+    """sam is 10, 11, … points above adamw, adamw_2x about as far below as above, and nothing of another model pairs."""
+    scores = {"adamw": 0.60, "sam": 0.70, "adamw_2x": 0.60}
+    for task in ("rte", "mrpc"):
+        for seed in range(5):
+            for method, score in scores.items():
+                more = {"sam": 0.01 * seed, "adamw_2x": 0.02 * (-1) ** seed, "adamw": 0.0}[method]
+                train = {"steps": 1 + (method == "adamw_2x"), "passes_per_step": 2 if method == "sam" else 1}
+                train |= {"seconds": 1.0, "seconds_per_step": 1.0, "examples_per_second": 1.0, "peak_memory_bytes": 1e9}
+                finish(tmp_path, plan(task, "tiny", method, seed), best=score + more, train=train)
+    finish(tmp_path, plan("rte", "large", "sam", 0))
+    tiny, large = sorted(in_words(tables.build(collect(tmp_path))), reverse=True)
+    assert large == "large: no method has runs on the same tasks and seeds as adamw."
+    row = compare(collect(tmp_path)).set_index(["model", "method"]).loc["tiny", "sam"]
+    assert tiny.startswith("tiny: over 2 tasks, sam has the highest mean: +12.0 points (95 % interval +")
+    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}) beside adamw, from 10 pairs of equal" in tiny
+    assert "at 2.00 times its compute. By their intervals these differ from adamw: above it sam; below it none." in tiny
+    assert "The sign-flip test, corrected for 2 methods, says so of sam." in tiny
+    assert re.search(r"adamw_2x, plain training, has \+0.4 points \(.*\) at 2.00 times the compute\.$", tiny), tiny
+
+    few = tmp_path / "few"
+    for seed in range(3):
+        finish(few, plan("rte", "tiny", "adamw", seed), best=0.6)
+        finish(few, plan("rte", "tiny", "sam", seed), best=0.6 + 0.1 * (seed - 1))
+    (text,) = in_words(tables.build(collect(few)))
+    assert "No method can be told from adamw: every interval contains 0." in text
+    assert text.endswith("tells none of them apart, and could not with so few runs: its p is at least 0.5.")
 
 
 def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
@@ -453,7 +484,7 @@ def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_
     assert made.left_over == old and all(path.exists() for path in old)
     page = made.html.read_text(encoding="utf-8")
     assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
-    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 4
+    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 5
     assert "<script src" not in page and "<link" not in page and not re.search(r'src="(?!data:)', page)
     assert "import" not in page and "Traceback" not in page
     assert 'href="runs/rte/tiny/sam/sam-2"' in page and "adamw, seed 2: missing" in page
