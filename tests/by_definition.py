@@ -26,9 +26,9 @@ class Examples:
     def logits(self, w, i, noise=None):
         """(1, C) of example i; noise (T, d) on its embedded words."""
         inputs = {name: value[i : i + 1] for name, value in self.inputs.items()}
-        if noise is not None:
-            inputs["inputs_embeds"] = self.model.get_input_embeddings()(inputs.pop("input_ids")) + noise[None]
-        return functional_call(self.model, self.split(w), kwargs=inputs).logits
+        words = self.model.get_input_embeddings()
+        with words.register_forward_hook(lambda _, __, out: out if noise is None else out + noise):
+            return functional_call(self.model, self.split(w), kwargs=inputs).logits
 
     def loss(self, w, i, noise=None):
         return F.cross_entropy(self.logits(w, i, noise), self.labels[i : i + 1])
