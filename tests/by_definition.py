@@ -1,6 +1,8 @@
 """Each method's gradient from its formula, one example after the other by `functional_call`: it knows nothing of what a
 model is wrapped in, and nothing of the library."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
@@ -10,9 +12,11 @@ RHO, RADIUS, SEED = 0.3, 0.3, 3
 
 class Examples:
     """The losses of a batch and their gradients at any weights, in float64; of a model in evaluation mode, whose
-    trained weights are one vector `w`."""
+    trained weights are one vector `w`. `drawn_in` are the weights' own precisions, in which noise is drawn."""
 
     def __init__(self, model, data):
+        named = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad]
+        self.drawn_in, model = dict(named), copy.deepcopy(model).double()
         self.model, self.labels = model, data["labels"]
         self.inputs = {name: value for name, value in data.items() if name != "labels"}
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +85,7 @@ def probe(x, top=lambda name: True):
     """|ℓ_i(w+v) − ℓ_i(w)|, v Gaussian of norm RADIUS in the weights that `top` names."""
     generator = torch.Generator().manual_seed(SEED)
     v = [
-        torch.randn(p.shape, generator=generator, dtype=p.dtype) if top(name) else torch.zeros_like(p)
+        torch.randn(p.shape, generator=generator, dtype=x.drawn_in[name]).double() if top(name) else torch.zeros_like(p)
         for name, p in x.named.items()
     ]
     v = torch.cat([part.flatten() for part in v])

@@ -1,10 +1,14 @@
 """Methods in other people's training stacks, each with the real package: beside the methods' formulas or a plain loop."""
 
+import copy
+import pickle
+
 import by_definition
 import encoders
 import pytest
 import torch
 from by_definition import Examples
+from test_encoders import Seen
 
 from dsam import METHODS, ExampleLosses
 
@@ -56,3 +60,93 @@ def test_lora_gets_each_methods_gradient_and_leaves_the_base_as_it_was(name):
 def test_other_adapters_are_run_one_example_at_a_time_where_there_is_no_formula(kind, name):
     method = assert_adapters_by_formula(adapted(kind), name)
     assert bool(method.notes) == (name != "freelb")
+
+
+def take_inputs_in_their_own_precision(*modules):
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, args: (args[0].to(next(module.parameters()).dtype), *args[1:]))
+
+
+def of_two_dtypes(body, head):
+    """A small BERT whose words are in `body`, as its layers, and whose head is in `head`."""
+    model = encoders.model("bert", body).eval()
+    model.classifier.to(head)
+    take_inputs_in_their_own_precision(model.classifier)
+    return model
+
+
+@pytest.mark.parametrize("name", by_definition.FORMULAS)
+@pytest.mark.parametrize("body", [torch.float32, torch.bfloat16])
+def test_weights_of_two_dtypes_get_each_methods_gradient_each_in_its_own(name, body):
+    model, data = of_two_dtypes(body, torch.float64), encoders.batch(5, 9)
+    before = copy.deepcopy(list(model.parameters()))
+    expected = by_definition.FORMULAS[name](Examples(model, data))
+    method, closure = method_of(name, model), ExampleLosses(model, data)
+    # A bare call says no words, so that all of their table is probed and not only the batch's rows.
+    method.backward(closure.__call__ if name == "delta_sam-probe" else closure)
+    found, limit = gradient_of(model.parameters()), 1e-5 if body is torch.float32 else 0.03
+    assert (found - expected).norm() < limit * expected.norm()
+    assert all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not method.notes or name == "rdrop"
+
+
+def test_probes_of_top_layers_go_on_in_the_precision_of_those_layers():
+    """A probe of next to nothing gives the losses again, though the words are narrower."""
+    model, data = encoders.model("bert", torch.float32).eval(), encoders.batch(5, 9)
+    model.bert.embeddings.to(torch.bfloat16)
+    take_inputs_in_their_own_precision(*model.bert.encoder.layer)
+    weighting = Seen(layers=2, radius=1e-9)
+    method = METHODS["delta_sam"](model, 0.3, weighting)
+    method.backward(ExampleLosses(model, data))
+    assert not method.notes
+    torch.testing.assert_close(weighting.probe.plus[0], weighting.losses, rtol=0, atol=1e-6)
+
+
+NAMES = [*by_definition.FORMULAS, "msam"]
+
+
+def made(name, model):
+    """A method that has something to keep from step to step where it can have."""
+    options = {"looksam": {"k": 2}}.get(name, {})
+    return METHODS[name](model, rho=0.3, **options) if name in ("looksam", "fsam", "msam") else method_of(name, model)
+
+
+def train(method, model, seeds):
+    """Steps of SGD on batches of these seeds; the gradient of the last."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in seeds:
+        optimizer.zero_grad()
+        method.backward(ExampleLosses(model, encoders.batch(5, 9, seed)))
+        optimizer.step()
+    return gradient_of(model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:rdrop")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_may_change_its_precision_after_the_method_was_made(name):
+    """Then the method is as one made anew, with what it knew."""
+    model, then = encoders.model("bert").eval(), torch.float32
+    method = made(name, model)
+    train(method, model, [1])
+    other = copy.deepcopy(model).to(then)
+    anew = made(name, other)
+    anew.load_state_dict(copy.deepcopy(method.state_dict()))
+    model.to(then)
+    assert torch.equal(train(method, model, [2, 3]), train(anew, other, [2, 3]))
+    assert all(p.dtype == then for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:rdrop")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copied_or_pickled_method_goes_on_with_its_own_model(name):
+    """Copied with its model or for itself, when its model is `method.module`."""
+    model = adapted()
+    method = made(name, model)
+    train(method, model, [1])
+    pairs = [copy.deepcopy((method, model)), pickle.loads(pickle.dumps((method, model)))]
+    pairs += [(alone, alone.module) for alone in (copy.deepcopy(method), pickle.loads(pickle.dumps(method)))]
+    expected = train(method, model, [2, 3])
+    for copied, network in pairs:
+        assert torch.equal(train(copied, network, [2, 3]), expected)
+    with pytest.raises(ValueError, match="was the method made of another model, or of a copy"):
+        copy.deepcopy(method).backward(ExampleLosses(model, encoders.batch(5, 9)))

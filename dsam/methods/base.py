@@ -147,8 +147,8 @@ class Method:
             raise ValueError(f"the method's state is of another kind of device: {error}") from None
 
     def _like_params(self, tensors: Gradients) -> list[Tensor | None]:
-        """One tensor for each parameter, where that lies now."""
-        return [None if t is None else t.to(p.device) for t, p in zip(tensors, self.params, strict=True)]
+        """One tensor for each parameter, where that lies now and in its precision."""
+        return [None if t is None else t.to(p.device, p.dtype) for t, p in zip(tensors, self.params, strict=True)]
 
 
 class Plain(Method):
