@@ -39,6 +39,9 @@ class Method:
     local_only = ""
     """Why the method cannot ascend on the joint batch of several processes; empty where it can."""
 
+    whole_only = ""
+    """Why the method cannot work where several processes each hold a part of the weights; empty where it can."""
+
     def __init__(self, params: nn.Module | Iterable[nn.Parameter], *, mask: str = "same", seed: int = 0):
         if mask not in ("same", "fresh"):
             raise ValueError(f"mask must be 'same' or 'fresh', got {mask!r}")
@@ -112,7 +115,7 @@ class Method:
             losses, gradient = self.compute(step)
         except Overflowed as overflow:
             losses, gradient = overflow.losses, overflow.gradient
-        require_reached(gradient)
+        require_reached(gradient, self.params)
         return step.finish(losses, gradient)
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
