@@ -102,6 +102,44 @@ def test_probes_of_top_layers_go_on_in_the_precision_of_those_layers():
     torch.testing.assert_close(weighting.probe.plus[0], weighting.losses, rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """{how: (the model, what torch.compile made of it)}, each run once, so that its code is there."""
+    found = {}
+    for how in ("returned", "in place"):
+        model = encoders.model("bert").eval()
+        other = torch.compile(model, backend="eager") if how == "returned" else model
+        if how == "in place":
+            model.compile(backend="eager")
+        ExampleLosses(other, encoders.batch(5, 9))().mean().backward()
+        found[how] = model, other
+    return found
+
+
+LOOKING = ("per_instance", "freelb", "delta_sam-top", "delta_sam-gibbs", "delta_sam-relative_gap")
+LOOKING += ("delta_sam-gauss_newton", "delta_sam-exact_curvature")
+"""Methods that put hooks into layers, which compiled code would not see."""
+
+
+@pytest.mark.filterwarnings("ignore:rdrop", "ignore:.* and so the compiled model runs uncompiled")
+@pytest.mark.parametrize("name", [name for name in by_definition.FORMULAS if name != "m_sam"])  # compiles for seconds
+@pytest.mark.parametrize("how", ["returned", "in place"])
+def test_a_compiled_model_gets_each_methods_gradient(compiled, how, name):
+    model, other = compiled[how]
+    data, run, model_itself = encoders.batch(5, 9), [], encoders.model("bert").eval()
+    expected = by_definition.FORMULAS[name](Examples(model_itself, data))
+    clean = ExampleLosses(other, data)().detach()
+    method = method_of(name, other)
+    with model.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: run.append(1)):
+        model.zero_grad()
+        method.backward(ExampleLosses(other, data))
+    torch.testing.assert_close(gradient_of(model.parameters()), expected, rtol=1e-7, atol=1e-9)
+    assert any("runs uncompiled" in line for line in method.notes) == (name in LOOKING)
+    if name == "sam":
+        assert not run  # compiled code does run, and does not see the hook
+    assert torch.equal(ExampleLosses(other, data)().detach(), clean)
+
+
 NAMES = [*by_definition.FORMULAS, "msam"]
 
 

@@ -101,6 +101,10 @@ class DeltaSAM(SAM):
         return f"weighting {type(self.weighting).__name__} needs the joint batch's {min(joint)}" if joint else ""
 
     @property
+    def looks_inside(self) -> bool:  # type: ignore[override]
+        return bool(self.weighting.exact) or self._top is not None
+
+    @property
     def whole_only(self) -> str:  # type: ignore[override]
         if self.weighting.exact:
             return f"weighting {type(self.weighting).__name__} looks into the layers; take another, as 'probe'"
