@@ -29,7 +29,9 @@ class Distributed:
 
     Args:
         method: built on every rank with the same parameters and the same `seed`.
-        model: what the closures call; a module that is not a DistributedDataParallel will do as well.
+        model: what the closures call; a module that is not a DistributedDataParallel will do as well. One of
+            `fully_shard` (FSDP2) has to be given, or the method made of it: then every process holds a part of the
+            weights, of the directions and of the gradients, and each rank must have equally many examples.
         ascent: "global": one perturbation for all ranks, from the gradient (and δ-SAM's weights, normalised) over
             the joint batch; equals one process with that batch. "local": each rank ascends on its own batch and only
             the final gradients are averaged: SAM with m = the rank's batch, and one reduction less.
@@ -55,11 +57,27 @@ class Distributed:
             raise ValueError(f"ascent must be 'global' or 'local', got {ascent!r}")
         if not dist.is_initialized():
             raise ValueError("several processes need torch.distributed.init_process_group first (torchrun, Accelerate)")
+        self.method, self.model, self.ascent, self.group = method, model, ascent, group
+        from . import sharded  # which stands on what follows here
+
+        self.sharded = sharded.is_sharded(self._whole_model)
+        if self.sharded:
+            sharded.require_goes_sharded(method, ascent, group)
         if ascent == "global" and method.local_only:
             raise ValueError(
                 f"{type(method).__name__} cannot ascend on the joint batch ({method.local_only}); use ascent='local'"
             )
-        self.method, self.model, self.ascent, self.group = method, model, ascent, group
+
+    @property
+    def _whole_model(self) -> nn.Module | None:
+        return self.model if self.model is not None else self.method.module
+
+    def _step(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None) -> "JointStep":
+        if self.sharded:
+            from .sharded import ShardedStep
+
+            return ShardedStep(self.method, closure, scaler, group=self.group, model=self._whole_model)
+        return (GlobalStep if self.ascent == "global" else LocalStep)(self.method, closure, scaler, group=self.group)
 
     def __getattr__(self, name: str):
         if name == "method":  # while unpickling or copying, before __init__
@@ -68,7 +86,7 @@ class Distributed:
 
     def backward(self, closure: Closure | Sequence[Closure], scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """As `Method.backward`, for the joint batch."""
-        step = (GlobalStep if self.ascent == "global" else LocalStep)(self.method, closure, scaler, group=self.group)
+        step = self._step(closure, scaler)
         if self.ascent == "global" and self.method.mask == "fresh":
             step.require_equal_pieces()
         try:
@@ -138,7 +156,10 @@ class JointStep(Step):
         # Each piece draws a mask's seed from the generator that also draws the probes, which ranks must share.
         counts, _ = self.gather(torch.tensor([len(self)], device=self.device))
         if len(set(counts.tolist())) > 1:
-            raise ValueError(f"mask='fresh' needs equally many micro-batches on every rank, got {counts.tolist()}")
+            raise ValueError(
+                "mask='fresh' and fully_shard need equally many micro-batches on every rank, got "
+                f"{counts.tolist()}"
+            )
 
 
 class GlobalStep(JointStep):

@@ -3,10 +3,12 @@
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from .compiled import is_compiled, uncompiled
 from .perturbation import Gradients, RandomState
 from .piece import Closure
 from .step import Overflowed, Step, require_reached
@@ -38,6 +40,12 @@ class Method:
 
     local_only = ""
     """Why the method cannot ascend on the joint batch of several processes; empty where it can."""
+
+    looks_inside = False
+    """Whether its passes put hooks into the model's layers, which what torch.compile made of them does not see."""
+
+    whole_only = ""
+    """Why the method cannot work where several processes each hold a part of the weights; empty where it can."""
 
     def __init__(self, params: nn.Module | Iterable[nn.Parameter], *, mask: str = "same", seed: int = 0):
         if mask not in ("same", "fresh"):
@@ -109,15 +117,23 @@ class Method:
         self._require_same_parameters()
         self.report = step.report
         try:
-            losses, gradient = self.compute(step)
+            with self._seeing_hooks(step) if self.looks_inside else nullcontext():
+                losses, gradient = self.compute(step)
         except Overflowed as overflow:
             losses, gradient = overflow.losses, overflow.gradient
-        require_reached(gradient)
+        require_reached(gradient, self.params)
         return step.finish(losses, gradient)
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), the step's gradient, one tensor for each of `params`, None where none came)."""
         raise NotImplementedError
+
+    def _seeing_hooks(self, step: Step) -> AbstractContextManager:
+        """All of the step, lest compiled passes draw other masks than the others."""
+        models = [self.module, *(piece.model for piece in step.pieces)]
+        if any(is_compiled(model) for model in models if model is not None):
+            self.note(f"{type(self).__name__} looks into the layers, and so the compiled model runs uncompiled")
+        return uncompiled()
 
     def note(self, line: str) -> None:
         """Says once what is done otherwise than was asked; `notes` keeps it."""
@@ -147,8 +163,8 @@ class Method:
             raise ValueError(f"the method's state is of another kind of device: {error}") from None
 
     def _like_params(self, tensors: Gradients) -> list[Tensor | None]:
-        """One tensor for each parameter, where that lies now."""
-        return [None if t is None else t.to(p.device) for t, p in zip(tensors, self.params, strict=True)]
+        """One tensor for each parameter, where that lies now and in its precision."""
+        return [None if t is None else t.to(p.device, p.dtype) for t, p in zip(tensors, self.params, strict=True)]
 
 
 class Plain(Method):

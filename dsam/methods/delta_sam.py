@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .layers import DoesNotFit, TopLayers
 from .one_by_one import OneByOne
 from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
-from .perturbation import Gradients, perturbed, total_norm
+from .perturbation import Gradients, total_norm
 from .sam import SAM
 from .step import Step
 from .weighting import WEIGHTINGS, Probe, Weighting, make_weighting
@@ -99,6 +99,16 @@ class DeltaSAM(SAM):
         joint = {"cosines", "gram"}.intersection(self.weighting.exact)
         # products with other examples, which a process's own backward pass does not have
         return f"weighting {type(self.weighting).__name__} needs the joint batch's {min(joint)}" if joint else ""
+
+    @property
+    def looks_inside(self) -> bool:  # type: ignore[override]
+        return bool(self.weighting.exact) or self._top is not None
+
+    @property
+    def whole_only(self) -> str:  # type: ignore[override]
+        if self.weighting.exact:
+            return f"weighting {type(self.weighting).__name__} looks into the layers; take another, as 'probe'"
+        return "probes of the top layers look into them; take layers=None" if self._top is not None else ""
 
     def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
         self._find_top(step)
@@ -210,10 +220,10 @@ class DeltaSAM(SAM):
         for _ in range(self.weighting.probes):
             noise, not_drawn = self._noise(params, step)
             scale = self.weighting.radius / (total_norm(noise).double().square() + not_drawn).sqrt()
-            with perturbed(params, noise, scale):
+            with step.at(noise, scale, params):
                 plus.append(self._losses(step))
             if self.weighting.sides == 2:
-                with perturbed(params, noise, -scale):
+                with step.at(noise, -scale, params):
                     minus.append(self._losses(step))
         probe.plus = torch.stack(plus)
         if minus:
@@ -245,7 +255,7 @@ class DeltaSAM(SAM):
                 found = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
                 not_drawn += p.numel() - values.numel()
             else:
-                found = draw(p.shape, p, self.generator)
+                found = step.placed(draw(p.shape, p, self.generator), p)
             direction.append(found)
         return direction, not_drawn
 

@@ -19,6 +19,8 @@ class OutputMethod(Method):
     noise, so that only the noise differs; "fresh" gives those masks from a stream aside.
     """
 
+    looks_inside = True
+
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         closures = [closure for piece in step.pieces if (closure := piece.outputs) is not None]
         if len(closures) < len(step):

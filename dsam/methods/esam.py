@@ -30,6 +30,8 @@ class ESAM(SAM):
 
     passes = 11 / 6
 
+    whole_only = "its selection leaves the processes unequal numbers of examples; take SAM, or GSAM"
+
     def __init__(self, params, rho: float = 0.05, beta: float = 0.6, gamma: float = 0.5, **options):
         super().__init__(params, rho, **options)
         for name, value in (("beta", beta), ("gamma", gamma)):

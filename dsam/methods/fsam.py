@@ -32,6 +32,7 @@ class FSAM(SAM):
     def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
         if self.average is None:
             return gradient, total_norm(gradient)
+        self.average = self._like_params(self.average)
         direction = combine(gradient, self.average, -self.sigma)
         # A layer that this pass skipped is not moved, and a non-finite gradient shows in the direction's norm.
         moved = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]

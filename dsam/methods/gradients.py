@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .perturbation import Gradients
+from .perturbation import Gradients, of_all_shards
 
 
 def inner_product(a: Gradients, b: Gradients) -> Tensor:
@@ -14,7 +14,11 @@ def inner_product(a: Gradients, b: Gradients) -> Tensor:
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if not pairs:
         return torch.zeros(())
-    return torch.stack([wide(x).flatten().dot(wide(y).flatten()) for x, y in pairs]).sum()
+    return of_all_shards(torch.stack([_dot(wide(x), wide(y)) for x, y in pairs]).sum())
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum() if hasattr(x, "full_tensor") else x.flatten().dot(y.flatten())  # shards may be uneven
 
 
 def combine(a: Gradients, b: Gradients, scale: Tensor | float, times: Tensor | float = 1.0) -> list[Tensor | None]:

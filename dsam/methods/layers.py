@@ -130,8 +130,13 @@ class TopLayers:
     def resume(self, key: int = 0) -> Iterator[None]:
         """Draws inside begin where they began at the top layers, whatever was drawn below."""
         output, state = self._kept[key]
-        dtype = self._all[0].dtype  # what autocast left narrower goes on in the weights' own
-        wide = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, output)
+        own = next(p for p in self._first.parameters() if p.is_floating_point()).dtype
+
+        def widened(x: Any) -> Any:  # what autocast left narrower goes on in the layer's own precision
+            floating = isinstance(x, Tensor) and x.is_floating_point()
+            return x.to(torch.promote_types(x.dtype, own)) if floating else x
+
+        wide = tree_map(widened, output)
 
         def first(_, args: tuple, kwargs: dict):
             self._random.set(state)

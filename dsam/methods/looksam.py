@@ -48,6 +48,7 @@ class LookSAM(SAM):
             if self.k > 1:
                 self._keep(gradient, at_w, norm)
             return losses, gradient
+        self.reused = self._like_params(self.reused)
         size = total_norm(self.reused)
         return losses, combine(gradient, self.reused, torch.where(size > 0, self.alpha * norm / size, 0))
 

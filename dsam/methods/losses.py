@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import is_compiled
 from .gradients import wide
 
 
@@ -76,7 +77,7 @@ class ExampleLosses:
         not tied to another layer, nor below wrappers that expect a dense gradient."""
         if "input_ids" not in self.inputs or not hasattr(self.model, "get_input_embeddings"):  # DistributedDataParallel
             return None
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in self.model.modules()):  # torch.compile
+        if is_compiled(self.model):
             return None
         words = self._embeddings()
         if type(words) is not nn.Embedding or words.scale_grad_by_freq:

@@ -34,6 +34,7 @@ class MomentumSAM(SAM):
         self.average: list[Tensor | None] = [None] * len(self.params)
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        self.average = self._like_params(self.average)
         size = total_norm(self.average)
         scale = torch.where(size > 0, -self.rho / size.double(), 0)
         step.report["perturbation_norm"] = scale.abs() * size

@@ -10,6 +10,7 @@ The same factors give each example its own weights w + c_i g_i in one batched pa
 c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of the weights [derived here].
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..text import first_line
 from .gradients import dense, whole, wide
 from .layer_kinds import EMBEDDING, LINEAR, LOOKUP, TURNED, Lookups, See, kind_of, positions_apart, scaled
 from .outer_products import OuterProducts, Rows, WeightGroup
@@ -499,12 +501,14 @@ def _hooked(
     model: nn.Module, modules: Sequence[tuple[str, nn.Module]], see: See, examples: Callable[[], int | None]
 ) -> Iterator[None]:
     """Inside, `see` sees, and may replace, what the modules put out; indices that all examples share are looked up for
-    each of `examples()`, where their number is known."""
+    each of `examples()`, where their number is known. Raises Unsupported where the model does not take that."""
+    expanded: set[str] = set()
 
-    def expand(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def expand(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
         ids, size = args[0] if args else kwargs["input"], examples()
-        if size and ids.dim() and ids.shape[0] == 1:
+        if size and size > 1 and ids.dim() and ids.shape[0] == 1:
+            expanded.add(name)
             return (ids.expand(size, *ids.shape[1:]),), {}
         return None
 
@@ -512,13 +516,21 @@ def _hooked(
         for name, module in modules:
             kind = kind_of(module)
             if kind is EMBEDDING:
-                contexts.enter_context(module.register_forward_pre_hook(expand, with_kwargs=True))
+                contexts.enter_context(module.register_forward_pre_hook(partial(expand, name), with_kwargs=True))
             if kind != LOOKUP:
                 contexts.enter_context(module.register_forward_hook(partial(see, name), with_kwargs=True))
         if any(kind_of(module) == LOOKUP for _, module in modules):
             contexts.enter_context(Lookups(modules, see, examples))
         contexts.enter_context(positions_apart(model, examples))
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # as where the one output is then repeated for all examples, by prompts of peft
+            if not expanded or not re.search("size|shape", str(error), re.IGNORECASE):
+                raise
+            raise Unsupported(
+                f"per-example gradients: {' or '.join(map(repr, expanded))} looks up the same for all examples, and "
+                f"not for each ({first_line(error)})"
+            ) from error
 
 
 @contextmanager

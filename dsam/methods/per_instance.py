@@ -28,6 +28,9 @@ class PerInstance(SAM):
 
     stateless = True
 
+    looks_inside = True
+    whole_only = "it looks into the layers; take SAM or DeltaSAM"
+
     def __init__(self, params: nn.Module, rho: float = 0.05, **options):
         super().__init__(params, rho, **options)
         if self.module is None:

@@ -18,7 +18,12 @@ def total_norm(tensors: Gradients) -> Tensor:
     present = [t.values() if t.is_sparse else t for t in tensors if t is not None]
     if not present:
         return torch.zeros(())
-    return torch.nn.utils.get_total_norm(present)
+    return of_all_shards(torch.nn.utils.get_total_norm(present))
+
+
+def of_all_shards(number: Tensor) -> Tensor:
+    """What was computed from the shards of tensors that several processes hold (DTensor), made whole; else itself."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 @contextmanager

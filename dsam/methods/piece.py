@@ -42,6 +42,12 @@ class Piece:
         return len(self.closure) if hasattr(self.closure, "__len__") else None
 
     @property
+    def model(self) -> nn.Module | None:
+        """What it runs, where it says so."""
+        model = getattr(self.closure, "model", None)
+        return model if isinstance(model, nn.Module) else None
+
+    @property
     def words(self) -> nn.Embedding | None:
         """The table of word embeddings whose gradient may be sparse."""
         return getattr(self.closure, "words", None)

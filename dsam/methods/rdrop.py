@@ -25,6 +25,7 @@ class RDrop(OutputMethod):
     """
 
     passes = 2.0
+    looks_inside = False
 
     def __init__(self, params, alpha: float = 1.0, average: bool = False, **options):
         super().__init__(params, **options)

@@ -209,7 +209,7 @@ class Step:
             torch._foreach_div_([g for g in gradient if g is not None], len(found))
         gradient = self.joint(found, gradient, weighted=weights is not None)
         if only is None:
-            require_reached(gradient)
+            require_reached(gradient, self.params)
         return found, gradient
 
     def differentiate(
@@ -230,7 +230,7 @@ class Step:
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
         try:
-            found = torch.autograd.grad(loss, [*chosen, *also], allow_unused=True)
+            found = self.grad(loss, [*chosen, *also])
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise ValueError(REENTRANT) from None
@@ -245,6 +245,10 @@ class Step:
             given = iter(gradient)
             gradient = [next(given) if wanted else None for wanted in only]
         return add(total, gradient), further
+
+    def grad(self, loss: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradients of the scalar `loss` in these leaves."""
+        return torch.autograd.grad(loss, of, allow_unused=True)
 
     @property
     def size(self) -> int | None:
@@ -299,9 +303,15 @@ class Step:
 
     # Moving, and the step's end.
 
-    def at(self, direction: Gradients, scale: Tensor | float) -> AbstractContextManager:
-        """Inside, the weights are at w + scale · direction."""
-        return perturbed(self.params, direction, scale)
+    def at(
+        self, direction: Gradients, scale: Tensor | float, params: Sequence[nn.Parameter] | None = None
+    ) -> AbstractContextManager:
+        """Inside, the weights (or only these `params`) are at w + scale · direction."""
+        return perturbed(self.params if params is None else params, direction, scale)
+
+    def placed(self, whole: Tensor, like: nn.Parameter) -> Tensor:
+        """A direction in the parameter, where its numbers lie."""
+        return whole
 
     def require_finite(self, norm: Tensor, losses: Tensor, gradient: Gradients) -> None:
         """Ends the step where the ascent's norm or a loss is not finite: NonFiniteGradient, or the scaler skips it.
@@ -376,8 +386,13 @@ class Step:
         return loss
 
 
-def require_reached(gradient: Gradients) -> None:
+def require_reached(gradient: Gradients, params: Sequence[Tensor]) -> None:
     if all(g is None for g in gradient):
+        if any(hasattr(p, "full_tensor") for p in params):
+            raise ValueError(
+                "the parameters are shards (fully_shard), which a loss does not reach by itself: take "
+                "dsam.integrations.distributed.Distributed(method, model)"
+            )
         raise ValueError(
             "the loss depends on none of the method's parameters: was the method made of another model, or of a copy?"
         )

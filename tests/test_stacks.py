@@ -1,0 +1,190 @@
+"""Methods in other people's training stacks, each with the real package: beside the methods' formulas or a plain loop."""
+
+import copy
+import pickle
+
+import by_definition
+import encoders
+import pytest
+import torch
+from by_definition import Examples
+from test_encoders import Seen
+
+from dsam import METHODS, ExampleLosses
+
+
+def method_of(name, model):
+    return METHODS[name.partition("-")[0]](model, **by_definition.options(name))
+
+
+def gradient_of(params):
+    """End to end, zeros where none came."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in params])
+
+
+def adapted(kind="lora"):
+    """A small BERT with adapters of peft at random, and its head trained, all else frozen."""
+    peft = pytest.importorskip("peft")
+    targets = {"lora": ["query", "value"], "words": ["query", "word_embeddings"]}
+    torch.manual_seed(4)
+    if kind == "prompts":
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    else:
+        config = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, r=2, target_modules=targets[kind])
+    return peft.get_peft_model(encoders.model("bert"), config).double().eval()
+
+
+def assert_adapters_by_formula(model, name):
+    """And all else as it was, bit for bit."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data, trained = encoders.batch(5, 9), [p for p in model.parameters() if p.requires_grad]
+    assert 0 < len(trained) < len(list(model.parameters()))
+    expected = by_definition.FORMULAS[name](Examples(model, data))
+    method = method_of(name, model)
+    method.backward(ExampleLosses(model, data))
+    torch.testing.assert_close(gradient_of(trained), expected, rtol=1e-7, atol=1e-9)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return method
+
+
+@pytest.mark.parametrize("name", by_definition.FORMULAS)
+def test_lora_gets_each_methods_gradient_and_leaves_the_base_as_it_was(name):
+    method = assert_adapters_by_formula(adapted(), name)
+    assert not method.notes or name == "rdrop"  # as fast as without adapters
+
+
+@pytest.mark.filterwarnings("ignore:.* one example at a time")
+@pytest.mark.parametrize("name", ["per_instance", "delta_sam-relative_gap", "freelb"])
+@pytest.mark.parametrize("kind", ["words", "prompts"])
+def test_other_adapters_are_run_one_example_at_a_time_where_there_is_no_formula(kind, name):
+    method = assert_adapters_by_formula(adapted(kind), name)
+    assert bool(method.notes) == (name != "freelb")
+
+
+def take_inputs_in_their_own_precision(*modules):
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, args: (args[0].to(next(module.parameters()).dtype), *args[1:]))
+
+
+def of_two_dtypes(body, head):
+    """A small BERT whose words are in `body`, as its layers, and whose head is in `head`."""
+    model = encoders.model("bert", body).eval()
+    model.classifier.to(head)
+    take_inputs_in_their_own_precision(model.classifier)
+    return model
+
+
+@pytest.mark.parametrize("name", by_definition.FORMULAS)
+@pytest.mark.parametrize("body", [torch.float32, torch.bfloat16])
+def test_weights_of_two_dtypes_get_each_methods_gradient_each_in_its_own(name, body):
+    model, data = of_two_dtypes(body, torch.float64), encoders.batch(5, 9)
+    before = copy.deepcopy(list(model.parameters()))
+    expected = by_definition.FORMULAS[name](Examples(model, data))
+    method, closure = method_of(name, model), ExampleLosses(model, data)
+    # A bare call says no words, so that all of their table is probed and not only the batch's rows.
+    method.backward(closure.__call__ if name == "delta_sam-probe" else closure)
+    found, limit = gradient_of(model.parameters()), 1e-5 if body is torch.float32 else 0.03
+    assert (found - expected).norm() < limit * expected.norm()
+    assert all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not method.notes or name == "rdrop"
+
+
+def test_probes_of_top_layers_go_on_in_the_precision_of_those_layers():
+    """A probe of next to nothing gives the losses again, though the words are narrower."""
+    model, data = encoders.model("bert", torch.float32).eval(), encoders.batch(5, 9)
+    model.bert.embeddings.to(torch.bfloat16)
+    take_inputs_in_their_own_precision(*model.bert.encoder.layer)
+    weighting = Seen(layers=2, radius=1e-9)
+    method = METHODS["delta_sam"](model, 0.3, weighting)
+    method.backward(ExampleLosses(model, data))
+    assert not method.notes
+    torch.testing.assert_close(weighting.probe.plus[0], weighting.losses, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{how: (the model, what torch.compile made of it)}, each run once, so that its code is there."""
+    found = {}
+    for how in ("returned", "in place"):
+        model = encoders.model("bert").eval()
+        other = torch.compile(model, backend="eager") if how == "returned" else model
+        if how == "in place":
+            model.compile(backend="eager")
+        ExampleLosses(other, encoders.batch(5, 9))().mean().backward()
+        found[how] = model, other
+    return found
+
+
+LOOKING = ("per_instance", "freelb", "delta_sam-top", "delta_sam-gibbs", "delta_sam-relative_gap")
+LOOKING += ("delta_sam-gauss_newton", "delta_sam-exact_curvature")
+"""Methods that put hooks into layers, which compiled code would not see."""
+
+
+@pytest.mark.filterwarnings("ignore:rdrop", "ignore:.* and so the compiled model runs uncompiled")
+@pytest.mark.parametrize("name", [name for name in by_definition.FORMULAS if name != "m_sam"])  # compiles for seconds
+@pytest.mark.parametrize("how", ["returned", "in place"])
+def test_a_compiled_model_gets_each_methods_gradient(compiled, how, name):
+    model, other = compiled[how]
+    data, run, model_itself = encoders.batch(5, 9), [], encoders.model("bert").eval()
+    expected = by_definition.FORMULAS[name](Examples(model_itself, data))
+    clean = ExampleLosses(other, data)().detach()
+    method = method_of(name, other)
+    with model.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: run.append(1)):
+        model.zero_grad()
+        method.backward(ExampleLosses(other, data))
+    torch.testing.assert_close(gradient_of(model.parameters()), expected, rtol=1e-7, atol=1e-9)
+    assert any("runs uncompiled" in line for line in method.notes) == (name in LOOKING)
+    if name == "sam":
+        assert not run  # compiled code does run, and does not see the hook
+    assert torch.equal(ExampleLosses(other, data)().detach(), clean)
+
+
+NAMES = [*by_definition.FORMULAS, "msam"]
+
+
+def made(name, model):
+    """A method that has something to keep from step to step where it can have."""
+    options = {"looksam": {"k": 2}}.get(name, {})
+    return METHODS[name](model, rho=0.3, **options) if name in ("looksam", "fsam", "msam") else method_of(name, model)
+
+
+def train(method, model, seeds):
+    """Steps of SGD on batches of these seeds; the gradient of the last."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in seeds:
+        optimizer.zero_grad()
+        method.backward(ExampleLosses(model, encoders.batch(5, 9, seed)))
+        optimizer.step()
+    return gradient_of(model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:rdrop")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_may_change_its_precision_after_the_method_was_made(name):
+    """Then the method is as one made anew, with what it knew."""
+    model, then = encoders.model("bert").eval(), torch.float32
+    method = made(name, model)
+    train(method, model, [1])
+    other = copy.deepcopy(model).to(then)
+    anew = made(name, other)
+    anew.load_state_dict(copy.deepcopy(method.state_dict()))
+    model.to(then)
+    assert torch.equal(train(method, model, [2, 3]), train(anew, other, [2, 3]))
+    assert all(p.dtype == then for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:rdrop")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copied_or_pickled_method_goes_on_with_its_own_model(name):
+    """Copied with its model or for itself, when its model is `method.module`."""
+    model = adapted()
+    method = made(name, model)
+    train(method, model, [1])
+    pairs = [copy.deepcopy((method, model)), pickle.loads(pickle.dumps((method, model)))]
+    pairs += [(alone, alone.module) for alone in (copy.deepcopy(method), pickle.loads(pickle.dumps(method)))]
+    expected = train(method, model, [2, 3])
+    for copied, network in pairs:
+        assert torch.equal(train(copied, network, [2, 3]), expected)
+    with pytest.raises(ValueError, match="was the method made of another model, or of a copy"):
+        copy.deepcopy(method).backward(ExampleLosses(model, encoders.batch(5, 9)))
