@@ -1,4 +1,4 @@
-"""Methods in other people's training stacks, each with the real package: beside the methods' formulas or a plain loop."""
+"""Methods in other people's training stacks, with the real packages: beside the formulas or plain loops."""
 
 import copy
 import pickle

@@ -38,9 +38,9 @@ def require_goes_sharded(method: Method, ascent: str, group: dist.ProcessGroup |
 class ShardedStep(GlobalStep):
     """The joint batch's step on parameters that are shards (DTensor), and so are directions and gradients.
 
-    FSDP2 knows the shards' gradient only by `backward()`, which averages it over the processes. Each has to have equally
-    many micro-batches and examples. The shards are moved in place, since the whole weights are gathered from them, and
-    put back from copies.
+    FSDP2 knows the shards' gradient only by `backward()`, which averages it over the processes. Each has to have
+    equally many micro-batches and examples. The shards are moved in place, since the whole weights are gathered from
+    them, and put back from copies.
     """
 
     def __init__(self, method: Method, closures, scaler, *, group: dist.ProcessGroup | None, model: nn.Module):
@@ -77,8 +77,9 @@ class ShardedStep(GlobalStep):
         self, direction: Gradients, scale: Tensor | float, params: Sequence[nn.Parameter] | None = None
     ) -> Iterator[None]:
         pairs = zip(self.params if params is None else params, direction, strict=True)
+        both = [(p, d) for p, d in pairs if isinstance(p, DTensor) and isinstance(d, DTensor)]
         with torch.no_grad():
-            moved = [(p.to_local(), d.to_local()) for p, d in pairs if isinstance(p, DTensor) and isinstance(d, DTensor)]
+            moved = [(p.to_local(), d.to_local()) for p, d in both]
         shards, before = [w for w, _ in moved], [w.clone() for w, _ in moved]
         try:
             for w, d in moved:
