@@ -1,6 +1,7 @@
 """Methods in other people's training stacks, each with the real package: beside the methods' formulas or a plain loop."""
 
 import copy
+import logging
 import pickle
 
 import by_definition
@@ -8,9 +9,10 @@ import encoders
 import pytest
 import torch
 from by_definition import Examples
+from classifier import Classifier, Losses, batch
 from test_encoders import Seen
 
-from dsam import METHODS, ExampleLosses
+from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, MomentumSAM
 
 
 def method_of(name, model):
@@ -138,6 +140,119 @@ def test_a_compiled_model_gets_each_methods_gradient(compiled, how, name):
     if name == "sam":
         assert not run  # compiled code does run, and does not see the hook
     assert torch.equal(ExampleLosses(other, data)().detach(), clean)
+
+
+BATCHES = 6
+
+
+def small_classifier():
+    return Classifier(dropout=0.2).train()
+
+
+def by_hand(make, steps, clip):
+    """Weights after these steps, each a list of the batches that it takes together."""
+    model = small_classifier()
+    method, optimizer = make(model), torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    torch.manual_seed(7)
+    for seeds in steps:
+        method.backward([Losses(model, batch(seed=seed)) for seed in seeds])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return list(model.parameters())
+
+
+def assert_same(model, weights):
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+STATEFUL = {
+    "sam": lambda model: SAM(model, 0.3),
+    "delta_sam": lambda model: DeltaSAM(model, 0.3, seed=3),
+    "msam": lambda model: MomentumSAM(model, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
+    """Gradients of two batches together, clipping, a scheduler; and it goes on from Lightning's checkpoint."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+    class SharpnessAware(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = small_classifier()
+            self.method = STATEFUL[name](self.model)
+            self.masks = torch.Generator().manual_seed(7).get_state()
+
+        def training_step(self, several, _):
+            loss = self.method.backward([Losses(self.model, one) for one in several])
+            self.clip_gradients(self.optimizers(), gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            self.optimizers().step()
+            self.lr_schedulers().step()
+            self.optimizers().zero_grad()
+            self.log("loss", loss)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["method"] = self.method.state_dict()
+            checkpoint["masks"] = torch.get_rng_state()
+
+        def on_load_checkpoint(self, checkpoint):
+            self.method.load_state_dict(checkpoint["method"])
+            self.masks = checkpoint["masks"]
+
+        def on_train_epoch_start(self):  # the loader has drawn a seed of its own
+            if self.masks is not None:
+                torch.set_rng_state(self.masks)
+            self.masks = None
+
+    steps = [[seed, seed + 1] for seed in range(0, BATCHES, 2)]
+    data = [[batch(seed=seed) for seed in seeds] for seeds in steps]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+    def fit(epochs, **resume):
+        module = SharpnessAware()
+        trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet)
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), **resume)
+        trainer.save_checkpoint(tmp_path / "kept.ckpt")
+        return module.model
+
+    assert_same(fit(1), by_hand(STATEFUL[name], steps, clip=0.5))
+    assert_same(fit(2, ckpt_path=tmp_path / "kept.ckpt"), by_hand(STATEFUL[name], 2 * steps, clip=0.5))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_accelerate_with_gradient_accumulation_is_a_plain_loop(name):
+    """Four batches and then two that an epoch leaves, clipped, with a scheduler, each step as the undivided batch."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = small_classifier()
+    method, optimizer = STATEFUL[name](model), torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    loader = torch.utils.data.DataLoader([batch(seed=seed) for seed in range(BATCHES)], batch_size=None)
+    prepared, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    held = []
+    for data in loader:
+        if not method.report:  # before the first step, when the loader has drawn a seed of its own
+            torch.manual_seed(7)
+        with accelerator.accumulate(prepared):
+            held.append(Losses(prepared, data))
+            if accelerator.sync_gradients:
+                method.backward(held, scaler=accelerator.scaler)
+                accelerator.clip_grad_norm_(prepared.parameters(), 0.5)
+                held = []
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert_same(model, by_hand(STATEFUL[name], [[0, 1, 2, 3], [4, 5]], clip=0.5))
 
 
 NAMES = [*by_definition.FORMULAS, "msam"]
