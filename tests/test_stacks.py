@@ -1,8 +1,12 @@
-"""Methods in other people's training stacks, each with the real package: beside the methods' formulas or a plain loop."""
+"""Methods in other people's training stacks, each with the real package: beside their formulas or a plain loop."""
 
 import copy
+import functools
 import logging
 import pickle
+import re
+import types
+from pathlib import Path
 
 import by_definition
 import encoders
@@ -142,7 +146,23 @@ def test_a_compiled_model_gets_each_methods_gradient(compiled, how, name):
     assert torch.equal(ExampleLosses(other, data)().detach(), clean)
 
 
+PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
 BATCHES = 6
+
+
+def shown(title):
+    """The code of that part of the page."""
+    (part,) = [part for part in PAGE.split("\n## ") if part.startswith(title)]
+    return re.search(r"```python\n(.*?)```", part, re.DOTALL)[1]
+
+
+def standing_in(name, closure=Losses):
+    """For the page's method and closure: another method, and losses in the precision of the weights."""
+
+    def method(model, rho):
+        return STATEFUL[name](model)
+
+    return {"DeltaSAM": method, "ExampleLosses": closure}
 
 
 def small_classifier():
@@ -181,32 +201,18 @@ def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
     lightning = pytest.importorskip("pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
-    class SharpnessAware(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.model = small_classifier()
-            self.method = STATEFUL[name](self.model)
-            self.masks = torch.Generator().manual_seed(7).get_state()
+    names = {"pytorch_lightning": lightning, "torch": torch, **standing_in(name)}
+    exec(shown("Lightning"), names)
 
-        def training_step(self, several, _):
-            loss = self.method.backward([Losses(self.model, one) for one in several])
-            self.clip_gradients(self.optimizers(), gradient_clip_val=0.5, gradient_clip_algorithm="norm")
-            self.optimizers().step()
-            self.lr_schedulers().step()
-            self.optimizers().zero_grad()
-            self.log("loss", loss)
-
-        def configure_optimizers(self):
-            optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+    class WithItsMasks(names["SharpnessAware"]):
+        masks = torch.Generator().manual_seed(7).get_state()
 
         def on_save_checkpoint(self, checkpoint):
-            checkpoint["method"] = self.method.state_dict()
+            super().on_save_checkpoint(checkpoint)
             checkpoint["masks"] = torch.get_rng_state()
 
         def on_load_checkpoint(self, checkpoint):
-            self.method.load_state_dict(checkpoint["method"])
+            super().on_load_checkpoint(checkpoint)
             self.masks = checkpoint["masks"]
 
         def on_train_epoch_start(self):  # the loader has drawn a seed of its own
@@ -219,7 +225,7 @@ def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
     def fit(epochs, **resume):
-        module = SharpnessAware()
+        module = WithItsMasks(small_classifier())
         trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet)
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), **resume)
         trainer.save_checkpoint(tmp_path / "kept.ckpt")
@@ -232,27 +238,58 @@ def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_accelerate_with_gradient_accumulation_is_a_plain_loop(name):
     """Four batches and then two that an epoch leaves, clipped, with a scheduler, each step as the undivided batch."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
-    model = small_classifier()
-    method, optimizer = STATEFUL[name](model), torch.optim.AdamW(model.parameters(), lr=0.01)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    accelerate, model, begun = pytest.importorskip("accelerate"), small_classifier(), []
+
+    class Batches(Losses):
+        def __init__(self, *given):
+            super().__init__(*given)
+            if not begun:  # the loader has drawn a seed of its own
+                begun.append(torch.manual_seed(7))
+
     loader = torch.utils.data.DataLoader([batch(seed=seed) for seed in range(BATCHES)], batch_size=None)
-    prepared, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
-    held = []
-    for data in loader:
-        if not method.report:  # before the first step, when the loader has drawn a seed of its own
-            torch.manual_seed(7)
-        with accelerator.accumulate(prepared):
-            held.append(Losses(prepared, data))
-            if accelerator.sync_gradients:
-                method.backward(held, scaler=accelerator.scaler)
-                accelerator.clip_grad_norm_(prepared.parameters(), 0.5)
-                held = []
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+    names = {"model": model, "loader": loader, "torch": torch, "Accelerator": accelerate.Accelerator}
+    exec(shown("Accelerate with gradient accumulation"), names | standing_in(name, Batches))
     assert_same(model, by_hand(STATEFUL[name], [[0, 1, 2, 3], [4, 5]], clip=0.5))
+
+
+@pytest.mark.parametrize("name", ["sam", "msam"])
+def test_a_gradient_scaler_skips_what_overflows_and_changes_nothing_else(name):
+    """In float32, where scaling by powers of two is exact; beside a loop without the scaler and the second batch."""
+
+    class Overflowing(Losses):
+        def __init__(self, model, data, autocast):
+            super().__init__(model, data)
+            self.times = torch.inf if data is loader[1] else 1
+
+        def outputs(self, noise=None):
+            losses, logits = super().outputs(noise)
+            return self.times * losses, logits
+
+    loader = [batch(seed=seed) for seed in range(3)]
+    model, expected = Classifier(dtype=torch.float32), Classifier(dtype=torch.float32)
+    model.device = torch.device("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"torch": torch, "model": model, "loader": loader, "optimizer": optimizer, "ExampleLosses": Overflowing}
+    exec(shown("A gradient scaler"), names | {"method": STATEFUL[name](model)})
+    method, optimizer = STATEFUL[name](expected), torch.optim.SGD(expected.parameters(), lr=0.1)
+    for one in (loader[0], loader[2]):
+        method.backward(Losses(expected, one))
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model, list(expected.parameters()))
+
+
+def test_the_pages_short_examples_run():
+    peft = pytest.importorskip("peft")
+    names = {"DeltaSAM": DeltaSAM, "ExampleLosses": ExampleLosses, "SAM": SAM, "batch": encoders.batch(5, 9)}
+    model = encoders.model("bert").eval()
+    expected = ExampleLosses(model, names["batch"])().mean().detach()
+    eager = types.SimpleNamespace(compile=functools.partial(torch.compile, backend="eager"))
+    exec(shown("torch.compile"), names := names | {"model": model, "torch": eager})
+    torch.testing.assert_close(names["loss"], expected)
+    exec(shown("LoRA"), names := names | {"get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig})
+    torch.testing.assert_close(names["loss"], expected)  # adapters begin as nothing
 
 
 NAMES = [*by_definition.FORMULAS, "msam"]

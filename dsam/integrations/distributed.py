@@ -157,8 +157,7 @@ class JointStep(Step):
         counts, _ = self.gather(torch.tensor([len(self)], device=self.device))
         if len(set(counts.tolist())) > 1:
             raise ValueError(
-                "mask='fresh' and fully_shard need equally many micro-batches on every rank, got "
-                f"{counts.tolist()}"
+                f"mask='fresh' and fully_shard need equally many micro-batches on every rank, got {counts.tolist()}"
             )
 
 
