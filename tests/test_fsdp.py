@@ -10,10 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import warm
 from classifier import Classifier, Losses, batch, part
+from test_stacks import shown
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dsam import ESAM, METHODS, SAM, DeltaSAM, GroupSAM, PerInstance
+from dsam import ESAM, METHODS, SAM, DeltaSAM, ExampleLosses, GroupSAM, PerInstance
 from dsam.integrations.distributed import Distributed
 
 OPTIONS = {
@@ -179,3 +181,19 @@ def test_what_cannot_be_seen_from_here_is_refused(alone):
         Distributed(SAM(model), model, ascent="local")
     with pytest.raises(ValueError, match=r"parameters are shards.*Distributed\(method, model\)"):
         SAM(model).backward(Losses(model, batch()))
+
+
+def test_the_pages_examples_run(alone):
+    """On one process, whose loss is that of the model by itself."""
+    for title, model in (("Several processes", encoders.model("bert")), ("FSDP2", encoders.model("bert"))):
+        names = {
+            "fully_shard": fully_shard,
+            "Distributed": Distributed,
+            "DeltaSAM": DeltaSAM,
+            "SAM": SAM,
+            "torch": torch,
+        }
+        names |= {"DistributedDataParallel": DistributedDataParallel, "ExampleLosses": ExampleLosses}
+        expected = ExampleLosses(model.eval(), encoders.batch())().mean().detach()
+        exec(shown(title), names := names | {"model": model, "network": model, "batch": encoders.batch()})
+        torch.testing.assert_close(names["loss"], expected)

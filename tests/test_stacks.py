@@ -1,16 +1,22 @@
-"""Methods in other people's training stacks, with the real packages: beside the formulas or plain loops."""
+"""Methods in other people's training stacks, each with the real package: beside their formulas or a plain loop."""
 
 import copy
+import functools
+import logging
 import pickle
+import re
+import types
+from pathlib import Path
 
 import by_definition
 import encoders
 import pytest
 import torch
 from by_definition import Examples
+from classifier import Classifier, Losses, batch
 from test_encoders import Seen
 
-from dsam import METHODS, ExampleLosses
+from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, MomentumSAM
 
 
 def method_of(name, model):
@@ -138,6 +144,152 @@ def test_a_compiled_model_gets_each_methods_gradient(compiled, how, name):
     if name == "sam":
         assert not run  # compiled code does run, and does not see the hook
     assert torch.equal(ExampleLosses(other, data)().detach(), clean)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+BATCHES = 6
+
+
+def shown(title):
+    """The code of that part of the page."""
+    (part,) = [part for part in PAGE.split("\n## ") if part.startswith(title)]
+    return re.search(r"```python\n(.*?)```", part, re.DOTALL)[1]
+
+
+def standing_in(name, closure=Losses):
+    """For the page's method and closure: another method, and losses in the precision of the weights."""
+
+    def method(model, rho):
+        return STATEFUL[name](model)
+
+    return {"DeltaSAM": method, "ExampleLosses": closure}
+
+
+def small_classifier():
+    return Classifier(dropout=0.2).train()
+
+
+def by_hand(make, steps, clip):
+    """Weights after these steps, each a list of the batches that it takes together."""
+    model = small_classifier()
+    method, optimizer = make(model), torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    torch.manual_seed(7)
+    for seeds in steps:
+        method.backward([Losses(model, batch(seed=seed)) for seed in seeds])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return list(model.parameters())
+
+
+def assert_same(model, weights):
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+STATEFUL = {
+    "sam": lambda model: SAM(model, 0.3),
+    "delta_sam": lambda model: DeltaSAM(model, 0.3, seed=3),
+    "msam": lambda model: MomentumSAM(model, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
+    """Gradients of two batches together, clipping, a scheduler; and it goes on from Lightning's checkpoint."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+    names = {"pytorch_lightning": lightning, "torch": torch, **standing_in(name)}
+    exec(shown("Lightning"), names)
+
+    class WithItsMasks(names["SharpnessAware"]):
+        masks = torch.Generator().manual_seed(7).get_state()
+
+        def on_save_checkpoint(self, checkpoint):
+            super().on_save_checkpoint(checkpoint)
+            checkpoint["masks"] = torch.get_rng_state()
+
+        def on_load_checkpoint(self, checkpoint):
+            super().on_load_checkpoint(checkpoint)
+            self.masks = checkpoint["masks"]
+
+        def on_train_epoch_start(self):  # the loader has drawn a seed of its own
+            if self.masks is not None:
+                torch.set_rng_state(self.masks)
+            self.masks = None
+
+    steps = [[seed, seed + 1] for seed in range(0, BATCHES, 2)]
+    data = [[batch(seed=seed) for seed in seeds] for seeds in steps]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+    def fit(epochs, **resume):
+        module = WithItsMasks(small_classifier())
+        trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet)
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), **resume)
+        trainer.save_checkpoint(tmp_path / "kept.ckpt")
+        return module.model
+
+    assert_same(fit(1), by_hand(STATEFUL[name], steps, clip=0.5))
+    assert_same(fit(2, ckpt_path=tmp_path / "kept.ckpt"), by_hand(STATEFUL[name], 2 * steps, clip=0.5))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_accelerate_with_gradient_accumulation_is_a_plain_loop(name):
+    """Four batches and then two that an epoch leaves, clipped, with a scheduler, each step as the undivided batch."""
+    accelerate, model, begun = pytest.importorskip("accelerate"), small_classifier(), []
+
+    class Batches(Losses):
+        def __init__(self, *given):
+            super().__init__(*given)
+            if not begun:  # the loader has drawn a seed of its own
+                begun.append(torch.manual_seed(7))
+
+    loader = torch.utils.data.DataLoader([batch(seed=seed) for seed in range(BATCHES)], batch_size=None)
+    names = {"model": model, "loader": loader, "torch": torch, "Accelerator": accelerate.Accelerator}
+    exec(shown("Accelerate with gradient accumulation"), names | standing_in(name, Batches))
+    assert_same(model, by_hand(STATEFUL[name], [[0, 1, 2, 3], [4, 5]], clip=0.5))
+
+
+@pytest.mark.parametrize("name", ["sam", "msam"])
+def test_a_gradient_scaler_skips_what_overflows_and_changes_nothing_else(name):
+    """In float32, where scaling by powers of two is exact; beside a loop without the scaler and the second batch."""
+
+    class Overflowing(Losses):
+        def __init__(self, model, data, autocast):
+            super().__init__(model, data)
+            self.times = torch.inf if data is loader[1] else 1
+
+        def outputs(self, noise=None):
+            losses, logits = super().outputs(noise)
+            return self.times * losses, logits
+
+    loader = [batch(seed=seed) for seed in range(3)]
+    model, expected = Classifier(dtype=torch.float32), Classifier(dtype=torch.float32)
+    model.device = torch.device("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"torch": torch, "model": model, "loader": loader, "optimizer": optimizer, "ExampleLosses": Overflowing}
+    exec(shown("A gradient scaler"), names | {"method": STATEFUL[name](model)})
+    method, optimizer = STATEFUL[name](expected), torch.optim.SGD(expected.parameters(), lr=0.1)
+    for one in (loader[0], loader[2]):
+        method.backward(Losses(expected, one))
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model, list(expected.parameters()))
+
+
+def test_the_pages_short_examples_run():
+    peft = pytest.importorskip("peft")
+    names = {"DeltaSAM": DeltaSAM, "ExampleLosses": ExampleLosses, "SAM": SAM, "batch": encoders.batch(5, 9)}
+    model = encoders.model("bert").eval()
+    expected = ExampleLosses(model, names["batch"])().mean().detach()
+    eager = types.SimpleNamespace(compile=functools.partial(torch.compile, backend="eager"))
+    exec(shown("torch.compile"), names := names | {"model": model, "torch": eager})
+    torch.testing.assert_close(names["loss"], expected)
+    exec(shown("LoRA"), names := names | {"get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig})
+    torch.testing.assert_close(names["loss"], expected)  # adapters begin as nothing
 
 
 NAMES = [*by_definition.FORMULAS, "msam"]

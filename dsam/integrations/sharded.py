@@ -38,7 +38,7 @@ def require_goes_sharded(method: Method, ascent: str, group: dist.ProcessGroup |
 class ShardedStep(GlobalStep):
     """The joint batch's step on parameters that are shards (DTensor), and so are directions and gradients.
 
-    FSDP2 knows the shards' gradient only by `backward()`, which averages it over the processes. Each has to have
+    FSDP2 knows the shards' gradient only by `backward()`, which averages it over the processes; each has to have
     equally many micro-batches and examples. The shards are moved in place, since the whole weights are gathered from
     them, and put back from copies.
     """
@@ -77,17 +77,16 @@ class ShardedStep(GlobalStep):
         self, direction: Gradients, scale: Tensor | float, params: Sequence[nn.Parameter] | None = None
     ) -> Iterator[None]:
         pairs = zip(self.params if params is None else params, direction, strict=True)
-        both = [(p, d) for p, d in pairs if isinstance(p, DTensor) and isinstance(d, DTensor)]
         with torch.no_grad():
-            moved = [(p.to_local(), d.to_local()) for p, d in both]
-        shards, before = [w for w, _ in moved], [w.clone() for w, _ in moved]
+            moved = [(_local(p), _local(d)) for p, d in pairs if d is not None]
+            before = [w.clone() for w, _ in moved]
         try:
             for w, d in moved:
                 w.add_(d * scale)
             self._gather_anew()
             yield
         finally:
-            for w, b in zip(shards, before, strict=True):
+            for (w, _), b in zip(moved, before, strict=True):
                 w.copy_(b)
             self._gather_anew()
 
@@ -97,3 +96,9 @@ class ShardedStep(GlobalStep):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _local(x: Tensor) -> Tensor:
+    """This process's part."""
+    assert isinstance(x, DTensor)
+    return x.to_local()
