@@ -1,10 +1,12 @@
 """What README.md tells a reader to type works."""
 
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import pandas as pd
 import pytest
@@ -137,3 +139,18 @@ def test_the_finding_is_what_its_table_says():
         said = re.findall(rf"{name} ([\d.]+)[^(]*\((?:95 % interval )?([\d.]+) to ([\d.]+)\)", " ".join(text.split()))
         assert len(said) == 2
         assert all(abs(float(x) - value) <= 0.051 for found in said for x, value in zip(found, row, strict=True))
+
+
+def test_what_is_said_of_fitted_labels_is_what_the_records_say():
+    said = re.findall(
+        r"(\d+) % (?:of the wrong labels )?and (\d+) %", README + (ROOT / "docs" / "results.md").read_text("utf-8")
+    )
+    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_fit.zip") as held:
+        results = [json.loads(held.read(name)) for name in held.namelist() if name.endswith("result.json")]
+    found = {}
+    for result in results:
+        last = result["evaluations"][-1]["memorised"]
+        found[result["optimizer"]] = tuple(f"{100 * last[which]['accuracy']:.0f}" for which in ("flipped", "clean"))
+    assert len(results) == 4
+    for method in ("adamw", "sam", "per_instance"):
+        assert said.count(found[method]) == 2, (method, found, said)
