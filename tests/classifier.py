@@ -37,10 +37,14 @@ class Losses(ExampleLosses):
     def _losses(self, precision):
         return self.outputs()[0]
 
-    def outputs(self, noise=None):
+    def outputs(self, noise=None, detached=False):
         hook = None
         if noise is not None:
-            hook = self.model.words.register_forward_hook(lambda _, __, out: out + (noise * self.token_mask).to(out))
+
+            def add(_, __, out):
+                return (out.detach() if detached else out) + (noise * self.token_mask).to(out)
+
+            hook = self.model.words.register_forward_hook(add)
         try:
             logits = self.model(**self.inputs).logits
         finally:

@@ -106,8 +106,8 @@ def rows(*ranks):
 class Overflowing(Losses):
     """Its gradient overflows in float32 sums, its loss does not."""
 
-    def outputs(self, noise=None):
-        losses, logits = super().outputs(noise)
+    def outputs(self, noise=None, **how):
+        losses, logits = super().outputs(noise, **how)
         return losses + 1e200 * (losses - losses.detach()), logits
 
 

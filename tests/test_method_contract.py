@@ -68,9 +68,9 @@ class Spoilt(Losses):
     def of(cls, model, data, n, what):
         return type("Case", (cls,), {"calls": [0], "n": n, "what": staticmethod(what)})(model, data)
 
-    def outputs(self, noise=None):
+    def outputs(self, noise=None, **how):
         self.calls[0] += 1
-        losses, logits = super().outputs(noise)
+        losses, logits = super().outputs(noise, **how)
         return (self.what(losses), self.what(logits)) if self.calls[0] == self.n else (losses, logits)
 
 
@@ -182,8 +182,8 @@ def test_a_zero_gradient_is_finite_and_changes_nothing(name):
 
 
 class _Nothing(Losses):
-    def outputs(self, noise=None):
-        losses, logits = super().outputs(noise)
+    def outputs(self, noise=None, **how):
+        losses, logits = super().outputs(noise, **how)
         return 0 * losses, logits
 
 
@@ -224,8 +224,8 @@ def test_the_gradient_that_the_step_leaves_went_through_the_scaler(name, mask):
     seen = []
 
     class Watched(Losses):
-        def outputs(self, noise=None):
-            losses, logits = super().outputs(noise)
+        def outputs(self, noise=None, **how):
+            losses, logits = super().outputs(noise, **how)
             if losses.requires_grad:
                 losses.register_hook(lambda g: seen.append(float(g.abs().max())))
             return losses, logits
@@ -305,9 +305,9 @@ def test_it_reports_what_it_did_in_finite_numbers(name):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "delta_sam-exact_curvature"])  # it refuses this
 def test_a_layer_that_some_passes_skip_stays_where_it_is(name):
     class Skipping(Losses):
-        def outputs(self, noise=None):
+        def outputs(self, noise=None, **how):
             self.model.skip = not self.model.skip
-            return super().outputs(noise)
+            return super().outputs(noise, **how)
 
     class Sometimes(Classifier):
         skip = False
@@ -337,13 +337,13 @@ def test_a_closure_that_touches_the_gradient_is_refused_and_zero_grad_before_any
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     class ZeroGrad(Losses):
-        def outputs(self, noise=None):
+        def outputs(self, noise=None, **how):
             optimizer.zero_grad()
-            return super().outputs(noise)
+            return super().outputs(noise, **how)
 
     class Backward(Losses):
-        def outputs(self, noise=None):
-            losses, logits = super().outputs(noise)
+        def outputs(self, noise=None, **how):
+            losses, logits = super().outputs(noise, **how)
             if torch.is_grad_enabled():
                 losses.mean().backward(retain_graph=True)
             return losses, logits
