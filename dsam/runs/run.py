@@ -72,8 +72,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
 
         def keep(name: str, wanted: bool = config.checkpoint.keep_weights) -> None:
             if wanted:
-                network.save_pretrained(record.folder / name)
-                ready.tokenizer.save_pretrained(record.folder / name)
+                models.save(network, ready.tokenizer, record.folder / name)
 
         total = total_steps(config, trained_examples(config, data[task.train[0]]))[0]
         phases: dict[int, Callable[[], None]] = {
