@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,12 +15,18 @@ from .config import CONF, Config, Paths, coerced
 from .errors import Parser, Stopped, UserError
 from .text import counted, first_line
 
+if TYPE_CHECKING:
+    from .sweeps.planned import Planned
+    from .sweeps.search import Search
+
 
 @contextmanager
 def one_line_errors():
-    """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either."""
+    """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either, and none
+    where a reader of the output has seen enough (`| head -1`)."""
     try:
-        yield
+        with reader_may_leave():
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -38,7 +45,7 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
 
     from . import overrides
 
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch, reader_may_leave():
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
         given = flags(arguments)
         if given.experimental_rerun:
             raise UserError("--experimental-rerun is not supported: a run's folder holds its config.yaml")
@@ -91,7 +98,7 @@ def _info_last(arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def reader_may_leave():
-    """Inside, a reader of the output that has seen enough (`| head -1`) ends nothing."""
+    """Inside, a reader of the output that leaves ends nothing."""
     wrapped = sys.stdout
 
     class Output:
@@ -176,25 +183,32 @@ def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
     Args:
         jobs: each one's composed configuration and the name of its experiment.
     """
-    from .sweeps import choose, estimate
-    from .sweeps import sweep as sweeps
     from .sweeps.compose import configurations
-    from .sweeps.planned import counts, unfinished
 
     with one_line_errors():
-        configs = configurations(jobs)
-        runs = sweeps.plan(configs)
-        first = configs[0]
+        _carry_out([("", configurations(jobs))])
+
+
+def search(found: "Search") -> None:
+    """The runs of a search, as those of a sweep. It ends where a run failed, since others hang on its score."""
+    with one_line_errors():
+        _carry_out(found.rounds())
+
+
+def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
+    """The runs of each round, which are those of the round before and more, under a line of words."""
+    from .sweeps import choose, estimate
+    from .sweeps import sweep as sweeps
+    from .sweeps.planned import counts, unfinished
+
+    failed: list[Planned] = []
+    for line, configs in rounds:
+        runs, first = sweeps.plan(configs), configs[0]
         fresh = choose.check_fresh(configs)
         if first.launcher.plan:
-            if first.launcher.measure:
-                estimate.measure(runs)
-            sweeps.show_plan(runs, len(first.launcher.slots))
-            if parents := sweeps.plan(sweeps.parents(configs)):
-                print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
-            if fresh:
-                print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
-            return
+            if unfinished(runs):  # the next round's hang on their scores
+                break
+            continue
         sweeps.require_clean(configs)
         run_all = sweeps.run_all
         if first.launcher.name == "slurm":
@@ -202,22 +216,37 @@ def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
 
             slurm.require()
             run_all = slurm.run_all
+        if line:
+            print(line)
         name, command = first.experiment or "sweep", " ".join(sys.argv)
         failed = sweeps.work(runs, name, command, run_all)
-        if fresh and unfinished(runs) and not failed:  # launcher.wait=false
-            print("the same command chooses among these runs, once they are finished")
-        elif fresh:
-            configs, rows = choose.choose(runs)
-            print(choose.described(rows))
-            if configs:
-                print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
-                again = sweeps.plan(choose.reseeded(configs, fresh))
-                failed += sweeps.work(again, name + CHOSEN, command, run_all, rows)
-        for r in failed:
-            print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
-        if failed:
-            print("the same command runs only what is missing", file=sys.stderr)
-            raise SystemExit(1)
+        if unfinished(runs):
+            break
+    if first.launcher.plan:
+        if first.launcher.measure:
+            estimate.measure(runs)
+        if line:
+            print(line)
+        sweeps.show_plan(runs, len(first.launcher.slots))
+        if parents := sweeps.plan(sweeps.parents(configs)):
+            print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
+        if fresh:
+            print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
+        return
+    if (fresh or line) and unfinished(runs) and not failed:  # launcher.wait=false
+        print("the same command goes on with these runs' scores, once they are finished")
+    elif fresh or line:
+        chosen, rows = choose.choose(runs)
+        print(choose.described(rows))
+        if chosen and fresh:
+            print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
+            again = sweeps.plan(choose.reseeded(chosen, fresh))
+            failed += sweeps.work(again, name + CHOSEN, command, run_all, rows)
+    for r in failed:
+        print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
+    if failed:
+        print("the same command runs only what is missing", file=sys.stderr)
+        raise SystemExit(1)
 
 
 CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds

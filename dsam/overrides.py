@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, RangeSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from pydantic import BaseModel
@@ -19,7 +19,9 @@ from .config import CONTROL, Config, Settings, alternatives
 from .errors import UserError, did_you_mean
 from .text import first_line
 
-HYDRAS_OWN = ("hydra.mode", "hydra.verbose")
+SWEEPERS = ("dsam", "optuna")
+SEARCHS = tuple(f"hydra.sweeper.{name}" for name in ("n_trials", "n_jobs", "seed"))
+HYDRAS_OWN = ("hydra.mode", "hydra.verbose", "hydra/sweeper", *SEARCHS)
 """What may be set of Hydra's own settings: the others would move, split or replace what the sweep relies on."""
 
 MOST_RUNS = 100_000
@@ -56,7 +58,7 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
         for folder in place.iterdir():
             if folder.is_dir():
                 groups[folder.name] = sorted({*groups.get(folder.name, ()), *(f.stem for f in folder.glob("*.yaml"))})
-    passed, chosen, keys, first, runs = [], [], [], [], 1
+    passed, chosen, keys, first, between, runs = [], [], [], [], [], 1
     parser = OverridesParser.create()
     for text in overrides:
         typed, text = text, _as_typed(text, parser)
@@ -67,15 +69,21 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
         name = override.key_or_group
         if re.split("[./@]", name)[0] == "hydra" and name not in HYDRAS_OWN:
             raise UserError(f"'{text}': {name} cannot be set; paths.runs=DIR says where runs lie")
+        if name == "hydra/sweeper" and override.value() not in SWEEPERS:
+            raise UserError(f"'{text}': the sweepers are {' and '.join(SWEEPERS)}")
+        if name == "hydra/sweeper" and one_run:
+            raise UserError(f"'{text}': add -m for a sweep")
         values = _values(override, text, groups.get(name, ()))
         if one_run and override.is_sweep_override():
             raw = typed.partition("=")[2]
             hint = f"; one value with a comma needs quotes: \"{name}='{raw}'\"" if name in text_settings() else ""
-            raise UserError(f"'{typed}' is {len(values)} runs: add -m for a sweep{hint}")
+            what = "a search" if override.is_interval_sweep() else f"{len(values)} runs"
+            raise UserError(f"'{typed}' is {what}: add -m for a sweep{hint}")
         if name in groups and override.is_add():
             raise UserError(f"'{text}': write {name}={values[0]}, without the +")
         if (name, values) == ("experiment", ["null"]):  # what is so without it, and what Hydra takes for a mistake
             continue
+        between += [text] * override.is_interval_sweep()
         runs *= len(values)
         if runs > MOST_RUNS:
             raise UserError(f"'{text}': more than {MOST_RUNS} runs")
@@ -96,11 +104,18 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
             keys.append(name)
         passed.append(text)
     try:
-        compose_config(first, conf, more=more)  # what only shows when all is put together, for the first run
+        whole = compose_config(first, conf, with_hydra=True, more=more)  # what only shows when all is put together
     except UserError:
         if keys:
             _check_keys(keys, compose_config(chosen, conf, more=more), groups)
+        for text in (text for text in first if text.startswith(SEARCHS)):
+            compose_config([t for t in first if t != text], conf, more=more)  # what else is wrong
+            raise UserError(f"'{text}' goes with hydra/sweeper=optuna") from None
         raise
+    if between and not str(whole.hydra.sweeper._target_).endswith("OptunaSweeper"):
+        raise UserError(
+            f"'{between[0]}': a sweep needs single values, e.g. 1,2 or range(0,3); add hydra/sweeper=optuna to search"
+        )
     return passed
 
 
@@ -109,9 +124,9 @@ def _values(override: Override, text: str, choices: Sequence[str]) -> list[str]:
     if not override.is_sweep_override():
         value = override.value()
         return ["null" if value is None else str(value)]
-    if not override.is_discrete_sweep():
-        raise UserError(f"'{text}': a sweep needs single values, e.g. {override.key_or_group}=1,2 or range(0,3)")
     sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        return [str(sweep.start)]
     if isinstance(sweep, RangeSweep) and not _ends(sweep):
         raise UserError(f"'{text}': more than {MOST_RUNS} runs")
     values = sweep.filter(list(choices)) if isinstance(sweep, Glob) else list(override.sweep_string_iterator())

@@ -14,7 +14,12 @@ BASELINES = {
     "rdrop": lambda p, **o: RDrop(p, **o),
     "smart": lambda p, **o: SMART(p, **{"sigma": 0.05, "radius": 0.1, "step_size": 0.02} | o),
 }
-OFF = {"freelb": {"step_size": 0, "init": 0}, "r3f": {"weight": 0}, "rdrop": {"alpha": 0}, "smart": {"weight": 0}}
+OFF = {
+    "freelb": {"step_size": 0, "init": 0},
+    "r3f": {"weight": 0},
+    "rdrop": {"alpha": 0, "average": True},
+    "smart": {"weight": 0},
+}
 
 
 def bert(dropout=0.0, labels=3, seed=0, dtype=torch.float64):
@@ -39,9 +44,10 @@ def batch(n=6, seed=1, labels=3, tokens=7):
     return {"input_ids": ids, "attention_mask": mask, "labels": y}
 
 
-def logits(model, data, noise=None):
+def logits(model, data, noise=None, detached=False):
     """By `inputs_embeds`, not by a hook: the model's own way in."""
     embeddings = model.get_input_embeddings()(data["input_ids"])
+    embeddings = embeddings.detach() if detached else embeddings
     if noise is not None:
         embeddings = embeddings + (noise * data["attention_mask"][..., None]).to(embeddings.dtype)
     return model(inputs_embeds=embeddings, attention_mask=data["attention_mask"]).logits
@@ -88,9 +94,10 @@ def noise_of(method, data, kind):
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-def test_rdrop_is_its_formula_with_two_masks(labels):
+@pytest.mark.parametrize("average", [False, True])
+def test_rdrop_is_its_formula_with_two_masks(labels, average):
     model, data = bert(dropout=0.3, labels=labels), batch(labels=labels)
-    method = RDrop(model, alpha=0.7, seed=4)
+    method = RDrop(model, alpha=0.7, average=average, seed=4)
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(4)))
     state = torch.get_rng_state()
     first = logits(model, data)
@@ -99,7 +106,8 @@ def test_rdrop_is_its_formula_with_two_masks(labels):
     second = logits(model, data)
     assert not torch.allclose(first, second)
     half = 1.0 if labels == 1 else 0.5
-    loss = (task_loss(first, data) + task_loss(second, data)) / 2 + 0.7 * half * apart(first, second)
+    both = task_loss(first, data) + task_loss(second, data)
+    loss = both / (2 if average else 1) + 0.7 * half * apart(first, second)
     expected = gradient_of(model, loss)
     torch.set_rng_state(state)
     returned = method.backward(ExampleLosses(model, data))
@@ -108,18 +116,45 @@ def test_rdrop_is_its_formula_with_two_masks(labels):
     assert torch.equal(torch.get_rng_state(), plain_stream)
 
 
+def test_rdrop_is_the_authors_code_for_glue_at_half_the_batch_size():
+    """Of that code, in our own words: means of the cross-entropies, a quarter of the *sums* of the KLs."""
+    model, data = bert(dropout=0.3), batch()
+    method = RDrop(model, alpha=len(data["labels"]) / 2, seed=4)
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(4)))
+    state = torch.get_rng_state()
+    first = logits(model, data)
+    torch.manual_seed(seed)
+    second = logits(model, data)
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    kls = kl_div(p, q.exp(), reduction="none").sum() + kl_div(q, p.exp(), reduction="none").sum()
+    expected = gradient_of(model, task_loss(first, data) + task_loss(second, data) + 0.5 * kls / 2)
+    torch.set_rng_state(state)
+    method.backward(ExampleLosses(model, data))
+    check(model, expected)
+
+
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
-def test_r3f_is_its_formula(labels, kind):
+@pytest.mark.parametrize("through", [False, True])
+def test_r3f_is_its_formula(labels, kind, through):
     model, data = bert(labels=labels), batch(labels=labels)
-    method = R3F(model, weight=0.8, sigma=0.2, noise=kind)
-    clean, noisy = logits(model, data), logits(model, data, 0.2 * noise_of(method, data, kind))
+    method = R3F(model, weight=0.8, sigma=0.2, noise=kind, through_embeddings=through, regression=True)
+    clean, noisy = logits(model, data), logits(model, data, 0.2 * noise_of(method, data, kind), detached=not through)
     expected = gradient_of(model, task_loss(clean, data) + 0.8 * apart(clean, noisy))
     assert float(apart(clean, noisy).detach()) > 1e-3
     returned = method.backward(ExampleLosses(model, data))
     check(model, expected)
     torch.testing.assert_close(returned, task_loss(clean, data).detach())
     torch.testing.assert_close(method.report["divergence"], apart(clean, noisy).detach())
+
+
+def test_r3f_of_a_regression_is_plain_as_in_the_authors_code_and_says_so():
+    model, data = bert(labels=1), batch(labels=1)
+    method = R3F(model, sigma=0.2)
+    with pytest.warns(UserWarning, match="a regression has no such term"):
+        method.backward(ExampleLosses(model, data))
+    check(model, gradient_of(model, task_loss(logits(model, data), data)))
+    assert method.report["forwards"] == 1 and "this is plain" in method.notes[0]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.6])
@@ -166,6 +201,41 @@ def test_smart_is_its_algorithm(labels):
     check(model, expected, rtol=1e-4)
     torch.testing.assert_close(returned, task_loss(clean, data).detach())
     assert float(noise.detach().abs().max()) == 0.25
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_smart_can_ascend_as_the_authors_code_does(labels):
+    """That code in our own words: perturbation.py's inner loop and loss.py's stable_kl and SymKlCriterion."""
+    model, data = bert(labels=labels), batch(labels=labels)
+    method = SMART(model, weight=0.9, steps=2, step_size=0.05, sigma=0.1, ascent="code")
+    clean = logits(model, data)
+    noise = 0.1 * noise_of(method, data, "normal").double()
+
+    def stable(a, b):
+        p, y = a.softmax(1), b.softmax(1)
+        rp, ry = (-(1 / (x + 1e-6) - 1 + 1e-6).detach().log() for x in (p, y))
+        return (p * (rp - ry) * 2).sum()
+
+    for _ in range(2):
+        noise = noise.detach().requires_grad_()
+        out = logits(model, data, noise)
+        far = (out - clean.detach()).square().sum() if labels == 1 else stable(out, clean.detach())
+        (found,) = torch.autograd.grad(far, noise)
+        ahead = (noise + 0.05 * found).detach()
+        noise = ahead / (ahead.abs().max(-1, keepdim=True).values + 1e-6)
+    noisy = logits(model, data, noise)
+    if labels == 1:
+        penalty = (clean - noisy).square().mean()
+    else:
+        p, q = clean.log_softmax(-1), noisy.log_softmax(-1)
+        penalty = kl_div(p, q.detach().exp(), reduction="batchmean") + kl_div(
+            q, p.detach().exp(), reduction="batchmean"
+        )
+    expected = gradient_of(model, task_loss(clean, data) + 0.9 * penalty)
+    method.backward(ExampleLosses(model, data))
+    check(model, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="ascent must be 'paper' or 'code', got 'both'"):
+        SMART(model, ascent="both")
 
 
 def test_smarts_ascent_raises_the_divergence():
@@ -243,9 +313,9 @@ def test_mask_same_compares_under_one_mask_and_fresh_under_others(name):
     model, data = bert(), batch()
 
     class Noting(ExampleLosses):
-        def outputs(self, noise=None):
+        def outputs(self, noise=None, **how):
             seen.append(float(torch.rand(())))
-            return super().outputs(noise)
+            return super().outputs(noise, **how)
 
     for mask in ("same", "fresh"):
         seen = []

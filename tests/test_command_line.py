@@ -254,7 +254,7 @@ def test_what_the_environment_says_to_wandb_renames_no_run(paths, tmp_path):
     assert "WANDB_SWEEP_ID" in done.stderr and "not used" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_ends_nothing(paths):
+def test_a_reader_that_has_seen_enough_ends_nothing(paths, tmp_path):
     arguments = ["-m", "seed=range(0,2)", "train.max_steps=2", "tracking=disabled", *paths]
     process = subprocess.Popen(
         [sys.executable, ROOT / "experiments" / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -263,6 +263,13 @@ def test_a_reader_that_has_seen_enough_ends_nothing(paths):
     errors = process.stderr.read().decode()
     assert process.wait(timeout=120) == 0, errors
     assert "Traceback" not in errors and "BrokenPipe" not in errors
+    places = [f"paths.{place}={tmp_path / place}" for place in ("tables", "figures")]
+    for script in ("paper.py", "verify.py"):
+        given = ["--rerun", "0"] if script == "verify.py" else []
+        process = start(*given, "experiment=sweep", *paths, *places, script=script)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == 0 and not errors, (script, errors)
 
 
 def test_an_experiment_in_ones_own_folder_goes_through_every_command(paths, tmp_path):

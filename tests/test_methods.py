@@ -22,7 +22,7 @@ WEIGHTINGS = {n: w for n, w in ALL_WEIGHTINGS.items() if not w.exact and not w.n
 ALL = {
     "plain": lambda p, rho, **o: Plain(p, **o),
     "sam": lambda p, rho, **o: SAM(p, rho, **o),
-    "asam": lambda p, rho, **o: ASAM(p, rho, **o),
+    "asam": lambda p, rho, **o: ASAM(p, rho, biases=True, **o),
 } | {f"dsam-{w}": (lambda p, rho, w=w, **o: DeltaSAM(p, rho, w, **o)) for w in WEIGHTINGS}
 TWO_PASS = [name for name in ALL if name != "plain"]
 
@@ -79,8 +79,43 @@ def test_asam_on_a_quadratic_is_the_closed_form():
     gradient = mean_a @ v + mean_b
     t = v.abs() + 0.01
     expected = mean_a @ (v + 0.3 * t**2 * gradient / (t * gradient).norm()) + mean_b
-    ASAM([w], rho=0.3).backward(closure)
+    ASAM([w], rho=0.3, biases=True).backward(closure)
     torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_asam_leaves_biases_as_the_authors_code_does():
+    """A step of that code in our own words, by names; a model whose normalisation layer has a weight and a bias."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 3, (6,))
+
+    def run():
+        return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+    names, params = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(run().mean(), params)
+    t = [p.abs() + 0.01 if "weight" in name else torch.ones_like(p) for name, p in zip(names, params, strict=True)]
+    size = torch.cat([(a * g).flatten() for a, g in zip(t, grads, strict=True)]).norm()
+    moves = [(0.3 / size * a**2 * g).detach() for a, g in zip(t, grads, strict=True)]
+    for p, move in zip(params, moves, strict=True):
+        p.data.add_(move)
+    expected = torch.autograd.grad(run().mean(), params)
+    for p, move in zip(params, moves, strict=True):
+        p.data.sub_(move)
+    ASAM(model, rho=0.3).backward(run)
+    for p, g in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+    whole, listed = ASAM(model, rho=0.3, biases=True), ASAM(list(model.parameters()), rho=0.3)
+    assert not whole.notes and "biases too" in listed.notes[0]
+    found = []
+    for method in (whole, listed):
+        model.zero_grad()
+        method.backward(run)
+        found.append([p.grad.clone() for p in params])
+    assert all(map(torch.equal, *found)) and not torch.allclose(found[0][1], expected[1])
 
 
 def direction_of(method, size):
@@ -130,7 +165,7 @@ def test_equals_pytorch_optimizer_over_steps(adaptive, base):
     options = {"lr": 0.05} | ({"momentum": 0.9} if base is torch.optim.SGD else {"weight_decay": 0.1})
     reference = ReferenceSAM(theirs.parameters(), base, rho=0.1, adaptive=adaptive, **options)
     optimizer = base(ours.parameters(), **options)
-    method = ASAM(ours.parameters(), 0.1, eta=0.0) if adaptive else SAM(ours.parameters(), 0.1)
+    method = ASAM(ours.parameters(), 0.1, eta=0.0, biases=True) if adaptive else SAM(ours.parameters(), 0.1)
     for step in range(8):
         x, y = batch(seed=step)
         method.backward(lambda x=x, y=y: losses(ours, x, y))

@@ -1,10 +1,12 @@
 """What README.md tells a reader to type works."""
 
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import pandas as pd
 import pytest
@@ -71,7 +73,7 @@ QUOTED = [
 @pytest.mark.parametrize(("page", "line"), QUOTED)
 def test_every_command_that_a_page_quotes_is_one_that_its_script_takes(page, line, monkeypatch):
     _, script, *arguments = shlex.split(line)
-    settings = [a for a in arguments if re.match(r"[a-z_.]+=", a) and not re.match(r"(cola|rte|mrpc|sst2)=", a)]
+    settings = [a for a in arguments if re.match(r"[a-z_./]+=", a) and not re.match(r"(cola|rte|mrpc|sst2)=", a)]
     check([a for a in settings if not a.startswith("task=") or script.endswith("train.py")], ROOT / "conf")
     if not script.endswith(("train.py", "paper.py")):  # those take settings alone
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -131,8 +133,24 @@ def test_a_published_command_has_placeholders_for_folders():
 def test_the_finding_is_what_its_table_says():
     table = pd.read_csv(ROOT / "results" / "tables" / "label_noise_chosen" / "main.csv").set_index("method")
     text = README + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for method, name in (("sam", "SAM is"), ("dsam", "δ-SAM"), ("per_instance", "exact per-instance perturbation")):
+    for method, name in (("sam", "SAM is"), ("dsam", "δ-SAM"), ("per_instance", "exact per-instance perturbation"),
+                         ("adamw_low_lr", "at half the learning rate")):  # fmt: skip
         row = 100 * table.loc[method, ["difference", "low", "high"]].astype(float)
         said = re.findall(rf"{name} ([\d.]+)[^(]*\((?:95 % interval )?([\d.]+) to ([\d.]+)\)", " ".join(text.split()))
         assert len(said) == 2
         assert all(abs(float(x) - value) <= 0.051 for found in said for x, value in zip(found, row, strict=True))
+
+
+def test_what_is_said_of_fitted_labels_is_what_the_records_say():
+    said = re.findall(
+        r"(\d+) % (?:of the wrong labels )?and (\d+) %", README + (ROOT / "docs" / "results.md").read_text("utf-8")
+    )
+    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_fit.zip") as held:
+        results = [json.loads(held.read(name)) for name in held.namelist() if name.endswith("result.json")]
+    found = {}
+    for result in results:
+        last = result["evaluations"][-1]["memorised"]
+        found[result["optimizer"]] = tuple(f"{100 * last[which]['accuracy']:.0f}" for which in ("flipped", "clean"))
+    assert len(results) == 4
+    for method in ("adamw", "sam", "per_instance"):
+        assert said.count(found[method]) == 2, (method, found, said)

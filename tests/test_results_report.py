@@ -9,12 +9,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from test_results_collect import fail, finish, plan, sweep
 
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
 from dsam.results.report import make as report
+from dsam.results.report.words import in_words
+from dsam.results.statistics import compare
 from dsam.results.tables import build as tables
 from dsam.results.tables import rendering
 from dsam.results.tables.rendering import Table, as_html, as_latex, as_markdown, escape_latex
@@ -116,6 +119,35 @@ def test_without_a_baseline_there_are_scores_and_a_reason(tmp_path):
     assert any("baseline adamw was not run" in note for note in main.notes)
 
 
+def test_the_words_are_those_of_the_numbers(tmp_path):
+    """sam is 10, 11, … points above adamw, adamw_2x about as far below as above, and nothing of another model pairs."""
+    scores = {"adamw": 0.60, "sam": 0.70, "adamw_2x": 0.60}
+    for task in ("rte", "mrpc"):
+        for seed in range(5):
+            for method, score in scores.items():
+                more = {"sam": 0.01 * seed, "adamw_2x": 0.02 * (-1) ** seed, "adamw": 0.0}[method]
+                train = {"steps": 1 + (method == "adamw_2x"), "passes_per_step": 2 if method == "sam" else 1}
+                train |= {"seconds": 1.0, "seconds_per_step": 1.0, "examples_per_second": 1.0, "peak_memory_bytes": 1e9}
+                finish(tmp_path, plan(task, "tiny", method, seed), best=score + more, train=train)
+    finish(tmp_path, plan("rte", "large", "sam", 0))
+    tiny, large = sorted(in_words(tables.build(collect(tmp_path))), reverse=True)
+    assert large == "large: no method has runs on the same tasks and seeds as adamw."
+    row = compare(collect(tmp_path)).set_index(["model", "method"]).loc["tiny", "sam"]
+    assert tiny.startswith("tiny: over 2 tasks, sam has the highest mean: +12.0 points (95 % interval +")
+    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}) beside adamw, from 10 pairs of equal" in tiny
+    assert "at 2.00 times its compute. By their intervals these differ from adamw: above it sam; below it none." in tiny
+    assert "The sign-flip test, corrected for 2 methods, says so of sam." in tiny
+    assert re.search(r"adamw_2x, plain training, has \+0.4 points \(.*\) at 2.00 times the compute\.$", tiny), tiny
+
+    few = tmp_path / "few"
+    for seed in range(3):
+        finish(few, plan("rte", "tiny", "adamw", seed), best=0.6)
+        finish(few, plan("rte", "tiny", "sam", seed), best=0.6 + 0.1 * (seed - 1))
+    (text,) = in_words(tables.build(collect(few)))
+    assert "No method can be told from adamw: every interval contains 0." in text
+    assert text.endswith("tells none of them apart, and could not with so few runs: its p is at least 0.5.")
+
+
 def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
     for task, seconds in (("rte", 0.1), ("mrpc", 1.0)):
         for seed in (0, 1, 2):
@@ -142,6 +174,32 @@ def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):
     assert sam["seconds_per_step"] == pytest.approx(1.1) and sam["time_ratio"] == pytest.approx(2)
     assert sam["passes_per_step"] == 2 and sam["hours"] == 6
     assert table.text.loc[1, "peak memory (MiB)"] == "–"
+
+
+def test_seconds_and_memory_of_two_machines_are_not_compared(tmp_path):
+    """As many cells on each, and more runs on the GPU; sam never ran there."""
+    ran = [
+        ("adamw", 0, "GPU", 0.1),
+        ("adamw", 2, "GPU", 0.1),
+        ("adamw", 1, "CPU", 0.01),
+        ("dsam", 0, "GPU", 0.3),
+        ("sam", 0, "CPU", 5.0),
+    ]
+    for method, seed, machine, seconds in ran:
+        train = {"steps": 1, "seconds": 3600, "peak_memory_bytes": seconds * 2**20, "examples_per_second": 1}
+        one = plan("rte", "tiny", method, seed)
+        finish(tmp_path, one, train=train | {"seconds_per_step": seconds, "passes_per_step": 2})
+        (tmp_path / one["folder"] / "provenance.json").write_text(json.dumps({"device": machine}))
+    built = tables.build(collect(tmp_path))
+    cost = built.cost.text.set_index("method")
+    assert cost["seconds per step"].to_dict() == {"adamw": "0.100", "dsam": "0.300", "sam": "–"}
+    assert cost["time / adamw"].to_dict() == {"adamw": "1.00", "dsam": "3.00", "sam": "–"}
+    assert cost["memory / adamw"].to_dict() == {"adamw": "1.00", "dsam": "3.00", "sam": "–"}
+    assert cost["compute / adamw"].to_dict() == {"adamw": "1.00", "dsam": "1.00", "sam": "1.00"}
+    assert list(cost["hours in all"]) == ["3.00", "1.00", "1.00"]
+    assert list(built.per_task.text["seconds per step"]) == ["0.100", "0.300", "–"]
+    for table in (built.cost, built.per_task):
+        assert table.notes[-1].endswith(" Here they, and memory, are of the runs on GPU alone.")
 
 
 def test_cells_rebuild_the_means(runs_dir, tmp_path):
@@ -384,10 +442,28 @@ def test_a_legend_stays_inside_and_leaves_the_panels_their_height(tmp_path, task
         assert all(axes.get_window_extent().y0 > shown.y1 for axes in figure.axes)
 
 
-def test_figures_tell_methods_apart_without_colour(tmp_path):
-    looks = [plots._style(position) for position in range(28)]
+def test_figures_tell_methods_apart_without_colour():
+    looks = list(plots.styles([*plots.METHODS, "own", "another", "adamw (lr=1)"]).values())
     assert len({(look["marker"], look["linestyle"]) for look in looks[:7]}) == 7
-    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == 28
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == len(looks)
+
+
+def test_a_method_has_one_look_in_all_figures(tmp_path):
+    shipped = {path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")}
+    assert set(plots.METHODS) == shipped
+    alone = plots.styles(["dsam"])["dsam"]
+    assert plots.styles(["adamw", "own", "sam", "dsam"])["dsam"] == plots.styles(["dsam", "sam"])["dsam"] == alone
+    grid = plots.styles(["sam (rho=0.1)", "dsam (rho=0.1)", "dsam (rho=0.2)"])
+    assert grid["dsam (rho=0.1)"] == alone
+    assert grid["dsam (rho=0.2)"]["color"] == alone["color"] and grid["dsam (rho=0.2)"] != alone
+    for seed in (0, 1):
+        for method in ("adamw", "dsam"):
+            finish(tmp_path, plan("rte", "tiny", method, seed))
+    for name, _, figure in plots.figures(collect(tmp_path)):
+        colours = {
+            line.get_color() for axes in figure.axes for line in axes.lines if line.get_marker() == alone["marker"]
+        }
+        assert colours <= {alone["color"]} and (colours or name.startswith("loss")), name
 
 
 def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
@@ -408,7 +484,7 @@ def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_
     assert made.left_over == old and all(path.exists() for path in old)
     page = made.html.read_text(encoding="utf-8")
     assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
-    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 4
+    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 5
     assert "<script src" not in page and "<link" not in page and not re.search(r'src="(?!data:)', page)
     assert "import" not in page and "Traceback" not in page
     assert 'href="runs/rte/tiny/sam/sam-2"' in page and "adamw, seed 2: missing" in page

@@ -85,6 +85,7 @@ def test_largest_means_largest_with_its_sign():
     curvatures = torch.tensor([-9.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     quadratic = Objective([lambda: (0.5 * curvatures @ w**2)[None]], [w])
     assert top_eigenvalues(quadratic, 2).values == pytest.approx([2.0, 1.0])
+    assert top_eigenvalues(quadratic, 2, in_size=True).values == pytest.approx([-9.0, 2.0])
 
 
 @pytest.mark.parametrize("k", [0, 4])

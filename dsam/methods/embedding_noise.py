@@ -76,6 +76,12 @@ def divergence(a: Tensor, b: Tensor) -> Tensor:
     return ((p.exp() - q.exp()) * (p - q)).sum(-1)
 
 
+def one_sided(a: Tensor, b: Tensor) -> Tensor:
+    """KL(a‖b) of two sets of logits (B, C), shape (B,)."""
+    p, q = F.log_softmax(a, -1), F.log_softmax(b, -1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def over_examples(norms: Tensor) -> Tensor:
     """(B,) as (B, 1, 1), kept above 0 for a division."""
     return norms.clamp_min(torch.finfo(norms.dtype).tiny).reshape(-1, 1, 1)

@@ -14,6 +14,8 @@ class ESAM(SAM):
     Du et al. 2022, Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141:
     stochastic weight perturbation and sharpness-sensitive data selection. As we understand the official code, b is
     drawn for whole tensors and the norm is that of the drawn part; one tensor is drawn where b would be zero (ours).
+    That code (dydjw9/Efficient_SAM) compares strictly with the ⌊γB⌋-th largest rise, so that ⌊γB⌋ − 1 examples descend;
+    here it is the paper's share γ.
     β = γ = 1 is SAM.
 
     Cost: the ascent's pass (without the gradients of the tensors not drawn), a no-grad forward of the batch at w + ε

@@ -103,8 +103,9 @@ class ExampleLosses:
         mask = self.inputs.get("attention_mask")
         return (torch.ones_like(ids) if mask is None else mask).float().unsqueeze(-1)
 
-    def outputs(self, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings.
+    def outputs(self, noise: Tensor | None = None, detached: bool = False) -> tuple[Tensor, Tensor]:
+        """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings,
+        `detached`: on copies of these that no gradient goes through.
 
         Padding gets no noise. It goes in by hooks, during this call only, where the model looks `input_ids` up in the
         table of `get_input_embeddings()`; of an encoder and a decoder (T5, BART) where the encoder does, as we
@@ -118,7 +119,8 @@ class ExampleLosses:
             called = True
             assert added is not None
             turned = self._turned(args[0] if args else kwargs["input"])
-            return out + (added.transpose(0, 1) if turned else added).to(out.dtype)
+            words = out.detach() if detached else out
+            return words + (added.transpose(0, 1) if turned else added).to(out.dtype)
 
         with ExitStack() as hooks:
             for lookup in self._lookups() if noise is not None else []:

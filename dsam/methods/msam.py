@@ -14,7 +14,9 @@ class MomentumSAM(SAM):
 
     Becker, Altrock, Risse 2024, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv
     2401.12033, algorithm 1. One pass. The sign is the paper's: against the averaged gradient. The paper takes the base
-    optimizer's momentum; ours is apart from it (for SGD with momentum μ the same direction), so any optimizer goes.
+    optimizer's momentum; ours is apart from it, so any optimizer goes. It has the direction of AdamW's first moment at
+    β₁ = μ, and of SGD's with momentum μ without weight decay: the authors' code for SGD (MarlonBecker/MSAM) has the
+    decay in its buffer.
     The returned loss is that at w − ρ m/‖m‖, not at w: the method never visits w. The first step is plain.
 
     Args:

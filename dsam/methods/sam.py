@@ -61,22 +61,40 @@ class ASAM(SAM):
     """ε = ρ T² g/‖T g‖ with T = |w| + η: a ball that scales with each weight.
 
     Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600, eq. 7. ρ is about ten times SAM's.
+    As in the authors' code (SamsungLabs/ASAM) that is so for the parameters whose names contain "weight", those of
+    normalisation layers among them; T = 1 for the others, which are biases. Parameters that are given without their
+    model have no names: all are scaled, which `notes` says.
+
+    Args:
+        rho: ≥ 0. eta: η, ≥ 0.
+        biases: scales all parameters, as the formula has it.
     """
 
     stateless = True
 
-    def __init__(self, params, rho: float = 0.5, eta: float = 0.01, **options):
+    def __init__(self, params, rho: float = 0.5, eta: float = 0.01, biases: bool = False, **options):
         super().__init__(params, rho, **options)
         if not eta >= 0:
             raise ValueError(f"eta must be at least 0, got {eta}")
         self.eta = eta
+        self._plain: set[int] = set()
+        """Positions of the parameters with T = 1."""
+        if self.module is not None and not biases:
+            names = {id(p): name for name, p in self.module.named_parameters(remove_duplicate=False)}
+            self._plain = {i for i, p in enumerate(self.params) if "weight" not in names.get(id(p), "")}
+        elif not biases:
+            self.note(
+                "asam: parameters without names are all scaled, biases too; ASAM(model, …) leaves biases as they are"
+            )
 
     def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
-        present = [g for g in gradient if g is not None]
-        scales = torch._foreach_abs([p.data for p, g in zip(self.params, gradient, strict=True) if g is not None])
+        scaling = {i: g for i, g in enumerate(gradient) if g is not None and i not in self._plain}
+        found = list(gradient)
+        scales = torch._foreach_abs([self.params[i].data for i in scaling])
         torch._foreach_add_(scales, self.eta)
-        scaled = torch._foreach_mul(present, scales)
-        norm = total_norm(scaled)
+        scaled = torch._foreach_mul(list(scaling.values()), scales)
+        for i, own in zip(scaling, scaled, strict=True):
+            found[i] = own
+        norm = total_norm(found)
         torch._foreach_mul_(scaled, scales)
-        directions = iter(scaled)
-        return [None if g is None else next(directions) for g in gradient], norm
+        return found, norm

@@ -144,13 +144,16 @@ class Step:
         seed = int(torch.randint(2**62, (), generator=self.host_generator))
         return self.random.aside(seed)
 
-    def outputs(self, k: int, noise: Tensor | None = None, other_masks: bool = False) -> tuple[Tensor, Tensor]:
-        """(losses (B_k,), logits (B_k, C)) of piece k, `noise` on its embeddings; the first call draws the masks."""
+    def outputs(
+        self, k: int, noise: Tensor | None = None, other_masks: bool = False, detached: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(losses (B_k,), logits (B_k, C)) of piece k, with `noise` on its embeddings, `detached` from their table or
+        not; the first call draws the masks."""
         closure = self.pieces[k].outputs
         assert closure is not None
         other = other_masks or (self.mask == "fresh" and self._masks[k] is not None)
         with self.passing(k), self.other_masks() if other else self._masks_of(k, ascent=False):
-            return closure.outputs(noise)
+            return closure.outputs(noise, detached=True) if detached else closure.outputs(noise)
 
     def forget_masks(self) -> None:
         """The next pass draws its masks anew."""

@@ -13,7 +13,7 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
-           "last", "majority", "degenerate", "evaluations", "reason", "folder"]  # fmt: skip
+           "last", "majority", "degenerate", "evaluations", "memorised", "machine", "reason", "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
@@ -24,8 +24,9 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
     damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
     none was recorded. `degenerate` is whether a finished run's best is no better than the majority answer.
-    `evaluations` holds [step, score, loss] of each, `folder` the path below `runs_dir`. Further columns:
-    `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
+    `evaluations` holds [step, score, loss] of each, `memorised` [step, `dsam.training.memorised.memorised`] of
+    each of a run with label noise, `machine` what it ran on, `folder` the path below `runs_dir`.
+    Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
 
@@ -64,7 +65,18 @@ def _run_folders(runs_dir: Path) -> list[str]:
 
 def _row(runs_dir: Path, folder: str) -> dict:
     path = os.path.join(runs_dir, folder, "result.json")
-    return read(path) if os.path.exists(path) else _unfinished(runs_dir / folder)
+    if not os.path.exists(path):
+        return _unfinished(runs_dir / folder)
+    return read(path) | {"machine": _machine(os.path.join(runs_dir, folder, "provenance.json"))}
+
+
+def _machine(path: str) -> str | None:
+    """The processor or GPU that the run ran on, where it is known."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _unfinished(folder: Path) -> dict:
@@ -91,6 +103,9 @@ def read(path: str | Path) -> dict:
         row["evaluations"] = [
             [point["step"], _number(point["score"]), _number(point.get("loss"))] for point in result["evaluations"]
         ]
+        row["memorised"] = [
+            [point["step"], point["memorised"]] for point in result["evaluations"] if "memorised" in point
+        ]
         row |= {f"train.{name}": _number(value) for name, value in result["train"].items()}
         for which in ("best", "last"):
             point = result[which] or {}
@@ -115,7 +130,7 @@ def _expected(folder: str, planned: dict | None) -> dict:
     place = dict(zip(("task", "model", "optimizer", "id"), Path(folder).parts, strict=False))
     plan = {name: value for name, value in (planned or {}).items() if name in (*place, "seed", "hyperparameters")}
     label = {"task": planned["task_label"]} if planned and "task_label" in planned else {}
-    return {"hyperparameters": {}, "evaluations": [], "folder": folder} | place | plan | label
+    return {"hyperparameters": {}, "evaluations": [], "memorised": [], "folder": folder} | place | plan | label
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +18,11 @@ from dsam.results.tables.sensitivity import against_rho
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
+METHODS = [
+    *("adamw", "adamw_2x", "sam", "dsam", "per_instance", "asam", "m_sam", "rw_sam", "dsam_curvature", "adamw_low_lr"),
+    *("gsam", "esam", "looksam", "fsam", "msam", "sam_on", "ae_sam", "rdrop", "r3f", "freelb", "smart"),
+]
+"""Each has the look of its place here in every figure; others have those that follow."""
 
 
 def write(frame: pd.DataFrame, folder: str | Path, which: str = "best", baseline: str = "adamw") -> list[Path]:
@@ -54,6 +59,12 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                     f"{model}: development loss by forward-backward passes; thin lines are runs, thick ones their means"
                 )
                 yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
+        for task, noisy in runs[runs["memorised"].str.len() > 0].groupby("task", sort=False):
+            text = (
+                f"{model}, {task}: how much of the wrong training labels is fitted, and of the right ones, and the "
+                "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones their means"
+            )
+            yield f"memorised_{place}_{re.sub(r'[^A-Za-z0-9.-]+', '-', task)}", text, memorised(noisy, baseline)
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
             text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
@@ -66,13 +77,14 @@ def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") ->
     The axis follows the scores; a majority answer far below them is written above it.
     """
     order = methods(frame, baseline)
+    looks = styles(order)
     figure, panels = _panels(frame, height=2.3 + 0.05 * max(map(len, order)), width=max(1.6, 0.45 * len(order) + 0.8))
     runs = scored(frame, which)
     for task, axes in panels.items():
         for position, method in enumerate(order):
             values = 100 * runs.loc[(runs["task"] == task) & (runs["method_label"] == method), "score"].to_numpy()
             if len(values):
-                look = _style(position) | {"linestyle": ""}
+                look = looks[method] | {"linestyle": ""}
                 spread = [position + 0.28 * (2 * (k + 0.5) / len(values) - 1) for k in range(len(values))]
                 axes.plot(spread, values, alpha=0.75, **look)
                 axes.hlines(values.mean(), position - 0.36, position + 0.36, color=look["color"])
@@ -102,8 +114,9 @@ def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Fi
     axes = figure.add_subplot()
     _plain(axes)
     axes.axvline(0, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
+    looks = styles(order)
     for position, row in enumerate(comparison.itertuples()):
-        style = _style(order.index(row.method))
+        style = looks[row.method]
         axes.plot([100 * row.low, 100 * row.high], [position, position], color=style["color"], linewidth=1.8)
         axes.plot(100 * row.difference, position, **style | {"markersize": 6})
     axes.set_yticks(range(len(comparison)), comparison["method"])
@@ -124,7 +137,7 @@ def curves(
     counted = scored(frame, which).index
     figure, panels = _panels(frame, height=2.2, width=2.6, title="development loss" if of == "loss" else None)
     for task, axes in panels.items():
-        for position, method in enumerate(order):
+        for method, style in styles(order).items():
             runs = frame[(frame["task"] == task) & (frame["method_label"] == method)]
             # Runs of one method meet at the same steps, but may differ a little in what a step took.
             passes = runs["train.passes_per_step"].mean() if by == "passes" else 1
@@ -133,7 +146,6 @@ def curves(
                     {step: score if of == "score" else loss for step, score, loss in points}, dtype=float
                 )
             )
-            style = _style(position)
             for line in lines:
                 axes.plot(passes * line.index, scale * line, color=style["color"], linewidth=0.6, alpha=0.35)
             means = [line for run, line in lines.items() if run in counted]
@@ -146,10 +158,41 @@ def curves(
     return figure
 
 
+def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
+    """How fast the runs of a task with label noise fit wrong and right labels, and how much the wrong ones pull."""
+    shown: dict[str, Callable[[dict], float | None]] = {
+        "wrong labels fitted (%)": lambda point: point["flipped"].get("accuracy"),
+        "right labels fitted (%)": lambda point: point["clean"].get("accuracy"),
+        "wrong labels' share of Σ‖gradient‖ (%)": lambda point: point.get("pull"),
+    }
+    figure = Figure(figsize=(2.9 * len(shown), 2.6), layout="constrained")
+    panels = {}
+    for column, (title, value) in enumerate(shown.items()):
+        axes = panels[title] = figure.add_subplot(1, len(shown), column + 1)
+        _plain(axes)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=9)
+        for method, style in styles(methods(frame, baseline)).items():
+            lines = [
+                pd.Series({step: value(point) for step, point in points}, dtype=float)
+                for points in frame.loc[frame["method_label"] == method, "memorised"]
+            ]
+            for line in lines:
+                axes.plot(line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
+            mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
+            axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+    wrong = frame["memorised"].map(lambda points: points[-1][1].get("pulling")).dropna()
+    if len(wrong):  # where each example pulls alike
+        axes.axhline(100 * wrong.mean(), color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
+    _legend(figure, panels)
+    return figure
+
+
 def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw") -> Figure:
     """One panel per task: each method's mean score with its interval against rho, the baseline's as a band."""
     # As the figures of a sweep without these variants would show the methods.
     order = list(dict.fromkeys(without(label, "rho") for label in methods(frame, baseline)))
+    looks = styles(order)
     varied = sensitivity[sensitivity["rho"].notna()]
     figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.2, width=2.6)
     for task, axes in panels.items():
@@ -161,7 +204,7 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
             ends = 100 * pd.concat([own["mean"] - own["low"], own["high"] - own["mean"]], axis=1).to_numpy().T
             position = order.index(method)
             beside = own["rho"] * 1.03 ** (position - len(order) / 2)  # intervals at one rho don't cover each other
-            look = _style(position) | {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "capthick": 1}
+            look = looks[method] | {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "capthick": 1}
             axes.errorbar(beside, 100 * own["mean"], yerr=ends, label=method, **look)
         axes.set_xscale("log")
         ticks = sorted(varied.loc[varied["task"] == task, "rho"].unique())
@@ -214,11 +257,26 @@ def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _style(position: int) -> dict:
+def styles(labels: Sequence[str]) -> dict[str, dict]:
+    """The look of each method of a figure: that of its optimizer, variants of one in its colour."""
+    found: dict[str, dict] = {}
+    others = [name for name in dict.fromkeys(_optimizer(label) for label in labels) if name not in METHODS]
+    for label in labels:
+        position = [*METHODS, *others].index(_optimizer(label))
+        looks = (_style(position, variant) for variant in range(len(MARKERS) * len(DASHES)))
+        found[label] = next((look for look in looks if look not in found.values()), _style(position))
+    return found
+
+
+def _optimizer(label: str) -> str:
+    return label.partition(" (")[0]
+
+
+def _style(position: int, variant: int = 0) -> dict:
     return {
         "color": COLOURS[position % len(COLOURS)],
-        "linestyle": DASHES[position % len(DASHES)],
-        "marker": MARKERS[(position + position // len(COLOURS)) % len(MARKERS)],
+        "linestyle": DASHES[(position + variant) % len(DASHES)],
+        "marker": MARKERS[(position + position // len(COLOURS) + variant) % len(MARKERS)],
         "markersize": 4.5,
         "markeredgewidth": 0,
     }

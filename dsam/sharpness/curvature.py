@@ -16,7 +16,7 @@ from .objective import Objective
 
 @dataclass
 class Spectrum:
-    """The k algebraically largest eigenvalues, falling; `residuals` are ‖Hv − λv‖ for unit v: each bounds the distance
+    """The k largest eigenvalues, falling; `residuals` are ‖Hv − λv‖ for unit v: each bounds the distance
     from λ to an eigenvalue. Fewer than k where Lanczos did not converge."""
 
     values: list[float]
@@ -25,9 +25,13 @@ class Spectrum:
     products: int
 
 
-def top_eigenvalues(objective: Objective, k: int, *, tolerance: float = 1e-3, seed: int = 0) -> Spectrum:
+def top_eigenvalues(
+    objective: Objective, k: int, *, tolerance: float = 1e-3, seed: int = 0, in_size: bool = False
+) -> Spectrum:
     """ARPACK's implicitly restarted Lanczos; `tolerance` is relative to each eigenvalue.
 
+    The largest are the algebraically largest, which is what sharpness means; `in_size`: those of the largest absolute
+    value, as power iteration finds, whose sign may be negative away from a minimum.
     Holds max(2k + 1, 20) vectors of all parameters in memory.
     """
     size = sum(p.numel() for p in objective.params)
@@ -44,10 +48,10 @@ def top_eigenvalues(objective: Objective, k: int, *, tolerance: float = 1e-3, se
     start = np.random.default_rng(seed).standard_normal(size).astype(dtype)
     operator = LinearOperator((size, size), matvec=multiply, dtype=dtype)
     try:
-        values, vectors = eigsh(operator, k, which="LA", v0=start, tol=tolerance)
+        values, vectors = eigsh(operator, k, which="LM" if in_size else "LA", v0=start, tol=tolerance)
     except ArpackNoConvergence as partial:
         values, vectors = partial.eigenvalues, partial.eigenvectors
-    order = np.argsort(values)[::-1]
+    order = np.argsort(np.abs(values) if in_size else values)[::-1]
     values, vectors = values[order], vectors[:, order]
     residuals = [float(np.linalg.norm(multiply(v) - value * v)) for value, v in zip(values, vectors.T, strict=True)]
     return Spectrum(values.tolist(), residuals, [_shaped(v, objective) for v in vectors.T], products)

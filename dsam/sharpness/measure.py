@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None, help="examples in a batch [the run's batch size]")
     parser.add_argument("--rho", type=float, default=0.05, help="radius of the worst case")
     parser.add_argument("--eigenvalues", type=int, default=3, help="how many of the largest; 0: none")
+    parser.add_argument("--in-size", action="store_true", help="the largest in size, not the algebraically largest")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="relative, of the eigenvalues")
     parser.add_argument("--probes", type=int, default=30, help="of the trace; 0: none")
     parser.add_argument("--line", type=int, default=21, help="points of a 1-D surface; 0: none")
@@ -152,11 +153,18 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
         spectrum = None
         if options.eigenvalues:
             stages.enter("eigenvalues", EXPECTED_PRODUCTS * 6 * len(batches))
-            spectrum = top_eigenvalues(objective, options.eigenvalues, tolerance=options.tolerance, seed=options.seed)
+            spectrum = top_eigenvalues(
+                objective,
+                options.eigenvalues,
+                tolerance=options.tolerance,
+                seed=options.seed,
+                in_size=options.in_size,
+            )
             found["eigenvalues"] = {
                 "values": spectrum.values,
                 "residuals": spectrum.residuals,
                 "asked": options.eigenvalues,
+                "largest": "in size" if options.in_size else "algebraically",
                 "products": spectrum.products,
             }
         if options.probes:

@@ -24,6 +24,8 @@ def composed(loader, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Itera
         loader: Hydra's. master: what the command line alone comes to. jobs: each a list of overrides.
     """
     parser = OverridesParser.create(config_loader=loader)
+    if not isinstance(loader.repository, _ReadOnce):
+        loader.repository = _ReadOnce(loader.repository)
     known: dict[tuple[str, ...], tuple[dict, str | None]] = {}
     read: dict[str, tuple[Override, bool]] = {}
 
@@ -55,6 +57,24 @@ def composed(loader, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Itera
             yield config, experiment
         else:
             yield whole(job)
+
+
+class _ReadOnce:
+    """Hydra's files, each read and parsed once; Hydra takes a new copy of what it reads them with for each job."""
+
+    def __init__(self, repository):
+        self._repository, self._read = repository, {}
+
+    def __getattr__(self, name: str):
+        return getattr(self._repository, name)
+
+    def __deepcopy__(self, memo) -> "_ReadOnce":
+        return self
+
+    def load_config(self, config_path: str):
+        if config_path not in self._read:
+            self._read[config_path] = self._repository.load_config(config_path)
+        return copy.deepcopy(self._read[config_path])  # which Hydra writes on
 
 
 def _plain(override: Override) -> bool:

@@ -23,21 +23,35 @@ class Killed(Exception):
     """The process was killed before it had an answer."""
 
 
+def warm() -> None:
+    """Has the server begin with its imports, which take seconds, while this process goes on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the server starts, which keeps its environment
+    resource_tracker.ensure_running()  # unblocks SIGINT when it starts, as the server otherwise would have it do
+    with _deaf():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Inside, Ctrl-C waits; processes that are started, and what they fork, inherit that."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def start(function: Callable, *arguments, daemon: bool = False) -> BaseProcess:
     """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
     whole group, and gets SIGTERM when this process, or the server, goes. This process waits for it before it ends, but
     for a daemon, which gets SIGTERM then."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the server starts, which keeps its environment
-    resource_tracker.ensure_running()  # unblocks SIGINT when it starts, as the server otherwise would have it do
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()  # the server, and what it forks, inherit the mask
-        process = context.Process(target=_body, args=(function, arguments), daemon=daemon)
+    warm()  # again, should it be gone
+    with _deaf():
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_body, args=(function, arguments), daemon=daemon
+        )
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return process
 
 

@@ -22,6 +22,7 @@ from .batches import epoch_order, evaluation_batches, pieces, training_subset
 from .checkpoint import Checkpoints
 from .device import Outcomes, to
 from .graphs import BUCKET, graphs_for
+from .memorised import memorised
 
 LOG_EVERY = 10  # steps
 SAVING = 0.05  # most of the time that checkpoints may take
@@ -97,6 +98,7 @@ def fine_tune(
     train = config.train
     examples = data[task.train[0]]
     subset = training_subset(len(examples), train.max_train_examples, config.seeds.data)
+    seen = examples.take(subset) if examples.clean_labels is not None else None
     total, evaluate_every = total_steps(config, len(subset))
     per_epoch = -(-len(subset) // train.batch_size)
     warmup = round(train.warmup_ratio * total)
@@ -209,6 +211,8 @@ def fine_tune(
             if evaluates:
                 evaluation = evaluate(task, data, model, device, autocast)
                 evaluation = {"step": state.step, "epoch": state.step / per_epoch} | evaluation
+                if seen is not None:
+                    evaluation["memorised"] = memorised(seen, model, device, autocast)
                 log({"event": "evaluation"} | evaluation)
                 state.evaluations.append(evaluation)
                 bar.evaluated(headline_name(task), evaluation["score"])

@@ -51,7 +51,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 def _mark_sentences(tokenizer: PreTrainedTokenizerFast, architecture: PreTrainedConfig) -> None:
     """Has the tokenizer give token_type_ids to a model that tells a pair's sentences apart by them, and to no other:
     ALBERT's and XLNet's leave them out."""
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(architecture), None)
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(architecture), None)
     if kind is None:
         return
     names = list(tokenizer.model_input_names)

@@ -80,6 +80,7 @@ def write_tables(
 def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
     """The executed notebook as one HTML page that needs no network; links to runs are relative to `folder`."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells[0].source = notebook.cells[0].source.replace("# Results", f"# {experiment}: results", 1)
     # This interpreter's kernel: one that is registered under the same name may lack dsam.
     kernel = AsyncKernelManager(kernel_name="python3")
     launch = "-m ipykernel_launcher -f {connection_file} --log-level=ERROR"

@@ -2,16 +2,19 @@
 
 import html
 import os
+from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Image
+from IPython.display import HTML
 
 from dsam.errors import UserError
 from dsam.results import plots
 from dsam.results.collect import collect
 from dsam.results.report.facts import Facts, whole_numbers
+from dsam.results.report.words import in_words
+from dsam.results.tables.build import Tables
 from dsam.results.tables.formatting import DASH, percent
 from dsam.results.tables.rendering import Table
 
@@ -45,9 +48,22 @@ def overview(frame: pd.DataFrame, experiment: str | None) -> Table:
     return Table("overview", title, [], values, values)
 
 
-def images(frame: pd.DataFrame, which: str = "best") -> list[Image]:
-    """The figures, to be shown in a notebook, described for readers who don't see them."""
-    return [Image(data=_png(figure), alt=text, format="png") for _, text, figure in plots.figures(frame, which)]
+def opening(frame: pd.DataFrame, built: Tables, which: str = "best") -> HTML:
+    """What was found, in words, with the figure of differences beside it."""
+    words = "".join(f"<p>{html.escape(text)}</p>" for text in in_words(built))
+    drawn = [_figure(text, figure) for name, text, figure in plots.figures(frame, which) if "differences" in name]
+    return HTML(f'<div class="opening"><div>{words}</div><div>{"".join(drawn)}</div></div>')
+
+
+def images(frame: pd.DataFrame, which: str = "best") -> list[HTML]:
+    """The figures, each with its caption."""
+    return [HTML(_figure(text, figure)) for _, text, figure in plots.figures(frame, which)]
+
+
+def _figure(text: str, figure) -> str:
+    shown, data = html.escape(text), b64encode(_png(figure)).decode()
+    source = f"data:image/png;base64,{data}"
+    return f'<figure><img alt="{shown}" src="{source}"><figcaption>{shown}</figcaption></figure>'
 
 
 def _png(figure) -> bytes:

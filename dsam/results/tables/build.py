@@ -7,7 +7,7 @@ import pandas as pd
 
 from dsam.results.statistics import baseline_label, compare, methods, scored, summarise, worse_than_best
 from dsam.results.tables import rendering
-from dsam.results.tables.cost import SECONDS_NOTE, cost_table, per_step
+from dsam.results.tables.cost import cost_table, per_step, seconds_note
 from dsam.results.tables.formatting import DASH, interval, percent, score_cell
 from dsam.results.tables.formatting import number as formatted
 from dsam.results.tables.published import beside_published
@@ -220,7 +220,7 @@ def _per_task(frame, summary, which) -> Table:
         }
     )
     caption = f"Each task ({which} epoch): scores ×100"
-    notes = [selection_note(frame, which), SECONDS_NOTE]
+    notes = [selection_note(frame, which), seconds_note(frame)]
     return Table("per_task", caption, notes, values, text).without_single_model()
 
 

@@ -6,10 +6,7 @@ from dsam.results.statistics import baseline_label, methods
 from dsam.results.tables.formatting import number
 from dsam.results.tables.rendering import Table
 
-SECONDS_NOTE = (
-    "Seconds per step: the least over the seeds, since what else a machine does can only add to them. They compare "
-    "only between runs of one machine, as many at once, where each method had an undisturbed one: see the provenance."
-)
+OF_A_MACHINE = ["train.seconds_per_step", "train.peak_memory_bytes"]
 FIGURES = {
     "train.seconds_per_step": "min",
     "train.passes_per_step": "median",
@@ -18,10 +15,36 @@ FIGURES = {
 }
 
 
+def seconds_note(frame: pd.DataFrame) -> str:
+    """What the seconds per step of these runs are."""
+    note = (
+        "Seconds per step: the least over the seeds, since what else a machine does can only add to them. They compare "
+        "only between runs of one machine, as many at once, where each method had an undisturbed one: see the "
+        "provenance."
+    )
+    several = frame.loc[frame["status"] == "finished", "machine"].nunique() > 1
+    return note + (f" Here they, and memory, are of the runs on {main_machine(frame)} alone." if several else "")
+
+
+def main_machine(frame: pd.DataFrame) -> str | None:
+    """That on which most (model, method, task) finished a run; of equals, that of the most runs."""
+    finished = frame[(frame["status"] == "finished") & frame["machine"].notna()]
+    if finished.empty:
+        return None
+    cells = finished.groupby("machine")[["model", "method_label", "task"]]
+    return max(cells, key=lambda one: (len(one[1].drop_duplicates()), len(one[1])))[0]
+
+
 def per_step(frame: pd.DataFrame) -> pd.DataFrame:
-    """What the finished runs of each (model, method, task) took: over the seeds the median, of seconds the least."""
+    """What the finished runs of each (model, method, task) took: over the seeds the median, of seconds the least.
+
+    Seconds and memory are of the runs of one machine (`main_machine`), where it is known of any; NaN without such.
+    """
     finished = frame[frame["status"] == "finished"]
     finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
+    machine = main_machine(frame)
+    if machine is not None:
+        finished.loc[finished["machine"] != machine, OF_A_MACHINE] = float("nan")
     return finished.groupby(["model", "method_label", "task"]).agg(FIGURES)
 
 
@@ -71,6 +94,6 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     notes = [
         "Finished runs only: median over seeds (of seconds the least), then mean over the tasks that all methods of a "
         "model finished. One pass is a forward and backward over the batch; compute is passes per step × steps.",
-        SECONDS_NOTE,
+        seconds_note(frame),
     ]
     return Table("cost", "What the methods cost", notes, values, text).without_single_model()
