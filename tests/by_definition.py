@@ -60,7 +60,9 @@ def sam(x, ascent=None):
 
 
 def asam(x, eta=0.01):
-    g, t = x.gradient(x.w), x.w.abs() + eta
+    """T = 1 for what is not called a weight."""
+    g, scaled = x.gradient(x.w), [torch.full_like(p, "weight" in name).flatten() for name, p in x.named.items()]
+    t = torch.where(torch.cat(scaled) == 1, x.w.abs() + eta, 1)
     return x.gradient(x.w + RHO * t * t * g / (t * g).norm())
 
 
@@ -152,7 +154,7 @@ FORMULAS = {
     "m_sam": lambda x: in_groups(x, 2),
     "per_instance": lambda x: in_groups(x, 1),
     "freelb": freelb,
-    "rdrop": lambda x: x.gradient(x.w),  # without dropout
+    "rdrop": lambda x: 2 * x.gradient(x.w),  # without dropout
     "delta_sam-uniform": sam,
     "delta_sam-probe": lambda x: weighted(x, probe(x)),
     "delta_sam-top": lambda x: weighted(x, probe(x, top_layers)),
