@@ -128,11 +128,12 @@ def test_a_sweep_does_parents_first_and_each_once(tmp_path, paths):
     assert len(json.loads((tmp_path / "runs/.sweeps/sweep.json").read_text())["runs"]) == 4
 
 
-def test_a_child_without_its_parents_weights_is_told(tmp_path, paths):
+def test_a_child_without_its_parents_weights_has_them_made(tmp_path, paths):
     child = config("initialise_from=entailment", *paths)
-    run(Config.load(child.parent | {"checkpoint": {"keep_weights": False}}))
-    with pytest.raises(UserError, match="that run kept no weights"):
-        run(child)
+    parent = run(Config.load(child.parent | {"checkpoint": {"keep_weights": False}}))
+    run(child)
+    assert run(Config.load(child.parent)) == parent
+    assert (identify(Config.load(child.parent)).folder / "best" / "model.safetensors").is_file()
 
 
 def test_what_cannot_be_a_parent_is_refused():

@@ -1,5 +1,6 @@
 """Classifiers of many families as a run builds them: their lengths, padding, marks of a pair's sentences."""
 
+import re
 from pathlib import Path
 
 import encoders
@@ -7,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_config import config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AlbertTokenizer, PreTrainedTokenizerFast, XLNetTokenizer
 
 from dsam.errors import UserError
 from dsam.glue import Tokenised
+from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
-from dsam.training.model import build, load_tokenizer
+from dsam.training.loop import parameter_groups
+from dsam.training.model import build, load_tokenizer, start_from
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
 WORDS += ["the", "a", "is", "of", "and", "to", "in"]
@@ -165,3 +169,41 @@ def test_their_batches_are_padded_alike(micro, tmp_path, monkeypatch):
     half = len(seen) // 2
     for step in (seen[:half], seen[half:]):
         assert {shape[1] for shape, _ in step} == {max(longest for _, longest in step)}
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "entailment"), ("bart", "entailment"), ("bart", "agreement")])
+def test_a_kept_folder_is_read_back_by_transformers_and_by_a_run_that_starts_from_it(family, task, tmp_path, cache):
+    """Two labels and more: BART has three where its configuration does not say."""
+    options = [f"task={task}", "train.max_steps=1", "train.max_train_examples=16", "train.max_length=24"]
+    options += [f"paths.runs={tmp_path}/runs", "tracking=disabled", f"paths.cache={cache}"]
+    given = of(folder_of(tmp_path / "model", family), *options, "checkpoint.keep_weights=true")
+    run(given)
+    kept = identify(given).folder / "best"
+    written = load_file(kept / "model.safetensors")
+    reader = transformers.AutoModelForSequenceClassification
+    for network in (reader.from_pretrained(kept), prepare(of(kept, *options)).network):
+        assert network.config.num_labels == given.task.num_labels
+        assert all(torch.equal(network.state_dict()[name], value) for name, value in written.items())
+    network = build(of(tmp_path / "model", "train.max_length=24"), 1, plain_tokenizer())
+    start_from(network, kept)
+    started = network.base_model.state_dict()
+    found = network.base_model.__class__.from_pretrained(kept).state_dict()
+    assert all(torch.equal(started[name], found[name]) for name in started)
+
+
+BIASES = {"xlnet": ("r_w_bias", "r_r_bias", "r_s_bias"), "funnel": ("r_w_bias", "r_r_bias", "r_s_bias")}
+BIASES |= {"convbert": ("conv_attn_layer.bias", "key_conv_attn_layer.bias")}
+
+
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_biases_and_norms_do_not_decay_and_all_else_does(family):
+    """By the modules that own them: what is called a bias, and what belongs to a norm; biases of two axes too."""
+    network = encoders.model(family)
+    decayed, others = ({id(p) for p in group["params"]} for group in parameter_groups(network, 0.1))
+    names = {id(p): name for name, p in network.named_parameters()}
+    norms = {id(p) for m in network.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
+    expected = {key for key, name in names.items() if key in norms or re.search(r"(^|[._])bias$", name)}
+    assert (others, decayed) == (expected, names.keys() - expected)
+    wide = {names[id(p)] for p in network.parameters() if p.ndim > 1 and id(p) in others}
+    assert {name for name in BIASES.get(family, ()) if not any(one.endswith(name) for one in wide)} == set()
+    assert bool(wide) == (family in BIASES)

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from test_config import config
 
 from dsam.config import Train
+from dsam.errors import UserError
 from dsam.runs.identity import identify
+from dsam.runs.record import Record
 from dsam.runs.run import prepare, run
+from dsam.sweeps.sweep import plan
 from dsam.task import get_task
 from dsam.training.batches import epoch_order, evaluation_batches, pieces, training_subset
 from dsam.training.checkpoint import Checkpoints
@@ -220,6 +223,39 @@ def test_kept_weights_give_the_recorded_scores_again(tmp_path):
     )
     again = evaluate(get_task("similarity"), ready.data, ready.network.eval(), ready.device)
     assert again["score"] == result["best"]["score"]
+
+
+def test_a_finished_run_that_kept_no_weights_is_trained_again_for_them(tmp_path, capsys):
+    """Its record stays to the byte; the weights are those of a run that kept its own; a sweep does it as well."""
+    first, wanted = short(tmp_path), short(tmp_path, "checkpoint.keep_weights=true", "checkpoint.keep_at=[50]")
+    result, folder = run(first), identify(first).folder
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (planned,) = plan([wanted])
+    assert planned.status == "missing" and plan([first])[0].done
+    assert run(wanted) == result
+    assert "kept no weights: it is trained again for them" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert sorted(place.name for place in folder.iterdir() if place.is_dir()) == ["at-50", "best", "last"]
+    assert plan([wanted])[0].done
+    other = short(tmp_path / "other", "checkpoint.keep_weights=true")
+    run(other)
+    for name in ("best", "last"):
+        weights = (folder / name / "model.safetensors").read_bytes()
+        assert weights == (identify(other).folder / name / "model.safetensors").read_bytes()
+    assert run(wanted) == result
+    assert not capsys.readouterr().out.count("trained again")
+
+
+def test_weights_that_are_not_the_recorded_ones_are_kept_beside_the_run(tmp_path):
+    first, wanted = short(tmp_path), short(tmp_path, "checkpoint.keep_weights=true")
+    run(first)
+    record = Record(identify(first).folder)
+    record.finish(record.result() | {"weights_sha256": "other"})  # as from a GPU
+    for _ in range(2):
+        with pytest.raises(UserError, match="other weights, as may be on a GPU.* they are\\s+kept in .*/again"):
+            run(wanted)
+    assert list(record.folder.glob("again/**/best/model.safetensors"))
+    assert not (record.folder / "best").exists() and run(first)["weights_sha256"] == "other"
 
 
 def test_the_head_follows_seeds_init_and_the_data_order_seeds_data(tmp_path):

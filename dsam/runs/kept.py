@@ -41,9 +41,16 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
     return config.model_copy(update={"model": config.model.model_copy(update=kept)}), result
 
 
+def lacks_weights(config: Config, folder: Path, result: dict) -> bool:
+    """Whether a finished run has not kept the weights that are asked of it: it was made when they were not."""
+    return config.checkpoint.keep_weights and bool(result["best"]) and not (folder / "best").is_dir()
+
+
 def kept_weights(config: Config) -> Path:
     """The folder of a finished run's weights at its best epoch. UserError where it kept none."""
     folder = identify(config).folder / "best"
     if not folder.is_dir():
-        raise UserError(f"{folder} is not there: that run kept no weights; move it away to have it trained again")
+        raise UserError(
+            f"{folder} is not there: that run kept no weights: its command with checkpoint.keep_weights=true has them"
+        )
     return folder

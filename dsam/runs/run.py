@@ -2,6 +2,7 @@
 
 import hashlib
 import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .. import glue
-from ..config import Config
+from ..config import Config, Tracking
 from ..errors import UserError
 from ..methods import METHODS, Method
 from ..task import Task
@@ -23,14 +24,15 @@ from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
 from .identity import RECORD_VERSION, Identity, hyperparameters, identify
-from .kept import kept_weights
+from .kept import kept_weights, lacks_weights
 from .provenance import provenance
 from .record import Record
 from .tracking import Tracker
 
 
 def run(config: Config) -> dict:
-    """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on.
+    """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on. One
+    that is finished and kept no weights, which `config` now wants, is trained again for them: its result stays.
 
     A run that starts from another (`initialise_from`) has that one done first.
 
@@ -45,6 +47,10 @@ def run(config: Config) -> dict:
         if not lease.alive(lease.path_in(record.folder)):  # killed after its result and before it had cleared up
             Checkpoints(record.folder / "checkpoint").clear()
             lease.path_in(record.folder).unlink(missing_ok=True)
+        if lacks_weights(config, record.folder, result):
+            with record.worked_on():
+                if lacks_weights(config, record.folder, result):  # still, now that no other process is at it
+                    _keep_afterwards(config, record, result)
         return result
     ready = prepare(config)
     if config.parent:
@@ -53,6 +59,23 @@ def run(config: Config) -> dict:
         models.start_from(ready.network, kept_weights(parent))
     with record.worked_on(), memory_said(ready.device):
         return record.result() or _train(config, identity, record, ready)
+
+
+def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
+    """Trains a finished run again, beside itself, and takes over its weights. UserError where they are others."""
+    print(f"{record.folder} kept no weights: it is trained again for them")
+    beside = record.folder / "again"
+    paths, tracking = config.paths.model_copy(update={"runs": str(beside)}), Tracking(mode="disabled")
+    other = config.model_copy(update={"paths": paths, "tracking": tracking})
+    if run(other)["weights_sha256"] != result["weights_sha256"]:
+        raise UserError(
+            f"{record.folder}: trained again it has other weights, as may be on a GPU or another machine: they are "
+            f"kept in {beside}, and the run stays as it was"
+        )
+    kept = [folder for folder in identify(other).folder.iterdir() if (folder / "config.json").is_file()]
+    for folder in sorted(kept, key=lambda folder: folder.name == "best"):  # which says that all are there
+        folder.rename(record.folder / folder.name)
+    shutil.rmtree(beside)
 
 
 def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:
@@ -72,8 +95,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
 
         def keep(name: str, wanted: bool = config.checkpoint.keep_weights) -> None:
             if wanted:
-                network.save_pretrained(record.folder / name)
-                ready.tokenizer.save_pretrained(record.folder / name)
+                models.save(network, ready.tokenizer, record.folder / name)
 
         total = total_steps(config, trained_examples(config, data[task.train[0]]))[0]
         phases: dict[int, Callable[[], None]] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ..config import Config
 from ..runs.identity import Identity
+from ..runs.kept import lacks_weights
 from ..runs.record import Record
 
 STATUSES = {s: s for s in ("finished", "diverged", "failed", "missing", "running")} | {"elsewhere": "running elsewhere"}
@@ -46,6 +47,11 @@ class Planned:
     @property
     def record(self) -> Record:
         return Record(self.identity.folder)
+
+    def outcome(self, set_aside: bool = False) -> dict | None:
+        """Its result, where it is there with all that was asked of it."""
+        result = self.record.result(set_aside)
+        return None if result is None or lacks_weights(self.config, self.identity.folder, result) else result
 
 
 def unfinished(runs: Sequence[Planned]) -> list[Planned]:

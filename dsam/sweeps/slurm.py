@@ -55,7 +55,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     folder = Path(runs[0].config.paths.runs).absolute() / ".slurm"
     jobs = submitted(folder, queue())
     for r in unfinished(runs):  # a job that has ended since the plan was made has left its result
-        if result := r.record.result(set_aside=False):
+        if result := r.outcome():
             r.status, r.seconds = result["status"], result["train"]["seconds"]
     left = unfinished(runs)
     new = [r for r in left if r.identity.id not in jobs]
@@ -173,7 +173,7 @@ def wait(runs: list[Planned], jobs: dict[str, str], folder: Path) -> None:
             for r in list(waiting):
                 job = jobs[r.identity.id]
                 state = states.get(job, "COMPLETED")  # Slurm forgets a job some minutes after its end
-                if result := r.record.result(set_aside=False):
+                if result := r.outcome():
                     r.status, r.seconds = result["status"], result["train"]["seconds"]
                 elif state not in ENDED:
                     over.pop(job, None)

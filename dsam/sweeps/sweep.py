@@ -43,7 +43,7 @@ def plan(configs: list[Config]) -> list[Planned]:
             continue
         planned = runs[identity.id] = Planned(config, identity)
         if (identity.folder / "result.json").exists():
-            result = planned.record.result(set_aside=False)
+            result = planned.outcome()
             planned.status = result["status"] if result else "missing"
         elif failure := planned.record.failure():
             planned.status, planned.reason = "failed", failure["reason"]
@@ -235,7 +235,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                     display.ended(r)
             for r in [r for r in elsewhere if not lease.alive(lease.path_in(r.identity.folder))]:
                 elsewhere.remove(r)
-                result = r.record.result()
+                result = r.outcome(set_aside=True)
                 r.status = result["status"] if result is not None else "missing"
                 if result is None:
                     waiting.append(r)
@@ -306,7 +306,7 @@ def _conclude(one: _Running) -> None:
     """What became of a run, from its record and its process's exit."""
     r, code = one.run, one.process.exitcode
     r.seconds = time.monotonic() - r.started
-    result, failure = r.record.result(), r.record.failure()
+    result, failure = r.outcome(set_aside=True), r.record.failure()
     if result is not None:
         r.status = result["status"]
     elif failure is not None:

@@ -52,11 +52,13 @@ def total_steps(config: Config, examples: int) -> tuple[int, int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of Linear and Embedding modules decay; biases and normalisation (all tensors of one axis) do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """Weights that multiply or are looked up decay; biases, by their name (XLNet's have two axes), and normalisation
+    (all other tensors of one axis) do not."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p.ndim > 1 and not name.endswith("bias") for name, p in params]
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for (_, p), this in zip(params, decayed, strict=True) if this], "weight_decay": weight_decay},
+        {"params": [p for (_, p), this in zip(params, decayed, strict=True) if not this], "weight_decay": 0.0},
     ]
 
 

@@ -1,6 +1,7 @@
 """Builds the classifier and its tokenizer from a hub id, a local folder or an architecture; runs no code of theirs."""
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import Config, Model
 from ..errors import UserError, did_you_mean
+from ..files import write_atomically
 from ..glue.builtin import VOCABULARY
 from ..text import described, first_line
 from .dropout import configure_dropout, set_dropout
@@ -124,6 +126,18 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         raise UserError(f"train.max_length={train.max_length} is above the model's {positions} positions")
     _try(config, network, tokenizer, num_labels)
     return network
+
+
+def save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Keeps both as a model folder that transformers reads back by itself."""
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    given = network.config
+    if AutoConfig.from_pretrained(folder, local_files_only=True).num_labels != given.num_labels:
+        # transformers leaves out what it has as its default, two labels, though BART's own default is three.
+        labels = {"id2label": given.id2label, "label2id": given.label2id}
+        path = folder / "config.json"
+        write_atomically(path, json.dumps(json.loads(path.read_text(encoding="utf-8")) | labels, indent=2) + "\n")
 
 
 def start_from(network: PreTrainedModel, folder: Path) -> None:
