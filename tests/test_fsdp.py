@@ -20,7 +20,7 @@ from dsam.integrations.distributed import Distributed
 
 OPTIONS = {
     "looksam": {"k": 2},
-    "r3f": {"sigma": 0.1, "through_embeddings": True},
+    "r3f": {"sigma": 0.1},
     "smart": {"sigma": 0.1, "radius": 1.0, "step_size": 0.3},
     "freelb": {"init": 0.0},
 }
