@@ -275,3 +275,8 @@ def test_nothing_to_the_left_imports_what_is_to_the_right():
             for later in order[place + 1 :]:
                 assert f"from ..{later}" not in Path(file).read_text(), f"{file} imports {later}"
                 assert f"from dsam.{later}" not in Path(file).read_text(), f"{file} imports {later}"
+
+
+def test_a_run_with_a_dropout_of_its_own_has_another_name_than_when_that_reached_bert_alone():
+    assert "dropout_reaches" not in identify(config()).contents
+    assert identify(config("train.dropout=0.1")).contents["dropout_reaches"] == "all"

@@ -44,6 +44,8 @@ def identify(config: Config) -> Identity:
     # Not there for what was there before these could be set, so that old runs keep their names.
     if config.data.noisy:
         contents["noise"] = [config.data.label_noise, config.data.heldout_noise, config.data.noise_seed]
+    if config.train.dropout is not None:
+        contents["dropout_reaches"] = "all"  # and no longer what BERT calls its dropouts alone
     if config.optimizer.lr_factor != 1:
         contents["lr_factor"] = config.optimizer.lr_factor
     if (own := _settings(config.task)) != _settings(shipped().get(config.task.name)):
