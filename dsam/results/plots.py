@@ -165,7 +165,9 @@ def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
         "right labels fitted (%)": lambda point: point["clean"].get("accuracy"),
         "wrong labels' share of Σ‖gradient‖ (%)": lambda point: point.get("pull"),
     }
-    figure = Figure(figsize=(2.9 * len(shown), 2.6), layout="constrained")
+    points = [point for points in frame["memorised"] for _, point in points]
+    shown = {title: value for title, value in shown.items() if any(value(point) is not None for point in points)}
+    figure = Figure(figsize=(2.9 * max(1, len(shown)), 2.6), layout="constrained")
     panels = {}
     for column, (title, value) in enumerate(shown.items()):
         axes = panels[title] = figure.add_subplot(1, len(shown), column + 1)
@@ -182,7 +184,7 @@ def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
             mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
             axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
     wrong = frame["memorised"].map(lambda points: points[-1][1].get("pulling")).dropna()
-    if len(wrong):  # where each example pulls alike
+    if len(wrong):  # where each example pulls alike, in the last panel
         axes.axhline(100 * wrong.mean(), color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
     _legend(figure, panels)
     return figure
