@@ -20,8 +20,8 @@ from .errors import UserError, did_you_mean
 from .text import first_line
 
 SWEEPERS = ("dsam", "optuna")
-SEARCHS = tuple(f"hydra.sweeper.{name}" for name in ("n_trials", "n_jobs", "seed"))
-HYDRAS_OWN = ("hydra.mode", "hydra.verbose", "hydra/sweeper", *SEARCHS)
+SEARCH_SETTINGS = tuple(f"hydra.sweeper.{name}" for name in ("n_trials", "n_jobs", "seed"))
+HYDRAS_OWN = ("hydra.mode", "hydra.verbose", "hydra/sweeper", *SEARCH_SETTINGS)
 """What may be set of Hydra's own settings: the others would move, split or replace what the sweep relies on."""
 
 MOST_RUNS = 100_000
@@ -108,7 +108,7 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
     except UserError:
         if keys:
             _check_keys(keys, compose_config(chosen, conf, more=more), groups)
-        for text in (text for text in first if text.startswith(SEARCHS)):
+        for text in (text for text in first if text.startswith(SEARCH_SETTINGS)):
             compose_config([t for t in first if t != text], conf, more=more)  # what else is wrong
             raise UserError(f"'{text}' goes with hydra/sweeper=optuna") from None
         raise
