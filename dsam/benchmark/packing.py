@@ -11,8 +11,9 @@ import torch
 
 from ..config import Config
 from ..runs.run import peak_memory, prepare, trained_examples
+from ..training.batches import epoch_order
 from ..training.loop import total_steps
-from .steps import Stepper, batches_of, process
+from .steps import Steps, process
 
 
 @dataclass
@@ -27,13 +28,14 @@ class Packed:
 
 def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -> list[Packed]:
     """AdamW's steps in as many processes as the largest of `numbers`, of which as many as each number says work at a
-    time, all numbers in turn, after a round that does not count. Each has `device.threads` threads, or an equal
+    time, all numbers in turn, after a round or two that do not count. Each has `device.threads` threads, or an equal
     part of the cores, as the runs of a sweep.
 
     Raises BrokenProcessPool where a process dies, as for want of memory.
     """
     ready = prepare(config)  # mistakes show here, and the processes find the tokens cached
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
+    unsteady = Steps(config, ready).unsteady
     del ready
     cores = len(os.sched_getaffinity(0))
     threads = {number: config.device.threads or max(1, cores // number) for number in numbers}
@@ -41,12 +43,14 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
     memory: dict[int, int] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(process(_start, config, batches)) for _ in range(max(numbers))]
-        for turn in range(rounds + 1):
+        for turn in range(1 - unsteady, rounds + 1):
             for number in numbers:
-                print(f"{config.task.name}: round {turn}/{rounds}, {number} at once", file=sys.stderr, flush=True)
+                print(
+                    f"{config.task.name}: round {max(turn, 0)}/{rounds}, {number} at once", file=sys.stderr, flush=True
+                )
                 working = [apart.submit(_steps, threads[number]) for apart in processes[:number]]
                 found = [work.result() for work in working]
-                if turn:
+                if turn > 0:
                     seconds[number].append(statistics.mean(spent for spent, _ in found))
                 memory[number] = sum(peak for _, peak in found)
     medians = {number: statistics.median(values) for number, values in seconds.items()}
@@ -56,16 +60,17 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
 
 
 _run: list = []
-"""In its process: the stepper, its device, the batches."""
+"""In its process: its steps, the examples that they are over, their number."""
 
 
 def _start(config: Config, batches: int) -> None:
-    model, device, data = batches_of(config, batches)
-    _run[:] = Stepper(model, "plain", {}), device, data
+    ready = prepare(config)
+    order = epoch_order(len(ready.data[ready.task.train[0]]), config.seeds.data, 0)
+    _run[:] = Steps(config, ready), order[: batches * config.train.batch_size], batches
 
 
 def _steps(threads: int) -> tuple[float, int]:
     """(seconds of a step, peak memory in bytes) of a run's first steps."""
     torch.set_num_threads(threads)
-    step, device, data = _run
-    return statistics.mean(step(closures) for closures in data), peak_memory(device)
+    steps, order, batches = _run
+    return steps(order) / batches, peak_memory(steps.device)

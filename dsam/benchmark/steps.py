@@ -16,8 +16,9 @@ from torch import nn
 from ..config import Config
 from ..methods import METHODS, ExampleLosses
 from ..runs.run import Ready, peak_memory, prepare
+from ..training.backward import Backward
 from ..training.batches import epoch_order, pieces
-from ..training.device import to
+from ..training.device import Outcomes, to
 from ..training.loop import parameter_groups
 
 CONTENDERS: dict[str, tuple[str, dict]] = {
@@ -102,6 +103,41 @@ class Stepper:
     def passes(self) -> float:
         """Forward-backward passes of the latest step, a no-grad forward being a third."""
         return (self.method.report["forwards"] + 2 * self.method.report["backwards"]) / 3
+
+
+class Steps:
+    """AdamW's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
+    for a device and the CUDA graphs that a run has."""
+
+    def __init__(self, config: Config, ready: Ready):
+        self.device, self.size = ready.device, config.train.batch_size
+        model, examples = ready.network.train(), ready.data[ready.task.train[0]]
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
+        self.outcomes = Outcomes(ready.device)
+        method = METHODS["plain"](model)
+        self.backward = Backward(config, examples, model, method, ready.device, ready.whole, not self.outcomes.later)
+
+    @property
+    def unsteady(self) -> int:
+        """Rounds over the same batches before their times are what they stay: a graph is captured in the second."""
+        return 1 if self.backward.graphs is None else 2
+
+    def __call__(self, order: np.ndarray) -> float:
+        """Seconds for the examples `order`."""
+        began = time.perf_counter()
+        for step, k in enumerate(range(0, len(order), self.size)):
+            self.outcomes.add(step, self.backward(order[k : k + self.size]), self.backward.method.report)
+            if self.outcomes.later:
+                self.optimizer.found_inf = self.outcomes.found  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for _ in self.outcomes.read(all_of_them=False):
+                pass
+        for _ in self.outcomes.read(all_of_them=True):
+            pass
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
 
 class TheirStepper:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
@@ -22,7 +21,7 @@ from ..config import Config, Train
 from ..runs.run import Ready, prepare
 from ..training.batches import epoch_order, pieces
 from ..training.model import build
-from .steps import Stepper, batches
+from .steps import Steps
 
 CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
 """`Trainer, padded to the limit` is what its GLUE example does by default (pad_to_max_length)."""
@@ -38,7 +37,8 @@ class Throughput:
 
 
 def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
-    """Times every contender in one alternating run of `steps` optimizer steps a round, after one that does not count.
+    """Times every contender in one alternating run of `steps` optimizer steps a round, after one or two that do not
+    count.
 
     All see the same examples in the same batches in the same order. What is timed is all that a step takes: making
     the batch, forward, backward, clipping, AdamW.
@@ -57,23 +57,20 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
         ),
         "Trainer, padded to the limit": len(order) * limit,
     }
-    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None  # as Trainer's
-    ours = Stepper(ready.network.train(), "plain", {})
-    ready_half = prepare(half)
-    ours_half = Stepper(ready_half.network.train(), "plain", {})
+    ours, ours_half = Steps(config, ready), Steps(half, prepare(half))
     theirs = build(config, ready.task.num_labels, ready.tokenizer).to(ready.device)  # with transformers' attention
     contenders: dict[str, Callable[[], float]] = {
-        "dsam": lambda: own(ready, ours, order, config, autocast),
-        "dsam, bfloat16": lambda: own(ready_half, ours_half, order, half, torch.bfloat16),
+        "dsam": lambda: ours(order),
+        "dsam, bfloat16": lambda: ours_half(order),
         "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
         "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),
     }
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for turn in range(rounds + 1):
-        print(f"{config.task.name}: throughput, round {turn}/{rounds}", file=sys.stderr, flush=True)
+    for turn in range(1 - ours.unsteady, rounds + 1):
+        print(f"{config.task.name}: throughput, round {max(turn, 0)}/{rounds}", file=sys.stderr, flush=True)
         for name in [*CONTENDERS[turn % len(CONTENDERS) :], *CONTENDERS[: turn % len(CONTENDERS)]]:
             spent = contenders[name]()
-            if turn:
+            if turn > 0:
                 seconds[name].append(spent)
     return [Throughput(name, len(order) / statistics.median(seconds[name]), tokens[name]) for name in CONTENDERS]
 
@@ -82,14 +79,6 @@ def padded_tokens(order: np.ndarray, lengths: np.ndarray, train: Train) -> int:
     """Tokens, padding included, that the batches of `order` come to as a run cuts them."""
     batches = [order[k : k + train.batch_size] for k in range(0, len(order), train.batch_size)]
     return sum(len(part) * int(lengths[part].max()) for batch in batches for part in pieces(batch, lengths, train))
-
-
-def own(ready: Ready, step: Stepper, order: np.ndarray, config: Config, autocast: torch.dtype | None) -> float:
-    """Seconds for the examples `order` in the way of `dsam.training.loop`."""
-    began = time.perf_counter()
-    for closures in batches(ready, config, order, autocast):
-        step(closures)
-    return time.perf_counter() - began
 
 
 def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Config, width: int | None) -> float:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from .gradients import tf32_products
 from .layers import DoesNotFit, TopLayers
 from .one_by_one import OneByOne
 from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
@@ -235,8 +236,10 @@ class DeltaSAM(SAM):
     @torch.no_grad()
     def _losses(self, step: Step) -> Tensor:
         found, share = [], self._top.share if self._top is not None else 1.0
+        # In a bfloat16 training: first differences keep the weights in TF32, second ones do not (docs/speed.md).
+        enough = self.weighting.sides == 1 and any(piece.autocast for piece in step.pieces)
         for k in range(len(step)):
-            with self._top.resume(k) if self._top is not None else nullcontext():
+            with self._top.resume(k) if self._top is not None else nullcontext(), tf32_products(enough):
                 found.append(step.losses(k, ascent=True, precise=True, share=share))
         return torch.cat(found)
 

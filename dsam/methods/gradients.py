@@ -97,3 +97,21 @@ def whole(gradients: Gradients, by_rows: bool = False) -> list[Tensor | None]:
 def wide(x: Tensor) -> Tensor:
     """In at least float32, in which inner products are accumulated."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def tf32_products(enough: bool = True) -> Iterator[None]:
+    """Inside, an NVIDIA GPU rounds what enters its float32 matrix products to TensorFloat-32 where that is `enough`:
+    10 bits of mantissa, which hold bfloat16's 7 exactly, at several times the speed. Elsewhere nothing changes."""
+    products, name = torch.backends.cuda.matmul, "fp32_precision"
+    if not enough:
+        yield
+        return
+    if not hasattr(products, name):  # PyTorch before 2.9; later ones refuse to mix the two
+        name = "allow_tf32"
+    before = getattr(products, name)
+    setattr(products, name, "tf32" if name == "fp32_precision" else True)
+    try:
+        yield
+    finally:
+        setattr(products, name, before)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..text import first_line
-from .gradients import dense, whole, wide
+from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import EMBEDDING, LINEAR, LOOKUP, TURNED, Lookups, See, kind_of, positions_apart, scaled
 from .outer_products import OuterProducts, Rows, WeightGroup
 from .step import Step
@@ -212,7 +212,7 @@ class PerExampleGradients:
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
         """‖g_i‖² over all counted parameters together: (B,), float32 (float64 for a float64 model)."""
-        with _full_precision():
+        with self._full_precision():
             return self._squared_norms(self._products)
 
     def _squared_norms(self, of: Sequence[OuterProducts]) -> Tensor:
@@ -236,7 +236,7 @@ class PerExampleGradients:
 
         Costs as much as a forward pass. Along a weighted gradient it equals `gram() @ weights`.
         """
-        with _full_precision():
+        with self._full_precision():
             return self._dots(direction, self._products)
 
     def _dots(self, direction: Sequence[Tensor | None], of: Sequence[OuterProducts]) -> Tensor:
@@ -260,7 +260,7 @@ class PerExampleGradients:
         matrix in the cheaper way: by the products of all its tokens where these are few, else by way of g."""
         norms, dots = self._zeros(2, self.batch_size)
         far: list[OuterProducts] = []
-        with _full_precision():
+        with self._full_precision():
             for group in WeightGroup.of(self._products):
                 if group.few_tokens and not self._rows.keys() & set(group.keys):
                     gram = group.gram_by_tokens(self.batch_size)
@@ -276,7 +276,7 @@ class PerExampleGradients:
     def gram(self) -> Tensor:
         """g_i · g_j: (B, B). Costs about as much as a backward pass."""
         total = self._zeros(self.batch_size, self.batch_size)
-        with _full_precision():
+        with self._full_precision():
             for vector in self._vectors.values():
                 total += vector @ vector.mT
             for group in WeightGroup.of(self._products):
@@ -297,7 +297,7 @@ class PerExampleGradients:
         `weights` (B,) may be any real numbers. Half-precision products are rounded as autograd's own are. `by_rows`:
         an untied embedding's is sparse.
         """
-        with _full_precision():
+        with self._full_precision():
             sums = self._sums(weights, self._products)
         return [
             torch.zeros_like(p) if value is None else (value if value.is_sparse else value.view_as(p)).to(p.dtype)
@@ -389,6 +389,14 @@ class PerExampleGradients:
         for term in terms:
             moved = moved + term.to(moved.dtype)
         return moved.view_as(output)
+
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Autocast off, should the caller be inside it; and TF32 for what came from half precision, which loses none of
+        it."""
+        half = any(left.dtype.itemsize < 4 for products in self._products for left in products.lefts.values())
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), tf32_products(half):
+            yield
 
     def _zeros(self, *shape: int) -> Tensor:
         like = self.params[0]
@@ -531,10 +539,3 @@ def _hooked(
                 f"per-example gradients: {' or '.join(map(repr, expanded))} looks up the same for all examples, and "
                 f"not for each ({first_line(error)})"
             ) from error
-
-
-@contextmanager
-def _full_precision():
-    """Autocast off, should the caller be inside it."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield

@@ -4,14 +4,14 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..config import Config
 from ..errors import OutOfMemory, UserError
@@ -115,22 +115,29 @@ def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: (value.pin_memory() if pin else value).to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def _mask(**options) -> Tensor | None:
-    if options.get("attention_mask") is not None:  # which SDPA's own function looks into, to leave it out
-        options |= {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}
-    return sdpa_mask(**options)
+def _unread(mask: Callable) -> Callable:
+    """That maker of masks, but for its look whether the padding's mask hides anything and can be left out."""
+
+    def made(**options) -> Tensor | None:
+        if options.get("attention_mask") is not None:
+            options |= {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}
+        return mask(**options)
+
+    return made
 
 
 NAME = "dsam_without_wait"
 AttentionInterface.register(NAME, sdpa_attention_forward)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, _unread(sdpa_mask))
 
 
 def attend_without_wait(network: PreTrainedModel) -> None:
-    """Has the network's attention, where it is the usual one, take a mask as it is: transformers otherwise waits for
-    the device in each pass, to learn whether the mask hides anything (`to` has seen to that)."""
-    if network.config._attn_implementation == "sdpa":  # others are a model's own
+    """Has the network's attention take a mask as it is: transformers otherwise waits for the device in each pass, to
+    learn whether the mask hides anything (`to` has seen to that)."""
+    if network.config._attn_implementation == "sdpa":
         network.set_attn_implementation(NAME)
+    elif network.config._attn_implementation == "eager":  # a model's own: by whatever name, it would not be found
+        AttentionMaskInterface.register("eager", _unread(eager_mask))  # of all models in this process
 
 
 class Outcome(NamedTuple):

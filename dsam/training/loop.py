@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import Config
 from ..errors import NonFiniteGradient, Stopped
 from ..glue import Tokenised, compute, headline, headline_name, predictions
-from ..methods import ExampleLosses, Method, example_losses
+from ..methods import Method, example_losses
 from ..methods.step import not_finite
 from ..progress import Bar
 from ..signals import StopSignals
 from ..task import Task
-from .batches import epoch_order, evaluation_batches, pieces, training_subset
+from .backward import Backward
+from .batches import epoch_order, evaluation_batches, training_subset
 from .checkpoint import Checkpoints
 from .device import Outcomes, to
-from .graphs import BUCKET, graphs_for
 from .memorised import memorised
 
 LOG_EVERY = 10  # steps
@@ -113,11 +112,10 @@ def fine_tune(
         fused=True,
     )
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
-    params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(config.seeds.data)
     state, outcomes = State(), Outcomes(device)
     saved_at, cost = time.monotonic(), 0.0
-    graphs = graphs_for(method, model, autocast, train.max_grad_norm, config.device.graphs and not whole)
+    backward = Backward(config, examples, model, method, device, whole, wait=not outcomes.later)
 
     def read(all_of_them: bool) -> None:
         for one in outcomes.read(all_of_them):
@@ -173,19 +171,11 @@ def fine_tune(
             if epoch != order_epoch:
                 order, order_epoch = subset[epoch_order(len(subset), config.seeds.data, epoch)], epoch
             batch = order[position * train.batch_size : (position + 1) * train.batch_size]
-            parts = pieces(batch, examples.lengths, train, device, by_length=not whole)
-            width = int(examples.lengths[batch].max()) if whole else 1
-            if graphs is not None and len(parts) == 1:
-                loss = graphs.backward(examples.batch(parts[0], BUCKET, train.max_length))
-            else:
-                closures = [ExampleLosses(model, to(examples.batch(part, width), device), autocast) for part in parts]
-                try:
-                    loss = method.backward(closures, wait=not outcomes.later)
-                except NonFiniteGradient as error:
-                    state.diverged = f"step {state.step + 1}: {error}"
-                    break
-                if train.max_grad_norm is not None:
-                    clip_grads_with_norm_(params, train.max_grad_norm, torch.as_tensor(method.report["gradient_norm"]))
+            try:
+                loss = backward(batch)
+            except NonFiniteGradient as error:
+                state.diverged = f"step {state.step + 1}: {error}"
+                break
             state.step += 1
             outcomes.add(state.step, loss, method.report)
             if outcomes.later:
