@@ -119,8 +119,8 @@ class Steps:
 
     @property
     def unsteady(self) -> int:
-        """Rounds over the same batches before their times are what they stay: a graph is captured in the second."""
-        return 1 if self.backward.graphs is None else 2
+        """Rounds over the same batches before their times are what they stay: a graph is captured by the third."""
+        return 1 if self.backward.graphs is None else 3
 
     def __call__(self, order: np.ndarray) -> float:
         """Seconds for the examples `order`."""

@@ -28,6 +28,8 @@ CASES |= {
     "delta_sam gibbs norms=exact": ("delta_sam", {"weighting": "gibbs", "norms": "exact"}),
     "sam mask=fresh": ("sam", {"mask": "fresh"}),
 }
+if "GPU_METHODS" in os.environ:
+    CASES = {name: CASES[name] for name in os.environ["GPU_METHODS"].split(",")}
 TIGHT = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 

@@ -64,7 +64,7 @@ def killed(name):
     process.wait()
 
 
-for optimizer in ("sam", "looksam"):
+for optimizer in os.environ.get("GPU_RESUME", "sam,looksam").split(","):
     undisturbed = {f"{optimizer}-{k}": start(f"{optimizer}-{k}") for k in ("first", "second")}
     killed(f"{optimizer}-killed")
     ended(f"{optimizer}-killed", start(f"{optimizer}-killed"))
