@@ -48,6 +48,14 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if len(comparison):
             text = f"{model}: mean difference to {baseline}, paired by seed, with 95 % bootstrap interval"
             yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
+        by_task = {
+            task: found
+            for task, of_task in runs.groupby("task", sort=False)
+            if len(found := compare(of_task, baseline, which).dropna(subset="low"))
+        }
+        if len(by_task) > 1:
+            text = f"{model}: difference to {baseline} on each task, paired by seed, with 95 % bootstrap interval"
+            yield f"differences_by_task_{place}", text, differences_by_task(by_task, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
             yield f"curves_{place}", text, curves(runs, which, baseline)
@@ -113,16 +121,38 @@ def differences(comparison: pd.DataFrame, order: list[str], baseline: str) -> Fi
     figure = Figure(figsize=(6, 0.9 + 0.34 * len(comparison)), layout="constrained")
     axes = figure.add_subplot()
     _plain(axes)
-    axes.axvline(0, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
-    looks = styles(order)
-    for position, row in enumerate(comparison.itertuples()):
-        style = looks[row.method]
-        axes.plot([100 * row.low, 100 * row.high], [position, position], color=style["color"], linewidth=1.8)
-        axes.plot(100 * row.difference, position, **style | {"markersize": 6})
-    axes.set_yticks(range(len(comparison)), comparison["method"])
-    axes.set_ylim(len(comparison) - 0.5, -0.5)
+    _difference_rows(axes, comparison, list(comparison["method"]), order)
     axes.set_xlabel(f"difference to {baseline} (points, 95 % interval)", fontsize=9)
     return figure
+
+
+def differences_by_task(comparisons: dict[str, pd.DataFrame], order: list[str], baseline: str) -> Figure:
+    """The same for each task by itself, a panel each with common axes; `comparisons` of {task: …}."""
+    rows = [method for method in order if any(method in set(found["method"]) for found in comparisons.values())]
+    columns = min(len(comparisons), 4)
+    lines = math.ceil(len(comparisons) / columns)
+    size = (1.2 + 2.2 * columns, lines * (1.0 + 0.3 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (task, comparison) in zip(panels, comparisons.items(), strict=False):
+        _plain(axes)
+        axes.set_title(task, fontsize=9)
+        _difference_rows(axes, comparison, rows, order)
+    for axes in list(panels)[len(comparisons) :]:
+        axes.set_axis_off()
+    figure.supxlabel(f"difference to {baseline} (points, 95 % interval)", fontsize=9)
+    return figure
+
+
+def _difference_rows(axes: Axes, comparison: pd.DataFrame, rows: list[str], order: list[str]) -> None:
+    axes.axvline(0, color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
+    looks = styles(order)
+    for row in comparison.itertuples():
+        style, position = looks[row.method], rows.index(row.method)
+        axes.plot([100 * row.low, 100 * row.high], [position, position], color=style["color"], linewidth=1.8)
+        axes.plot(100 * row.difference, position, **style | {"markersize": 6})
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def curves(
