@@ -57,6 +57,12 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
             more = overrides.own_folder(given.config_dir)
             experiment = any(o.startswith("experiment=") and o != "experiment=null" for o in given.overrides)
             alone = not (given.multirun or experiment)
+            if not (
+                alone or given.cfg or given.info or given.help or any("launcher.plan=" in o for o in given.overrides)
+            ):
+                from .sweeps import server
+
+                server.warm()  # while the jobs are composed
             known = set(given.overrides)
             checked = overrides.check(given.overrides, CONF, more, one_run=alone)
             # Flags last: one that may have a value would take an override for it.

@@ -395,11 +395,26 @@ def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
     backend = matplotlib.get_backend(auto_select=False)
     paths = plots.write(collect(runs_dir, "smoke"), tmp_path / "figures")
     assert {path.name for path in paths} == {
-        f"{kind}_tiny.{form}" for kind in ("scores", "differences", "curves", "loss") for form in ("png", "pdf")
+        f"{kind}_tiny.{form}"
+        for kind in ("scores", "differences", "differences_by_task", "curves", "loss")
+        for form in ("png", "pdf")
     }
     assert all(path.stat().st_size > 5000 for path in paths)
     assert {name: matplotlib.rcParams[name] for name in before} == before
     assert matplotlib.get_backend(auto_select=False) == backend
+
+
+def test_differences_by_task_are_each_task_s_own(runs_dir):
+    frame = collect(runs_dir, "smoke")
+    counted = frame[frame["status"] == "finished"]
+    figure = next(drawn for name, _, drawn in plots.figures(frame) if "by_task" in name)
+    assert len(figure.axes) == frame["task"].nunique() == 2
+    for axes in figure.axes:
+        scores = counted[counted["task"] == axes.get_title()].pivot(index="seed", columns="method_label", values="best")
+        paired = scores.sub(scores["adamw"], axis=0).mean()  # by hand
+        rows = {tick.get_text(): place for place, tick in enumerate(figure.axes[0].get_yticklabels())}
+        drawn = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 1}
+        assert drawn and all(drawn[rows[m]] == pytest.approx(100 * paired[m]) for m in rows if rows[m] in drawn)
 
 
 def test_figures_of_one_run_and_of_many_methods(tmp_path):
@@ -484,7 +499,7 @@ def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_
     assert made.left_over == old and all(path.exists() for path in old)
     page = made.html.read_text(encoding="utf-8")
     assert made.html == results / "report.html" and "67.00 ± 1.41 (2/3, 1 diverged)" in made.text
-    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 5
+    assert "67.00 ± 1.41 (2/3, 1 diverged)" in page and page.count("data:image/png;base64,") == 6
     assert "<script src" not in page and "<link" not in page and not re.search(r'src="(?!data:)', page)
     assert "import" not in page and "Traceback" not in page
     assert 'href="runs/rte/tiny/sam/sam-2"' in page and "adamw, seed 2: missing" in page

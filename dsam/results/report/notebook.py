@@ -51,7 +51,11 @@ def overview(frame: pd.DataFrame, experiment: str | None) -> Table:
 def opening(frame: pd.DataFrame, built: Tables, which: str = "best") -> HTML:
     """What was found, in words, with the figure of differences beside it."""
     words = "".join(f"<p>{html.escape(text)}</p>" for text in in_words(built))
-    drawn = [_figure(text, figure) for name, text, figure in plots.figures(frame, which) if "differences" in name]
+    drawn = [
+        _figure(text, figure)
+        for name, text, figure in plots.figures(frame, which)
+        if name.startswith("differences_") and "by_task" not in name
+    ]
     return HTML(f'<div class="opening"><div>{words}</div><div>{"".join(drawn)}</div></div>')
 
 
