@@ -85,7 +85,7 @@ def one_step(name, options, device, dtype):
 
 def noise(method, closure, kind):
     drawn = (torch.randn if kind == "normal" else torch.rand)(*closure.embedding_shape)
-    drawn = drawn.to(method.params[0].device)
+    drawn = drawn.to(method.params[0])
     return (drawn if kind == "normal" else drawn * 2 - 1) * closure.token_mask
 
 
