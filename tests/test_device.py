@@ -1,8 +1,11 @@
 """What a GPU would meet, on a machine without one: tensors of two devices, waits of the host, memory, resumes."""
 
+import contextlib
 import functools
 import re
+import warnings
 
+import encoders
 import meta_device
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from dsam.training import device as devices
 from dsam.training import loop
 from dsam.training.batches import pieces
 from dsam.training.checkpoint import Checkpoints
+from dsam.training.graphs import Graphs
 
 CPU = torch.device("cpu")
 CASES = {name: (name, {}) for name in METHODS if name != "delta_sam"}
@@ -257,3 +261,137 @@ def test_a_checkpoint_of_another_kind_of_device_is_not_gone_on_from(tmp_path, ca
     assert "is of cuda, and this is cpu: starting afresh" in said and said.count("\n") == 1
     checkpoints.save(4, {"device": "cpu", "x": torch.ones(1)})
     assert checkpoints.load("cpu")["device"] == "cpu"
+
+
+@pytest.mark.parametrize("family", ["mpnet", "xlnet", "convbert", "modernbert", "fnet"])
+def test_a_family_is_not_waited_for(monkeypatch, family):
+    host = meta_device.Host()
+    meta_device.as_a_gpu(monkeypatch, host)
+    model = encoders.model(family, torch.float32).to(GPU)
+    devices.attend_without_wait(model)
+    padded = {name: value.to(GPU) for name, value in encoders.batch().items()}
+    with host:
+        METHODS["sam"](model).backward([dsam.ExampleLosses(model, padded)], wait=False)
+    assert not host.waits, dict(host.waits)
+
+
+def test_an_eager_mask_that_is_not_looked_into_is_the_same():
+    model = encoders.model("mpnet", torch.float32).eval()
+    inputs = {name: value for name, value in encoders.batch().items() if name != "labels"}
+    assert not inputs["attention_mask"].all()
+    before = model(**inputs).logits, model(input_ids=inputs["input_ids"]).logits
+    devices.attend_without_wait(model)
+    assert torch.equal(model(**inputs).logits, before[0])
+    assert torch.equal(model(input_ids=inputs["input_ids"]).logits, before[1])
+
+
+class _Graph:
+    """In a CUDA graph's place: what was captured is done again."""
+
+    capturing = None
+
+    def register_generator_state(self, generator):
+        pass
+
+    def replay(self):
+        self.replays = getattr(self, "replays", 0) + 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A Graphs whose captures go to `_Graph`, with the model's own method, on the CPU."""
+    for name, stand_in in {
+        "graph_pool_handle": lambda: None,
+        "CUDAGraph": _Graph,
+        "graph": lambda graph, pool: contextlib.nullcontext(),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+        "default_generators": [torch.default_generator],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    model = BertForSequenceClassification(small("int")).train()
+    return Graphs(METHODS["sam"](model), model, None, 1.0)
+
+
+def host_batch(tokens=8):
+    ids = torch.arange(4 * tokens).view(4, tokens) % 50
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+
+
+def test_a_shape_is_run_watched_captured_and_replayed(graphs):
+    for turn, captured in enumerate((0, 0, 1, 1)):
+        graphs.backward(host_batch())
+        assert len(graphs.captured) == captured, turn
+    ((graph, *_),) = graphs.captured.values()
+    assert graph.replays == 2 and not graphs.failed
+    graphs.backward(host_batch(9))  # another shape is run once, and need not be watched
+    graphs.backward(host_batch(9))
+    assert len(graphs.captured) == 2
+
+
+def test_a_model_that_waits_is_not_captured(graphs, monkeypatch, capsys):
+    step = graphs._step
+
+    def waits(inputs):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return step(inputs)
+
+    monkeypatch.setattr(graphs, "_step", waits)
+    graphs.backward(host_batch())
+    with pytest.warns(UserWarning, match="something else"):
+        graphs.backward(host_batch())
+    assert (
+        graphs.failed
+        and "a step waits for the device 1 times, first at tests/test_device.py" in capsys.readouterr().err
+    )
+    graphs.backward(host_batch())
+    assert not graphs.captured and capsys.readouterr().err == ""
+
+
+def test_a_capture_that_fails_leaves_the_generators_as_they_were(graphs, monkeypatch, capsys):
+    before = torch.get_rng_state(), graphs.method.generator.get_state()
+    kept = {}
+
+    class Stuck:
+        """A generator that a spoilt capture left; its state is replaced as a whole."""
+
+        device = CPU
+
+        def __init__(self, name, state):
+            self.name, self.state = name, state
+
+        def get_state(self):
+            return self.state
+
+        def graphsafe_set_state(self, state):
+            kept[self.name] = state
+
+    class Fresh:
+        def __init__(self, device):
+            pass
+
+        def set_state(self, state):
+            self.state = state
+            return self
+
+        def graphsafe_get_state(self):
+            return self.state
+
+    graphs.backward(host_batch())
+    graphs.backward(host_batch())
+    step = graphs._step
+    monkeypatch.setattr(torch.cuda, "default_generators", [Stuck("default", before[0])])
+    graphs.method._generator = Stuck("own", before[1])
+    monkeypatch.setattr(torch, "Generator", Fresh)
+    monkeypatch.setattr(graphs, "_step", lambda inputs: (_ for _ in ()).throw(RuntimeError("spoilt")))
+    with pytest.raises(RuntimeError, match="spoilt"):  # the capture's is caught, that of the step without is not
+        graphs.backward(host_batch())
+    assert "without CUDA graphs: spoilt" in capsys.readouterr().err
+    assert torch.equal(kept["default"], before[0]) and torch.equal(kept["own"], before[1])
+    monkeypatch.setattr(graphs, "_step", step)
+    graphs.method._generator = None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    assert graphs.backward(host_batch()).isfinite() and not graphs.captured
