@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce plan paper verify pack unpack wandb-sync test lint lock clean
+.PHONY: help reproduce plan paper verify pack unpack wandb-sync docs test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -39,6 +39,9 @@ unpack: .venv/installed ## run folders from that file, where they are missing: t
 wandb-sync: .venv/installed ## upload the runs of EXPERIMENT to W&B from their files; each once, unchanged ones not again
 	@$(BIN)/python experiments/export_wandb.py --mode online experiment=$(EXPERIMENT) $(ARGS)
 
+docs: .venv/installed ## the site, into site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 test: .venv/installed ## all tests; ARGS='-m "not slow"' for those of methods, training and data alone
 	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
 
@@ -51,4 +54,4 @@ lock: ## renew requirements.lock from pyproject.toml
 	 $(BIN)/pip freeze --exclude-editable --all | sed 's/+cpu//' | grep -viE '^(pip|wheel)==') > requirements.lock
 
 clean: ## remove the environment and caches; runs and tables stay
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .cache site .pytest_cache .ruff_cache .hypothesis *.egg-info build
