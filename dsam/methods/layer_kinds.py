@@ -12,25 +12,39 @@ from torch.overrides import TorchFunctionMode
 
 from .gradients import wide
 
-LINEAR, NORM, EMBEDDING = nn.Linear, nn.LayerNorm, nn.Embedding
+LINEAR, NORM, GROUP_NORM, EMBEDDING = nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding
+CONVOLUTION = "convolution"
+"""A Conv1d or Conv2d: a linear layer whose tokens are the output's positions, and whose inputs are their patches."""
+GROUPED = "grouped"
+"""One in several groups of channels, each with a matrix of its own."""
 TURNED = "turned"
 """A linear layer whose weight is (in, out): GPT-2's Conv1D."""
 SCALE = "scale"
 """f(x) · weight + bias by elements of the last axis, f without parameters: RMSNorm and its relatives."""
 LOOKUP = "lookup"
 """An embedding with a forward of its own, which looks rows up as embeddings do: BART's and OPT's positions."""
+MATRICES = (LINEAR, TURNED, CONVOLUTION)
+"""What multiplies its inputs by one matrix: an example's gradient is a sum of outer products over its tokens."""
+BARE = "bare"
+"""Not a layer: a parameter that a module uses by itself, the same for all examples (`Bare`)."""
 _found: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 def kind_of(module: nn.Module) -> object:
-    """LINEAR, NORM, EMBEDDING, TURNED, SCALE, LOOKUP, or None for what is none of them or owns something else."""
+    """One of the constants above, or None for what is none of them or owns something else."""
+    if isinstance(module, Bare):
+        return BARE
     own = dict(module.named_parameters(recurse=False))
     if not own or not own.keys() <= {"weight", "bias"} or getattr(module, "scale_grad_by_freq", False):
         return None
     # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
-    for kind in (LINEAR, NORM, EMBEDDING):
+    for kind in (LINEAR, NORM, GROUP_NORM, EMBEDDING):
         if type(module).forward is kind.forward:
             return kind
+    for conv in (nn.Conv1d, nn.Conv2d):
+        if isinstance(module, conv):
+            plain = type(module).forward is conv.forward and type(module)._conv_forward is conv._conv_forward
+            return (CONVOLUTION if module.groups == 1 else GROUPED) if plain else None
     if isinstance(module, EMBEDDING):
         return LOOKUP
     if module not in _found:
@@ -38,12 +52,65 @@ def kind_of(module: nn.Module) -> object:
     return _found[module]
 
 
+def tokens(module: nn.Module, y: Tensor) -> Tensor:
+    """An output of the module, or a gradient of it, as (B, T, m): what its bias, if it has one, is added to T times."""
+    kind = kind_of(module)
+    if kind in (CONVOLUTION, GROUPED, GROUP_NORM):
+        return y.reshape(*y.shape[:2], -1).mT
+    if kind is NORM:
+        return y.reshape(len(y), -1, module.weight.numel())  # type: ignore[operator]
+    return y.reshape(len(y), 1 if kind == BARE else -1, y[0].numel() if kind == BARE else y.shape[-1])
+
+
+def shaped(module: nn.Module, moved: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `tokens`."""
+    channels_first = kind_of(module) in (CONVOLUTION, GROUPED, GROUP_NORM)
+    return (moved.mT if channels_first else moved).reshape(like.shape)
+
+
+def inputs(module: nn.Module, x: Tensor) -> Tensor:
+    """What a weight matrix multiplies, (B, ..., n): patches of a convolution's x, of other layers x itself."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return x
+    if any(module._reversed_padding_repeated_twice):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if isinstance(module, nn.Conv1d):
+        x = x[:, :, None]
+    size, dilation, stride = ((1, *two)[-2:] for two in (module.kernel_size, module.dilation, module.stride))
+    return F.unfold(x, size, dilation, stride=stride).mT
+
+
+def own_products(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Of a weight that is no one matrix, each example's gradient itself: grad (B, T, m) -> (B, numel)."""
+    if kind_of(module) == GROUPED:
+        return torch.einsum("btgm,btgn->bgmn", _in_groups(module, grad), _in_groups(module, inputs(module, x))).flatten(
+            1
+        )
+    return tokens(module, scaled(module, x)).mul_(grad).sum(1)
+
+
+def own_outputs(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    """What such a layer makes of x where each example has weights of its own: (B, 1, numel) -> (B, T, m)."""
+    if kind_of(module) == GROUPED:
+        patches = _in_groups(module, inputs(module, x))
+        each = weights.view(len(x), patches.shape[2], -1, patches.shape[3])
+        return torch.einsum("btgn,bgmn->btgm", patches, each.to(patches.dtype)).flatten(2)
+    return tokens(module, scaled(module, x)) * weights
+
+
+def _in_groups(module: nn.Module, y: Tensor) -> Tensor:
+    return y.unflatten(2, (module.groups, -1))  # type: ignore[arg-type]
+
+
 def scaled(module: nn.Module, x: Tensor) -> Tensor:
-    """f(x) of a module of kind NORM or SCALE: what its weight multiplies."""
+    """f(x) of a module of kind NORM, GROUP_NORM or SCALE: what its weight multiplies."""
     if isinstance(module, LINEAR | EMBEDDING):
         raise TypeError(f"{type(module).__name__} scales nothing")
     if isinstance(module, NORM):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, GROUP_NORM):
+        return F.group_norm(x, module.num_groups, eps=module.eps)
     one = torch.ones_like(module.weight, dtype=x.dtype)  # type: ignore[arg-type]
     return _with(module, one, x) - _with(module, torch.zeros_like(one), x)  # where the weight is 1 + w, too
 
@@ -175,3 +242,43 @@ class _Asked(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         self.ids = ids
         return self.weight.new_zeros(()).expand(*ids.shape, self.weight.shape[1])
+
+
+class Bare(nn.Module):
+    """A bare parameter of leading dimension 1 (ViT's position embeddings), seen as a layer that is nothing but a bias:
+    what it puts out are as many copies as there are examples, in the place of the parameter."""
+
+    def __init__(self, module: nn.Module, which: str):
+        super().__init__()
+        self.bias = module._parameters[which]
+        self.place = module, which  # a tuple, lest it be a submodule
+
+    @staticmethod
+    def fits(module: nn.Module, which: str) -> bool:
+        """Whether it may be one: what is called weight has a meaning that copies would not have (a Linear's)."""
+        p, runs = module._parameters[which], type(module).forward is not nn.Module.forward
+        return runs and p is not None and p.dim() > 1 and len(p) == 1 and which not in ("weight", "bias")
+
+    @contextmanager
+    def copied(self, name: str, see: See, examples: Callable[[], int | None]) -> Iterator[None]:
+        """Inside, `see` sees, and may replace, the copies that the parameter's module meets when it runs."""
+        module, which = self.place
+
+        def copy(*_) -> None:
+            found, size = module._parameters[which], examples()  # perhaps it has been replaced already
+            assert found is not None
+            if size and len(found) == 1:
+                found = found.expand(size, *found.shape[1:])  # type: ignore[assignment]
+            seen = see(name, self, (found,), {}, found)
+            module._parameters[which] = found if seen is None else seen  # type: ignore[assignment]  # will do
+
+        def restore(*_) -> None:
+            module._parameters[which] = self.bias
+
+        handles = [module.register_forward_pre_hook(copy), module.register_forward_hook(restore, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            restore()
