@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from .gradients import wide
@@ -15,16 +17,13 @@ from .gradients import wide
 LINEAR, NORM, GROUP_NORM, EMBEDDING = nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding
 CONVOLUTION = "convolution"
 """A Conv1d or Conv2d: a linear layer whose tokens are the output's positions, and whose inputs are their patches."""
-GROUPED = "grouped"
-"""One in several groups of channels, each with a matrix of its own."""
 TURNED = "turned"
 """A linear layer whose weight is (in, out): GPT-2's Conv1D."""
 SCALE = "scale"
 """f(x) · weight + bias by elements of the last axis, f without parameters: RMSNorm and its relatives."""
 LOOKUP = "lookup"
 """An embedding with a forward of its own, which looks rows up as embeddings do: BART's and OPT's positions."""
-MATRICES = (LINEAR, TURNED, CONVOLUTION)
-"""What multiplies its inputs by one matrix: an example's gradient is a sum of outer products over its tokens."""
+CHANNELS_FIRST = (CONVOLUTION, GROUP_NORM)
 BARE = "bare"
 """Not a layer: a parameter that a module uses by itself, the same for all examples (`Bare`)."""
 _found: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
@@ -42,9 +41,8 @@ def kind_of(module: nn.Module) -> object:
         if type(module).forward is kind.forward:
             return kind
     for conv in (nn.Conv1d, nn.Conv2d):
-        if isinstance(module, conv):
-            plain = type(module).forward is conv.forward and type(module)._conv_forward is conv._conv_forward
-            return (CONVOLUTION if module.groups == 1 else GROUPED) if plain else None
+        if type(module).forward is conv.forward and type(module)._conv_forward is conv._conv_forward:  # type: ignore[attr-defined]
+            return CONVOLUTION
     if isinstance(module, EMBEDDING):
         return LOOKUP
     if module not in _found:
@@ -53,54 +51,72 @@ def kind_of(module: nn.Module) -> object:
 
 
 def tokens(module: nn.Module, y: Tensor) -> Tensor:
-    """An output of the module, or a gradient of it, as (B, T, m): what its bias, if it has one, is added to T times."""
+    """An output of the module, or a gradient of it, as (B, T, m): a bias of m numbers is added to each of T tokens."""
     kind = kind_of(module)
-    if kind in (CONVOLUTION, GROUPED, GROUP_NORM):
+    if kind in CHANNELS_FIRST:
         return y.reshape(*y.shape[:2], -1).mT
-    if kind is NORM:
-        return y.reshape(len(y), -1, module.weight.numel())  # type: ignore[operator]
-    return y.reshape(len(y), 1 if kind == BARE else -1, y[0].numel() if kind == BARE else y.shape[-1])
+    if kind in (NORM, BARE):
+        return y.reshape(len(y), -1, (module.weight if kind is NORM else module.bias).numel())  # type: ignore[operator]
+    return y.reshape(len(y), -1, y.shape[-1])
 
 
-def shaped(module: nn.Module, moved: Tensor, like: Tensor) -> Tensor:
+def shaped(module: nn.Module, y: Tensor, like: Tensor) -> Tensor:
     """The inverse of `tokens`."""
-    channels_first = kind_of(module) in (CONVOLUTION, GROUPED, GROUP_NORM)
-    return (moved.mT if channels_first else moved).reshape(like.shape)
+    return (y.mT if kind_of(module) in CHANNELS_FIRST else y).reshape(like.shape)
+
+
+def few_tokens(module: nn.Module, grad: Tensor) -> bool:
+    """Whether a weight's gradients are kept as outer products: those of a matrix, of a convolution where these have
+    fewer numbers than the gradient itself, T (m + n) in place of m n. Else each is formed (`own_gradients`)."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return kind_of(module) in (LINEAR, TURNED)
+    m, n = module.weight.flatten(1).shape
+    return module.groups == 1 and grad[0, 0].numel() * (m + n) < m * n
 
 
 def inputs(module: nn.Module, x: Tensor) -> Tensor:
-    """What a weight matrix multiplies, (B, ..., n): patches of a convolution's x, of other layers x itself."""
+    """What a weight matrix multiplies, (B, ..., n): of a convolution the patches of x, else x itself."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return x
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    if isinstance(module, nn.Conv1d):
-        x = x[:, :, None]
-    size, dilation, stride = ((1, *two)[-2:] for two in (module.kernel_size, module.dilation, module.stride))
+    x = padded(module, x)
+    x = x[:, :, None] if isinstance(module, nn.Conv1d) else x
+    size, dilation, stride = ((1, *both)[-2:] for both in (module.kernel_size, module.dilation, module.stride))
     return F.unfold(x, size, dilation, stride=stride).mT
 
 
-def own_products(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Of a weight that is no one matrix, each example's gradient itself: grad (B, T, m) -> (B, numel)."""
-    if kind_of(module) == GROUPED:
-        return torch.einsum("btgm,btgn->bgmn", _in_groups(module, grad), _in_groups(module, inputs(module, x))).flatten(
-            1
-        )
-    return tokens(module, scaled(module, x)).mul_(grad).sum(1)
+def padded(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    around = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, around, mode=mode) if any(around) else x
+
+
+def own_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """(B, numel): each example's gradient of a weight, where that is formed."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return tokens(module, scaled(module, x)).mul_(tokens(module, grad)).sum(1)
+    of = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
+    shape = (len(x) * len(module.weight), *module.weight.shape[1:])
+    found = of(_side_by_side(padded(module, x)), shape, _side_by_side(grad), **_in_groups(module, len(x)))
+    return found.reshape(len(x), -1)
 
 
 def own_outputs(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
-    """What such a layer makes of x where each example has weights of its own: (B, 1, numel) -> (B, T, m)."""
-    if kind_of(module) == GROUPED:
-        patches = _in_groups(module, inputs(module, x))
-        each = weights.view(len(x), patches.shape[2], -1, patches.shape[3])
-        return torch.einsum("btgn,bgmn->btgm", patches, each.to(patches.dtype)).flatten(2)
-    return tokens(module, scaled(module, x)) * weights
+    """What such a layer makes of x without a bias and with weights (B, 1, numel) for each example: (B, T, m)."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return tokens(module, scaled(module, x)) * weights
+    of = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+    each = weights.reshape(-1, *module.weight.shape[1:]).to(x.dtype)
+    out = of(_side_by_side(padded(module, x)), each, **_in_groups(module, len(x)))
+    return tokens(module, out.reshape(len(x), -1, *out.shape[2:]))
 
 
-def _in_groups(module: nn.Module, y: Tensor) -> Tensor:
-    return y.unflatten(2, (module.groups, -1))  # type: ignore[arg-type]
+def _side_by_side(x: Tensor) -> Tensor:
+    """B examples of C channels as one of B · C: as many groups keep them apart."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _in_groups(module: nn.Conv1d | nn.Conv2d, examples: int) -> dict[str, Any]:
+    return dict(stride=module.stride, dilation=module.dilation, groups=examples * module.groups)
 
 
 def scaled(module: nn.Module, x: Tensor) -> Tensor:

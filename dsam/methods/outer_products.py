@@ -71,14 +71,15 @@ class OuterProducts(NamedTuple):
     def outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """scales_i g_i x_it for weight k: what a Linear's outputs gain when example i's weight moves by scales_i g_i.
 
-        x (B, S, n), scales (B, 1, 1) -> (B, S, m). Costs S·T·(m + n) an example where the layer costs S·m·n; with so
-        many tokens that (S + T)·m·n is less (convolutions of large images), that.
+        x (B, S, n), scales (B, 1, 1) -> (B, S, m). Costs S·T·(m + n) an example where the layer costs S·m·n.
         """
-        return _outputs(x, self.right, self.lefts[k], scales)
+        inner = torch.bmm(x, self.right.mT.to(x.dtype)) * scales.to(x.dtype)
+        return torch.bmm(inner, self.lefts[k].to(inner.dtype))
 
     def turned_outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """The same of a layer that multiplies by weight k itself: scales_i x_it g_i, x (B, S, m) -> (B, S, n)."""
-        return _outputs(x, self.lefts[k], self.right, scales)
+        inner = torch.bmm(x, self.lefts[k].mT.to(x.dtype)) * scales.to(x.dtype)
+        return torch.bmm(inner, self.right.to(inner.dtype))
 
     def lookups(self, k: int, ids: Tensor, scales: Tensor) -> Tensor:
         """Rows `ids` (B, S) of scales_i g_i for weight k, tied to an embedding: (B, S, n)."""
@@ -110,15 +111,6 @@ class OuterProducts(NamedTuple):
             product = torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=common)
             # Half precision rounds each product, as autograd does, but not their sum.
             sums[k] = product if total is None else wide(total) + product
-
-
-def _outputs(x: Tensor, near: Tensor, far: Tensor, scales: Tensor) -> Tensor:
-    """scales_i x_i nearᵀ_i far_i, in the cheaper order."""
-    many, tokens, n, m = x.shape[1], *near.shape[1:], far.shape[2]
-    if many * tokens * (m + n) > (many + tokens) * m * n:
-        return torch.bmm(x, torch.bmm(near.mT.to(x.dtype), far.to(x.dtype) * scales.to(x.dtype)))
-    inner = torch.bmm(x, near.mT.to(x.dtype)) * scales.to(x.dtype)
-    return torch.bmm(inner, far.to(inner.dtype))
 
 
 class WeightGroup(NamedTuple):

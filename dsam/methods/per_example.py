@@ -26,15 +26,15 @@ from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
     LOOKUP,
-    MATRICES,
     TURNED,
     Bare,
     Lookups,
     See,
+    few_tokens,
     inputs,
     kind_of,
+    own_gradients,
     own_outputs,
-    own_products,
     positions_apart,
     shaped,
     tokens,
@@ -232,6 +232,7 @@ class PerExampleGradients:
             for k, rows in piece._rows.items():
                 parts[k].append(rows._replace(examples=rows.examples + start))
             start = end
+        whole._products = whole._apart_from_vectors(whole._products)
         for k, several in parts.items():
             joined = [torch.cat([getattr(one, name) for one in several]) for name in ("examples", "ids", "values")]
             sizes = [size for one in several for size in one.sizes or []]
@@ -396,10 +397,11 @@ class PerExampleGradients:
                 terms.append(self._rows[weight].lookups(ids, scales))
             if weight in products:
                 terms.append(products[weight].lookups(weight, ids, scales))
-        elif kind in MATRICES:
-            if weight is not None:
-                x = inputs(module, x)
-                x = x.reshape(self.batch_size, -1, x.shape[-1])
+        elif weight in self._vectors:
+            terms.append(own_outputs(module, x, self._vectors[weight][:, None] * scales))
+        elif weight is not None:
+            x = inputs(module, x)
+            x = x.reshape(self.batch_size, -1, x.shape[-1])
             if weight in products:
                 outputs = products[weight].turned_outputs if kind == TURNED else products[weight].outputs
                 terms.append(outputs(weight, x, scales))
@@ -407,8 +409,6 @@ class PerExampleGradients:
                 if kind == TURNED:
                     raise Unsupported(f"per-example gradients: '{name}' is tied to an embedding the other way round")
                 terms.append(self._rows[weight].outputs(x, output.shape[-1], scales))
-        elif weight in self._vectors:
-            terms.append(own_outputs(module, x, self._vectors[weight][:, None] * scales))
         if bias in self._vectors:
             terms.append(self._vectors[bias][:, None] * scales)
         moved = tokens(module, output)
@@ -456,19 +456,16 @@ class PerExampleGradients:
             if weight is not None:
                 self._lookups[weight].append((x, grad, module.padding_idx))
             return
-        grad = tokens(module, grad)
-        if kind in MATRICES:
-            if weight is not None and kind == TURNED:
-                self._factors[weight].append((x.detach().reshape(*grad.shape[:2], -1).to(grad.dtype), grad))
-            elif weight is not None:
-                self._factors[weight].append((grad, inputs(module, x)))
-        else:
-            grad = wide(grad)
-            if weight is not None:
-                with self._full_precision():
-                    self._add_vector(weight, own_products(module, wide(x.detach()), grad))
+        each = tokens(module, grad)
+        if weight is not None and not few_tokens(module, grad):
+            with self._full_precision():
+                self._add_vector(weight, own_gradients(module, wide(x.detach()), wide(grad)))
+        elif weight is not None and kind == TURNED:
+            self._factors[weight].append((x.detach().reshape(*each.shape[:2], -1).to(grad.dtype), each))
+        elif weight is not None:
+            self._factors[weight].append((each, inputs(module, x)))
         if bias is not None:
-            self._add_vector(bias, wide(grad).sum(1))
+            self._add_vector(bias, wide(each).sum(1))
 
     def _prove(self, losses: Tensor) -> None:
         """That an example's copy of a bare parameter reaches that example's loss alone, by one more backward pass: then
@@ -506,11 +503,21 @@ class PerExampleGradients:
             else:
                 left = torch.cat([left for left, _ in uses], 1)
                 by_input[id(left), left.dtype] = OuterProducts(torch.cat(rights, 1), {k: left})
-        self._products = list(by_input.values())
+        self._products = self._apart_from_vectors(by_input.values())
         for k, lookups in self._lookups.items():
             self._rows[k] = Rows.of(lookups, self.batch_size)
         self._factors.clear()
         self._lookups.clear()
+
+    def _apart_from_vectors(self, products: Iterable[OuterProducts]) -> list[OuterProducts]:
+        """All but what is of a convolution that was formed in another of its uses or pieces, and is so here too."""
+        found = []
+        for part in products:
+            for k in part.lefts.keys() & self._vectors.keys():
+                (gradient,) = part.rows(k, part.lefts[k].shape[2])
+                self._vectors[k][part.examples] += gradient
+            found.append(part._replace(lefts={k: left for k, left in part.lefts.items() if k not in self._vectors}))
+        return [part for part in found if part.lefts]
 
     def _check_that_all_uses_were_recorded(self, losses: Tensor) -> None:
         # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
