@@ -89,7 +89,7 @@ MODELS = {"resnet": resnet, "vit": vit}
 
 @pytest.fixture(params=["few", "many", "as it is"])
 def positions(request, monkeypatch):
-    """Few: convolutions are linear layers over patches; many: each example's gradient is formed; or by what they cost."""
+    """Few: convolutions are linear layers over patches. Many: each example's gradient is formed."""
     if request.param != "as it is":
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d) if request.param == "few" else nn.Linear
         choice = lambda module, grad: isinstance(module, kinds) and getattr(module, "groups", 1) == 1  # noqa: E731
@@ -101,6 +101,12 @@ def positions(request, monkeypatch):
 def test_every_quantity(name, batch, positions):
     model = MODELS[name]()
     assert_equals_single_passes(model, losses_of(model), images(batch=batch), 1e-9)
+
+
+def test_checkpointing_without_reentry():
+    model = vit().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equals_single_passes(model, losses_of(model), images(), 1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -66,8 +66,8 @@ def shaped(module: nn.Module, y: Tensor, like: Tensor) -> Tensor:
 
 
 def few_tokens(module: nn.Module, grad: Tensor) -> bool:
-    """Whether a weight's gradients are kept as outer products: those of a matrix, of a convolution where these have
-    fewer numbers than the gradient itself, T (m + n) in place of m n. Else each is formed (`own_gradients`)."""
+    """Whether a weight's gradients are kept as outer products: all of matrices, and those of a convolution where they
+    have fewer numbers than the gradient itself, T (m + n) and not m n. Others are formed (`own_gradients`)."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return kind_of(module) in (LINEAR, TURNED)
     m, n = module.weight.flatten(1).shape
@@ -85,13 +85,14 @@ def inputs(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def padded(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """x with the convolution's own padding, whatever its kind, so that what follows needs none."""
     around = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, around, mode=mode) if any(around) else x
 
 
 def own_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """(B, numel): each example's gradient of a weight, where that is formed."""
+    """(B, numel): each example's gradient of the weight, of a scale or of a convolution."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return tokens(module, scaled(module, x)).mul_(tokens(module, grad)).sum(1)
     of = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
@@ -261,8 +262,8 @@ class _Asked(nn.Module):
 
 
 class Bare(nn.Module):
-    """A bare parameter of leading dimension 1 (ViT's position embeddings), seen as a layer that is nothing but a bias:
-    what it puts out are as many copies as there are examples, in the place of the parameter."""
+    """A bare parameter of leading dimension 1 (ViT's position embeddings), seen as a layer that is nothing but a bias.
+    It puts out as many copies as there are examples, and its module meets them in the parameter's place."""
 
     def __init__(self, module: nn.Module, which: str):
         super().__init__()
@@ -271,7 +272,7 @@ class Bare(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module, which: str) -> bool:
-        """Whether it may be one: what is called weight has a meaning that copies would not have (a Linear's)."""
+        """Whether it may be one. What is called weight or bias belongs to a layer, and may be a matrix of one row."""
         p, runs = module._parameters[which], type(module).forward is not nn.Module.forward
         return runs and p is not None and p.dim() > 1 and len(p) == 1 and which not in ("weight", "bias")
 

@@ -8,6 +8,10 @@ norms are known, is one product of stored tensors (Bu et al. 2022, arXiv 2210.00
 
 The same factors give each example its own weights w + c_i g_i in one batched pass: the layer's outputs gain
 c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of the weights [derived here].
+
+A convolution is a linear layer over patches, with its positions for tokens. Where these are so many that g_i has
+fewer numbers than its factors (Bu et al. 2022, arXiv 2205.10683), it is formed, and so is what it adds to the outputs,
+by a convolution with B times as many groups (Rochette et al. 2019, arXiv 1912.06015).
 """
 
 import re
@@ -90,7 +94,7 @@ def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[st
 
 
 class PerExampleGradients:
-    """Per-example gradients g_i = ∇losses[i] of a model of Linear, LayerNorm, Embedding and their kin (`layer_kinds`).
+    """Per-example gradients g_i = ∇losses[i] of a model of Linear, Conv2d, LayerNorm, Embedding and kin: `layer_kinds`.
 
         gradients = PerExampleGradients(model)
         with gradients.record():
@@ -105,6 +109,8 @@ class PerExampleGradients:
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
     leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
     B is an error; one that is B by chance is not noticed here (`require_own_rows`).
+    A bare parameter of leading dimension 1 (ViT's position embeddings) is expanded alike while its module runs; that
+    each copy reaches its own example alone is shown once, by a second backward pass, or Unsupported is raised.
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
     """
 
@@ -484,7 +490,7 @@ class PerExampleGradients:
             if k in rest and (size := self._vectors[k].norm()) > 0:  # zero proves nothing
                 if rest[k].norm() > 0.05 * size:  # rounding in half precision is less
                     raise Unsupported(
-                        f"per-example gradients: '{which}' of {type(module).__name__} is not for each example"
+                        f"per-example gradients: '{which}' of {type(module).__name__} is not met example by example"
                     )
                 _proven.setdefault(module, set()).add(which)
 
