@@ -385,7 +385,7 @@ class OwnForward(nn.Linear):
 @pytest.mark.parametrize(
     "module",
     [
-        nn.Conv1d(2, 2, 1),
+        nn.ConvTranspose1d(2, 2, 1),
         nn.MultiheadAttention(2, 1),
         nn.Embedding(2, 2, scale_grad_by_freq=True),
         OwnForward(2, 2),

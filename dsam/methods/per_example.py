@@ -8,6 +8,10 @@ norms are known, is one product of stored tensors (Bu et al. 2022, arXiv 2210.00
 
 The same factors give each example its own weights w + c_i g_i in one batched pass: the layer's outputs gain
 c_i Σ_s (a_is·x_it) δ_is, two T × T products again instead of B copies of the weights [derived here].
+
+A convolution is a linear layer over patches, with its positions for tokens. Where these are so many that g_i has
+fewer numbers than its factors (Bu et al. 2022, arXiv 2205.10683), it is formed, and so is what it adds to the outputs,
+by a convolution with B times as many groups (Rochette et al. 2019, arXiv 1912.06015).
 """
 
 import re
@@ -15,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +27,27 @@ from torch.utils._pytree import tree_leaves
 
 from ..text import first_line
 from .gradients import dense, tf32_products, whole, wide
-from .layer_kinds import EMBEDDING, LINEAR, LOOKUP, TURNED, Lookups, See, kind_of, positions_apart, scaled
+from .layer_kinds import (
+    EMBEDDING,
+    LOOKUP,
+    TURNED,
+    Bare,
+    Lookups,
+    See,
+    few_tokens,
+    inputs,
+    kind_of,
+    own_gradients,
+    own_outputs,
+    positions_apart,
+    shaped,
+    tokens,
+)
 from .outer_products import OuterProducts, Rows, WeightGroup
 from .step import Step
+
+_proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Bare parameters of which `PerExampleGradients._prove` has shown that its copies stay apart, by module."""
 
 
 class Unsupported(TypeError, RuntimeError):
@@ -71,7 +94,7 @@ def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[st
 
 
 class PerExampleGradients:
-    """Per-example gradients g_i = ∇losses[i] of a model of Linear, LayerNorm, Embedding and their kin (`layer_kinds`).
+    """Per-example gradients g_i = ∇losses[i] of a model of Linear, Conv2d, LayerNorm, Embedding and kin: `layer_kinds`.
 
         gradients = PerExampleGradients(model)
         with gradients.record():
@@ -86,6 +109,8 @@ class PerExampleGradients:
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
     leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
     B is an error; one that is B by chance is not noticed here (`require_own_rows`).
+    A bare parameter of leading dimension 1 (ViT's position embeddings) is expanded alike while its module runs; that
+    each copy reaches its own example alone is shown once, by a second backward pass, or Unsupported is raised.
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
     """
 
@@ -100,6 +125,7 @@ class PerExampleGradients:
         self._positions = {id(p): k for k, p in enumerate(self.params)}
         self._modules = []
         owned: set[int] = set()
+        bare: set[int] = set()
         others = []
         for name, module in model.named_modules():
             own = {id(p): which for which, p in module.named_parameters(recurse=False)}
@@ -110,12 +136,15 @@ class PerExampleGradients:
             else:
                 others.append((name, module, own))
         for name, module, own in others:
-            if own.keys() - owned:  # what it only shares with a Linear is fine (the bias of BERT's decoder)
+            left = own.keys() - owned  # what it only shares with a Linear is fine (the bias of BERT's decoder)
+            if not all(Bare.fits(module, own[p]) for p in left):
                 raise Unsupported(
                     f"per-example gradients: module '{name}' ({type(module).__name__}) owns parameters "
-                    f"({', '.join(own.values())}) but is not a plain Linear, LayerNorm or Embedding"
+                    f"({', '.join(own.values())}) but is none of the layers that there are formulas for"
                 )
-        unowned = self._positions.keys() - owned
+            self._modules += [(f"{name}.{own[p]}".lstrip("."), Bare(module, own[p])) for p in own if p in left]
+            bare |= left
+        unowned = self._positions.keys() - owned - bare
         if unowned:
             raise ValueError(f"per-example gradients: {len(unowned)} of the parameters are not the model's")
         self.clear()
@@ -125,6 +154,7 @@ class PerExampleGradients:
         self._batch: int | None = None
         self._uses: list[tuple[str, int]] = []  # module name, leading dimension of its output
         self._use_counts: Counter[int] = Counter()  # uses of each parameter, by id
+        self._copies: list[tuple[Bare, Tensor]] = []  # of bare parameters
         # A useless leaf that every tap depends on: asking autograd for its gradient alone makes the engine
         # visit every tap and compute no parameter gradient on the way.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -181,8 +211,13 @@ class PerExampleGradients:
         self._check_that_all_uses_were_recorded(losses)
         with torch.enable_grad():
             total = losses.sum()
-        torch.autograd.grad(total, self._anchor, allow_unused=True)
+        places = [bare.place for bare, _ in self._copies]
+        unproven = len(losses) > 1 and any(which not in _proven.get(module, ()) for module, which in places)
+        torch.autograd.grad(total, self._anchor, allow_unused=True, retain_graph=unproven)
         self._gather()
+        if unproven:
+            self._prove(losses)
+        self._copies.clear()
 
     @classmethod
     def joined(cls, pieces: "Sequence[PerExampleGradients]") -> "PerExampleGradients":
@@ -203,6 +238,7 @@ class PerExampleGradients:
             for k, rows in piece._rows.items():
                 parts[k].append(rows._replace(examples=rows.examples + start))
             start = end
+        whole._products = whole._apart_from_vectors(whole._products)
         for k, several in parts.items():
             joined = [torch.cat([getattr(one, name) for one in several]) for name in ("examples", "ids", "values")]
             sizes = [size for one in several for size in one.sizes or []]
@@ -245,7 +281,7 @@ class PerExampleGradients:
             if (d := direction[k]) is not None:
                 total += vector @ d.flatten().to(vector.dtype)
         for products in of:
-            along = {k: d for k in products.lefts if (d := dense(direction[k])) is not None}
+            along = {k: d.flatten(1) for k in products.lefts if (d := dense(direction[k])) is not None}
             if along:
                 total[products.examples] += products.dots(along)
         for k, rows in self._rows.items():
@@ -363,32 +399,28 @@ class PerExampleGradients:
         kind = kind_of(module)
         if isinstance(module, EMBEDDING):
             ids = x.reshape(self.batch_size, -1)
-            shape = (*ids.shape, module.embedding_dim)
             if weight in self._rows:
                 terms.append(self._rows[weight].lookups(ids, scales))
             if weight in products:
                 terms.append(products[weight].lookups(weight, ids, scales))
-        elif isinstance(module, LINEAR) or kind == TURNED:
-            tokens = x.reshape(self.batch_size, -1, x.shape[-1])
-            shape = (*tokens.shape[:2], output.shape[-1])
+        elif weight in self._vectors:
+            terms.append(own_outputs(module, x, self._vectors[weight][:, None] * scales))
+        elif weight is not None:
+            x = inputs(module, x)
+            x = x.reshape(self.batch_size, -1, x.shape[-1])
             if weight in products:
                 outputs = products[weight].turned_outputs if kind == TURNED else products[weight].outputs
-                terms.append(outputs(weight, tokens, scales))
+                terms.append(outputs(weight, x, scales))
             if weight in self._rows:
                 if kind == TURNED:
                     raise Unsupported(f"per-example gradients: '{name}' is tied to an embedding the other way round")
-                terms.append(self._rows[weight].outputs(tokens, output.shape[-1], scales))
-        else:
-            shape = (self.batch_size, -1, module.weight.numel())
-            if weight in self._vectors:
-                normalized = scaled(module, x).reshape(shape)
-                terms.append(normalized * (self._vectors[weight][:, None] * scales))
+                terms.append(self._rows[weight].outputs(x, output.shape[-1], scales))
         if bias in self._vectors:
             terms.append(self._vectors[bias][:, None] * scales)
-        moved = output.reshape(shape)
+        moved = tokens(module, output)
         for term in terms:
             moved = moved + term.to(moved.dtype)
-        return moved.view_as(output)
+        return shaped(module, moved, output)
 
     @contextmanager
     def _full_precision(self) -> Iterator[None]:
@@ -419,6 +451,8 @@ class PerExampleGradients:
         self._uses.append((name, output.shape[0] if output.dim() else 0))
         self._use_counts.update(id(self.params[k]) for k in counted if k is not None)
         x = args[0] if args else kwargs["input"]
+        if isinstance(module, Bare):
+            self._copies.append((module, output))
         return _Tap.apply(output, self._anchor, partial(self._receive, module, counted, x))
 
     def _receive(self, module: nn.Module, counted: list[int | None], x: Tensor, grad: Tensor) -> None:
@@ -428,19 +462,37 @@ class PerExampleGradients:
             if weight is not None:
                 self._lookups[weight].append((x, grad, module.padding_idx))
             return
-        if isinstance(module, LINEAR) or kind == TURNED:
-            grad = grad.reshape(self.batch_size, -1, grad.shape[-1])
-            if weight is not None and kind == TURNED:
-                self._factors[weight].append((x.detach().reshape(*grad.shape[:2], -1).to(grad.dtype), grad))
-            elif weight is not None:
-                self._factors[weight].append((grad, x))
-        else:
-            grad = wide(grad).reshape(self.batch_size, -1, module.weight.numel())  # type: ignore[operator]
-            if weight is not None:
-                normalized = scaled(module, wide(x.detach()))
-                self._add_vector(weight, normalized.reshape(grad.shape).mul_(grad).sum(1))
+        each = tokens(module, grad)
+        if weight is not None and not few_tokens(module, grad):
+            with self._full_precision():
+                self._add_vector(weight, own_gradients(module, wide(x.detach()), wide(grad)))
+        elif weight is not None and kind == TURNED:
+            self._factors[weight].append((x.detach().reshape(*each.shape[:2], -1).to(grad.dtype), each))
+        elif weight is not None:
+            self._factors[weight].append((each, inputs(module, x)))
         if bias is not None:
-            self._add_vector(bias, wide(grad).sum(1))
+            self._add_vector(bias, wide(each).sum(1))
+
+    def _prove(self, losses: Tensor) -> None:
+        """That an example's copy of a bare parameter reaches that example's loss alone, by one more backward pass: then
+        the gradient of Σ_i c_i losses[i] in the copies is c_i g_i. Raises Unsupported where it is not."""
+        weights = torch.linspace(-1, 1, self.batch_size, device=losses.device, dtype=losses.dtype)
+        with torch.enable_grad():
+            total = losses @ weights
+        found = torch.autograd.grad(total, [copies for _, copies in self._copies], allow_unused=True)
+        rest = {k: vector * weights[:, None] for k, vector in self._vectors.items()}
+        for (bare, _), grad in zip(self._copies, found, strict=True):
+            if grad is not None:
+                rest[self._positions[id(bare.bias)]] -= tokens(bare, grad)[:, 0]
+        for bare, _ in self._copies:
+            module, which = bare.place
+            k = self._positions[id(bare.bias)]
+            if k in rest and (size := self._vectors[k].norm()) > 0:  # zero proves nothing
+                if rest[k].norm() > 0.05 * size:  # rounding in half precision is less
+                    raise Unsupported(
+                        f"per-example gradients: '{which}' of {type(module).__name__} is not met example by example"
+                    )
+                _proven.setdefault(module, set()).add(which)
 
     def _add_vector(self, k: int, vector: Tensor) -> None:
         self._vectors[k] = vector if k not in self._vectors else self._vectors[k] + vector
@@ -457,11 +509,21 @@ class PerExampleGradients:
             else:
                 left = torch.cat([left for left, _ in uses], 1)
                 by_input[id(left), left.dtype] = OuterProducts(torch.cat(rights, 1), {k: left})
-        self._products = list(by_input.values())
+        self._products = self._apart_from_vectors(by_input.values())
         for k, lookups in self._lookups.items():
             self._rows[k] = Rows.of(lookups, self.batch_size)
         self._factors.clear()
         self._lookups.clear()
+
+    def _apart_from_vectors(self, products: Iterable[OuterProducts]) -> list[OuterProducts]:
+        """All but what is of a convolution that was formed in another of its uses or pieces, and is so here too."""
+        found = []
+        for part in products:
+            for k in part.lefts.keys() & self._vectors.keys():
+                (gradient,) = part.rows(k, part.lefts[k].shape[2])
+                self._vectors[k][part.examples] += gradient
+            found.append(part._replace(lefts={k: left for k, left in part.lefts.items() if k not in self._vectors}))
+        return [part for part in found if part.lefts]
 
     def _check_that_all_uses_were_recorded(self, losses: Tensor) -> None:
         # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
@@ -500,7 +562,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx: let it not keep the layer's input too
-        receive(grad)
+        if receive is not None:  # the first time
+            receive(grad)
         return grad, None, None
 
 
@@ -523,6 +586,10 @@ def _hooked(
     with ExitStack() as contexts:
         for name, module in modules:
             kind = kind_of(module)
+            if isinstance(module, Bare):
+                expanded.add(name)
+                contexts.enter_context(module.copied(name, see, examples))
+                continue
             if kind is EMBEDDING:
                 contexts.enter_context(module.register_forward_pre_hook(partial(expand, name), with_kwargs=True))
             if kind != LOOKUP:
@@ -536,6 +603,6 @@ def _hooked(
             if not expanded or not re.search("size|shape", str(error), re.IGNORECASE):
                 raise
             raise Unsupported(
-                f"per-example gradients: {' or '.join(map(repr, expanded))} looks up the same for all examples, and "
-                f"not for each ({first_line(error)})"
+                f"per-example gradients: {' or '.join(map(repr, expanded))} serves all examples at once, and "
+                f"not each ({first_line(error)})"
             ) from error

@@ -20,8 +20,9 @@ class PerInstance(SAM):
     that is 2B small passes. Here it is two batched ones: the first keeps each layer's inputs and output gradients, of
     which g_i consists, and in the second they move the layer's outputs as ε_i would (`PerExampleGradients.perturbed`).
 
-    That needs a model that consists of Linear, LayerNorm and Embedding modules as far as it is trained. Others are run
-    one example at a time, which `notes` says. ValueError where the examples depend on one another (batch norm).
+    That needs a model that consists of Linear, Conv2d, LayerNorm, GroupNorm and Embedding modules and their kin as far
+    as it is trained (docs/methods.md). Others are run one example at a time, which `notes` says. ValueError where the
+    examples depend on one another (batch norm).
     """
 
     m = 1  # of the slow way
