@@ -159,6 +159,7 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     network = models.build(config, task.num_labels, tokenizer)
     with memory_said(device):
         torch.nn.Module.to(network, device)
+        models.require_precision(config, network, tokenizer)
     if device.type == "cpu":
         use_fast_dropout(network)
     else:

@@ -179,6 +179,28 @@ def _try(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenize
     network.train(was_training)
 
 
+@torch.no_grad()
+def require_precision(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same in bfloat16 and where the network is, for a training in bfloat16, which some models' own code cannot
+    (DeBERTa v1; FNet on a GPU). Raises UserError."""
+    if config.train.precision != "bfloat16":
+        return
+    model, was_training = config.model, network.training
+    rows = ROWS if tokenizer.pad_token_id is not None else (["one"], ["two"])
+    inputs = _padded(tokenizer, rows, config.train.max_length).to(network.device)
+    try:
+        with torch.autocast(network.device.type, torch.bfloat16):
+            network.eval()(**inputs)
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        raise UserError(
+            f"model {model.path or model.id or model.name} cannot be used with train.precision=bfloat16, its own code "
+            f"fails ({described(error)}): take train.precision=float32"
+        ) from None
+    network.train(was_training)
+
+
 def _padded(tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[str]], most: int, more: int = 0) -> BatchEncoding:
     """The rows' inputs, of at most `most` tokens, padded to the longest and as many tokens `more`."""
     options: dict[str, Any] = {"truncation": "longest_first", "max_length": most, "return_attention_mask": True}
