@@ -4,6 +4,7 @@ they lie. So the same links serve a reader of the files and one of the site."""
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,11 @@ def beside(page: Path, text: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in there if path.is_file()]
 
 
+FORMULA = re.compile(r"\$([^$\n]*\\\\?[^$\n]*|[a-zA-Z])\$")  # with a command in it, or one letter: not $OUT
+
+
 def on_page_markdown(markdown, page, **_):
     if page.file.src_uri.startswith("results/"):
         return markdown
+    markdown = FORMULA.sub(lambda found: convert(found[1]), markdown)  # browsers draw MathML by themselves
     return BESIDE.sub(r"`\2`", re.sub(r"\]\(\.\./results/", "](results/", markdown))
