@@ -47,5 +47,26 @@ def test_every_stage_has_its_script():
     check = (TOOLS / "check").read_text()
     scripts = {line.split("$dir/")[1].split('"')[0] for line in check.splitlines() if line.startswith("stage ")}
     assert scripts and all((TOOLS / script).exists() for script in scripts)
-    for script in ("check", "prepare"):
+    for script in ("check", "prepare", "parts"):
         assert subprocess.run(["bash", "-n", TOOLS / script], capture_output=True).returncode == 0
+
+
+def test_a_large_model_arrives_in_parts(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytes(range(256)) * 9000  # 2.2 MiB
+    (model / "model.safetensors").write_bytes(weights)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    made = subprocess.run(["bash", TOOLS / "parts", ".part", model, "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    folders = sorted(tmp_path.glob(".part*"))
+    assert len(folders) == 3 and all(sum(f.stat().st_size for f in k.iterdir()) < 1.1 * 2**20 for k in folders)
+    seen = subprocess.check_output(["git", "status", "--short", "--ignored", "--", ".part2"], cwd=tmp_path, text=True)
+    assert seen.startswith("!!")
+    for folder in reversed(folders):  # in any order
+        place = {"SCRATCH": str(tmp_path / "there"), "PATH": "/usr/bin:/bin"}
+        subprocess.run(["bash", folder / "take"], env=place, check=True, capture_output=True)
+    there = tmp_path / "there" / "model"
+    assert {path.name for path in there.iterdir()} == {"config.json", "model.safetensors"}
+    assert (there / "model.safetensors").read_bytes() == weights
