@@ -170,7 +170,7 @@ def a_rank(rank, port, folder):
     found["fresh"] = fresh(rank)
     found["no_sync"] = reductions_by_ddp(rank)
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    warm.leave_group()
 
 
 def not_finite(rank):

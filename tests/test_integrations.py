@@ -314,7 +314,7 @@ def a_rank(rank, port, folder):
     resumed = trained(Ours, folder / "saved", steps=2, resume=str(folder / "saved" / "checkpoint-1"), **options)
     found["resumed"] = [], resumed.model.state_dict()
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    warm.leave_group()
 
 
 def both_ranks(port, folder):
