@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
@@ -37,8 +38,8 @@ class Throughput:
 
 
 def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
-    """Times every contender in one alternating run of `steps` optimizer steps a round, after one or two that do not
-    count.
+    """Times every contender in one alternating run of `steps` optimizer steps a round, after some that do not count
+    (`Steps.unsteady`).
 
     All see the same examples in the same batches in the same order. What is timed is all that a step takes: making
     the batch, forward, backward, clipping, AdamW.
@@ -50,8 +51,8 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     limit = config.train.max_length
     half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bfloat16"})})
     tokens = {
-        "dsam": padded_tokens(order, examples.lengths, config.train),
-        "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train),
+        "dsam": padded_tokens(order, examples.lengths, config.train, ready.device),
+        "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train, ready.device),
         "Trainer, dynamic padding": sum(
             len(lengths[k : k + batch]) * int(lengths[k : k + batch].max()) for k in range(0, len(order), batch)
         ),
@@ -75,10 +76,13 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     return [Throughput(name, len(order) / statistics.median(seconds[name]), tokens[name]) for name in CONTENDERS]
 
 
-def padded_tokens(order: np.ndarray, lengths: np.ndarray, train: Train) -> int:
-    """Tokens, padding included, that the batches of `order` come to as a run cuts them."""
+def padded_tokens(order: np.ndarray, lengths: np.ndarray, train: Train, device: torch.device) -> int:
+    """Tokens, padding included, that the batches of `order` come to as a run on `device` cuts them (what a
+    CUDA graph pads to a multiple of 16 is not counted)."""
     batches = [order[k : k + train.batch_size] for k in range(0, len(order), train.batch_size)]
-    return sum(len(part) * int(lengths[part].max()) for batch in batches for part in pieces(batch, lengths, train))
+    return sum(
+        len(part) * int(lengths[part].max()) for batch in batches for part in pieces(batch, lengths, train, device)
+    )
 
 
 def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Config, width: int | None) -> float:
