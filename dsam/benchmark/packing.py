@@ -28,8 +28,8 @@ class Packed:
 
 def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -> list[Packed]:
     """AdamW's steps in as many processes as the largest of `numbers`, of which as many as each number says work at a
-    time, all numbers in turn, after rounds that do not count (`Steps.unsteady`). Each has `device.threads` threads, or an equal
-    part of the cores, as the runs of a sweep.
+    time, all numbers in turn, after rounds that do not count (`Steps.unsteady`). Each has `device.threads` threads,
+    or an equal part of the cores, as the runs of a sweep.
 
     Raises BrokenProcessPool where a process dies, as for want of memory.
     """
