@@ -56,16 +56,16 @@ FAMILIES = {
 
 
 @functools.cache
-def _config(family: str):
+def _config(family: str, **others):
     name, settings = FAMILIES[family]
-    return getattr(t, f"{name}Config")(**settings, num_labels=2)
+    return getattr(t, f"{name}Config")(**settings | others, num_labels=2)
 
 
-def model(family: str, dtype: torch.dtype = torch.float64):
-    """In training mode, from a fixed seed."""
+def model(family: str, dtype: torch.dtype = torch.float64, **others):
+    """In training mode, from a fixed seed; `others`: other settings than the family's."""
     torch.manual_seed(0)
     name = FAMILIES[family][0]
-    return getattr(t, f"{name}ForSequenceClassification")(_config(family)).to(dtype).train()
+    return getattr(t, f"{name}ForSequenceClassification")(_config(family, **others)).to(dtype).train()
 
 
 def batch(examples: int = 5, tokens: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:

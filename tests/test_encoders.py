@@ -9,13 +9,14 @@ from dsam import ExampleLosses
 from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one
 from dsam.methods.layer_kinds import kind_of
 from dsam.methods.layers import TopLayers
+from dsam.methods.per_example import PerExampleGradients
 from dsam.methods.perturbation import perturbed
 from dsam.methods.step import Step
 from dsam.methods.weighting import LossChange
 
 RADIUS = 0.3
 WHOLE = {"albert", "funnel", "squeezebert", "xlm"}  # their layers are shared, nested or written over
-SINGLY = {"deberta", "deberta_v2", "xlnet", "funnel", "opt", "convbert", "squeezebert"}
+SINGLY = {"deberta", "xlnet", "funnel", "opt", "convbert", "squeezebert"}
 """Families of which exact per-example quantities come from passes over single examples."""
 ROUGH = {"llama", "qwen2", "t5", "deberta", "funnel"}
 """Families that compute their norms in float32, whatever their weights are."""
@@ -130,6 +131,47 @@ def test_per_instance_is_a_loop_over_the_examples(family, tokens):
     assert_gradient(model, expected, 1e-6 if family in ROUGH else 1e-9)
 
 
+UNSHARED = dict(share_att_key=False, norm_rel_ebd="none")
+DISENTANGLED = {
+    "longer than the table": dict(position_buckets=-1, max_relative_positions=3),
+    "projections of its own": UNSHARED,
+    "keys alone": UNSHARED | dict(pos_att_type="c2p", position_buckets=-1),
+    "queries alone": dict(pos_att_type="p2c"),
+    "checkpointed": {},
+    "with a convolution": dict(conv_kernel_size=3, conv_act="gelu"),
+}
+
+
+@pytest.mark.parametrize("settings", DISENTANGLED.values(), ids=DISENTANGLED)
+def test_relative_positions_of_deberta_are_each_examples_own(settings):
+    """With dropout: the losses of a plain pass, their norms by a loop, and the losses where all weights have moved."""
+    model, data = encoders.model("deberta_v2", **settings), encoders.batch(5, 9)
+    part, gradients = ExampleLosses(model, data), PerExampleGradients(model)
+    torch.manual_seed(9)
+    expected = part()
+    own = [
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True) for loss in expected
+    ]
+    if not settings:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(9)
+    with gradients.record():
+        losses = part()
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    gradients.backward(losses)
+    norms = torch.stack([sum(g.square().sum() for g in one if g is not None) for one in own])
+    torch.testing.assert_close(gradients.squared_norms(), norms, rtol=1e-10, atol=1e-14)
+    with torch.no_grad(), gradients.perturbed(torch.full((5,), 0.3, dtype=torch.float64)):
+        torch.manual_seed(9)
+        moved = part()
+    for i, one in enumerate(own):
+        ascent = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), one, strict=True)]
+        with torch.no_grad(), perturbed(list(model.parameters()), ascent, 0.3):
+            torch.manual_seed(9)
+            torch.testing.assert_close(part()[i], moved[i], rtol=1e-10, atol=1e-12)
+    assert not any("forward" in vars(module) or "get_rel_pos" in vars(module) for module in model.modules())
+
+
 def curvature(model, data, i, own, length=1e-2):
     """‖H ĝ‖ of example i along its own gradient, by central differences."""
     sides = []
@@ -141,7 +183,7 @@ def curvature(model, data, i, own, length=1e-2):
 
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("name", ["relative_gap", "exact_curvature", "gibbs"])
-@pytest.mark.parametrize("family", [*sorted(SINGLY), "mpnet", "gpt2", "qwen2", "t5", "bart"])
+@pytest.mark.parametrize("family", [*sorted(SINGLY), "mpnet", "deberta_v2", "gpt2", "qwen2", "t5", "bart"])
 def test_exact_weightings_are_of_each_examples_own_gradient(family, name, pieces):
     """The step's gradient beside that at w + ρ Σ p_i g_i / ‖…‖; pieces of different lengths, too."""
     model, rho = encoders.model(family).eval(), 0.1

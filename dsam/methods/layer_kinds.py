@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -210,55 +209,6 @@ class Lookups(TorchFunctionMode):
         found = func(ids, *args[1:], **kwargs)
         seen = self.see(*self.tables[id(args[1])], (ids,), {}, found)
         return found if seen is None else seen
-
-
-TABLES = ("compute_position_bias", "compute_bias")
-"""Methods that look relative positions up once for all examples, in `relative_attention_bias`: MPNet's and T5's."""
-
-
-@contextmanager
-def positions_apart(model: nn.Module, examples: Callable[[], int | None]) -> Iterator[None]:
-    """Inside, such tables are looked up for each example: the values are the same, and each example's gradient is its
-    own. `examples()` says how many there are, None where that is not known."""
-    patched = []
-    try:
-        for module in model.modules():
-            for name in TABLES:
-                table = module._modules.get("relative_attention_bias")
-                if hasattr(type(module), name) and isinstance(table, EMBEDDING) and name not in vars(module):
-                    setattr(module, name, partial(_for_each, module, getattr(module, name), examples))
-                    patched.append((module, name))
-        yield
-    finally:
-        for module, name in patched:
-            delattr(module, name)
-
-
-def _for_each(module: nn.Module, look_up: Callable[..., Tensor], examples: Callable[[], int | None], *args, **kwargs):
-    """(B, heads, T, S) of what `look_up` gives for one or all."""
-    table, size = module._modules["relative_attention_bias"], examples()
-    assert isinstance(table, EMBEDDING)
-    if size is None:
-        return look_up(*args, **kwargs)
-    asked = _Asked(table)
-    try:
-        module._modules["relative_attention_bias"] = asked
-        look_up(*args, **kwargs)
-    finally:
-        module._modules["relative_attention_bias"] = table
-    return table(asked.ids.expand(size, *asked.ids.shape)).permute(0, 3, 1, 2)
-
-
-class _Asked(nn.Module):
-    """Stands in for a table to learn what is looked up in it."""
-
-    def __init__(self, table: nn.Embedding):
-        super().__init__()
-        self.weight = table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        self.ids = ids
-        return self.weight.new_zeros(()).expand(*ids.shape, self.weight.shape[1])
 
 
 class Bare(nn.Module):

@@ -39,11 +39,11 @@ from .layer_kinds import (
     kind_of,
     own_gradients,
     own_outputs,
-    positions_apart,
     shaped,
     tokens,
 )
 from .outer_products import OuterProducts, Rows, WeightGroup
+from .relative_positions import positions_apart
 from .step import Step
 
 _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -211,9 +211,11 @@ class PerExampleGradients:
         self._check_that_all_uses_were_recorded(losses)
         with torch.enable_grad():
             total = losses.sum()
+        again = positions_apart(self._model, lambda: self._batch)  # where checkpointed layers run once more
         places = [bare.place for bare, _ in self._copies]
         unproven = len(losses) > 1 and any(which not in _proven.get(module, ()) for module, which in places)
-        torch.autograd.grad(total, self._anchor, allow_unused=True, retain_graph=unproven)
+        with again:
+            torch.autograd.grad(total, self._anchor, allow_unused=True, retain_graph=unproven)
         self._gather()
         if unproven:
             self._prove(losses)
