@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--looked-at", nargs="+", default=[], metavar="TASK=N", help="its first N batches served to choose candidates"
     )
+    parser.add_argument("--no-times", action="store_true", help="do not measure each weighting's extra time")
     parser.add_argument("--out", type=Path, default=Path("results/approximation"))
     parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
     return parser.parse_intermixed_args()
@@ -61,8 +62,9 @@ def main() -> None:
     configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
     measurements = given.out / "measurements.csv"
     study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-    timed = given.out / "times.csv"
-    times.measure(configs, given.batch_size, timed)
+    timed = None if given.no_times else given.out / "times.csv"
+    if timed is not None:
+        times.measure(configs, given.batch_size, timed)
     for path in summary.write(measurements, given.out, looked_at, timed):
         print(path)
 

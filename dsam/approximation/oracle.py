@@ -28,6 +28,7 @@ class Oracle:
         rhos: radii, > 0.
         parts: its examples' indices cut so that little is padding, for the passes that are taken once per weighting.
         radius: norm of the random probe, over the model or the layers probed.
+        wrong: which of its examples have a wrong label, (B,), where that is known.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class Oracle:
         parts: Sequence[Sequence[int]] | None = None,
         radius: float = 0.5,
         seed: int = 0,
+        wrong: Tensor | None = None,
     ):
+        self.wrong = wrong
         self.rhos, self.size = sorted(rhos), len(closure)
         self.dimension = sum(p.numel() for p in closure.model.parameters() if p.requires_grad)
         self.closure = closure = with_used_words(closure)
@@ -116,7 +119,8 @@ class Oracle:
 
         cosine, error: of the gradient at w + ε with the per-instance one, and of their differences to the gradient
         at w (`correction_…`); rise: mean loss rise over the mean per-instance rise; guardedness: over examples, each
-        one's rise over its own worst case's; ess: effective sample size.
+        one's rise over its own worst case's; ess: effective sample size. Where wrong labels are known, `wrong`, their
+        share of the batch, `wrong_weight`, of the weights p, and `wrong_pull`, of Σ p_i‖g_i‖.
         """
         fits = self._fits() if headroom else {}
         rows = []
@@ -175,6 +179,16 @@ class Oracle:
             "guardedness_min": float(guardedness.min()),
             "ess": float(1 / p.double().square().sum()),
             "correction_share": float(total_norm(wanted) / total_norm(target)),
+        } | self._of_wrong(p)
+
+    def _of_wrong(self, p: Tensor) -> dict[str, float]:
+        if self.wrong is None:
+            return {}
+        wrong, pull = self.wrong.to(p.device).double(), p.double() * self.norms
+        return {
+            "wrong": float(wrong.mean()),
+            "wrong_weight": float(p.double() @ wrong),
+            "wrong_pull": float(pull @ wrong / pull.sum()),
         }
 
     def _products(self) -> Tensor:

@@ -19,7 +19,7 @@ from ..files import write_atomically
 from ..methods import ExampleLosses, make_weighting
 from ..runs.identity import identify
 from ..runs.run import prepare, run
-from ..training.batches import pieces
+from ..training.batches import pieces, training_subset
 from .oracle import Oracle
 
 BLOCK = 10  # batches of a task and phase in a row
@@ -73,8 +73,9 @@ def study(
             continue
         model, examples, device = at_phase(config, phase)
         for cell in mine:
-            closure, parts = batch_of(cell, model, examples, device, batch_size, config.train)
-            rows = Oracle(closure, rhos, parts, seed=cell.batch).measure(weightings, cell.batch < headroom)
+            closure, parts, wrong = batch_of(cell, model, examples, device, batch_size, config.train)
+            oracle = Oracle(closure, rhos, parts, seed=cell.batch, wrong=wrong)
+            rows = oracle.measure(weightings, cell.batch < headroom)
             append(csv_path, [vars(cell) | {"seed": config.seed, "batch_size": batch_size} | row for row in rows])
             ended += 1
             left = (time.monotonic() - began) / ended * (len(todo) - ended)
@@ -98,16 +99,23 @@ def at_phase(config: Config, phase: int) -> tuple[torch.nn.Module, glue.Tokenise
             )
         there = Config.load(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
         ready = prepare(there)
-    return ready.network.eval(), ready.data[ready.task.train[0]], ready.device
+    examples = ready.data[ready.task.train[0]]
+    if examples.clean_labels is not None:  # wrong labels that were not trained on have not been fitted
+        examples = examples.take(training_subset(len(examples), config.train.max_train_examples, config.seeds.data))
+    return ready.network.eval(), examples, ready.device
 
 
 def batch_of(cell: Cell, model, examples: glue.Tokenised, device, size: int, train: Train):
-    """(losses, parts) of one batch of the training set, drawn for the task and the batch's number alone."""
+    """(losses, parts, which labels are wrong) of one batch of the training set, drawn for the task and the batch's
+    number alone; None for the last without `data.label_noise`."""
     generator = torch.Generator().manual_seed(10_007 * cell.batch + sum(map(ord, cell.task)))
     indices = torch.randperm(len(examples), generator=generator)[:size].numpy()
     batch = {name: value.to(device) for name, value in examples.batch(indices).items()}
     parts = pieces(np.arange(len(indices)), examples.lengths[indices], train)
-    return ExampleLosses(model, batch), [part.tolist() for part in parts]
+    wrong = None
+    if examples.labels is not None and examples.clean_labels is not None:
+        wrong = torch.from_numpy(examples.labels != examples.clean_labels)[indices]
+    return ExampleLosses(model, batch), [part.tolist() for part in parts], wrong
 
 
 def finished_cells(path: Path) -> set[Cell]:

@@ -19,6 +19,8 @@ MEASURES = (
     "guardedness_min",
     "ess",
 )
+OF_WRONG = ("wrong", "wrong_weight", "wrong_pull")
+"""Measured where labels are wrong."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -34,7 +36,7 @@ def summarise(measured: pd.DataFrame) -> pd.DataFrame:
     """One row per task, phase, ρ, weighting and measure: mean, and mean difference to uniform with its interval."""
     rows = []
     for (task, phase, rho), group in measured.groupby(["task", "phase", "rho"], sort=False):
-        for measure in MEASURES:
+        for measure in (*MEASURES, *(name for name in OF_WRONG if name in measured)):
             table = group.pivot(index="batch", columns="weighting", values=measure)
             for weighting in group["weighting"].unique():
                 both = table[[weighting, "uniform"]].dropna() if weighting != "uniform" else table[["uniform"]].dropna()
@@ -107,11 +109,16 @@ def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None, ti
                 row[measure.replace("_", " ")] = _cell(by.loc[measure], better, weighting == "uniform")
             for measure in ("rise", "guardedness_mean", "guardedness_min", "ess"):
                 row[measure.replace("_", " ")] = f"{by.loc[measure, 'mean']:.3g}"
+            for measure in OF_WRONG[1:]:
+                if measure in by.index:
+                    row[measure.replace("_", " ")] = _cell(by.loc[measure], 0, weighting == "uniform")
             if extra:
                 spent = extra.get((task, weighting))
                 row["extra time"] = "–" if spent is None else f"{spent:+.0%}"
             rows.append(row)
         title = f"### {task} at {phase} % of the fine-tuning, ρ = {rho:g}"
+        wrong = group[group["measure"] == "wrong"]["mean"]
+        title += f"; {wrong.mean():.1%} of the labels are wrong" if len(wrong) else ""
         parts.append(f"{title}\n\n{pd.DataFrame(rows).to_markdown(index=False)}")
     return "\n\n".join(parts) + "\n"
 
