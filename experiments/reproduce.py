@@ -4,6 +4,7 @@ Runs what is missing of the sweep, then does what paper.py does; with `fresh_see
 variants as well. Takes what train.py takes.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,27 @@ sys.path.insert(0, str(ROOT))
 
 from dsam.command_line import chosen, one_line_errors, paper  # noqa: E402
 
+
+def sweep() -> int:
+    """Runs train.py with this program's arguments and returns its exit status. What asks this program to stop asks the
+    sweep, which saves its runs first."""
+    # A process of its own: Hydra ends the program in its own ways.
+    child = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "train.py"), *sys.argv[1:]])
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    earlier = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in numbers}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 if __name__ == "__main__":
     with one_line_errors():
-        # A process of its own: Hydra ends the program in its own ways.
-        sweep = subprocess.run([sys.executable, str(ROOT / "experiments" / "train.py"), *sys.argv[1:]])
-        if sweep.returncode not in (0, 1):
-            raise SystemExit(sweep.returncode)
+        status = sweep()
+        if status not in (0, 1):
+            raise SystemExit(status)
         paper(sys.argv[1:])
         if again := chosen(sys.argv[1:]):
             paper(again)
-        raise SystemExit(sweep.returncode)  # 1: some runs failed, and the tables show which
+        raise SystemExit(status)  # 1: some runs failed, and the tables show which

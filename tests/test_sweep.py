@@ -205,6 +205,18 @@ def test_a_signal_to_the_whole_group_stops_a_sweep_and_fails_no_run(tmp_path, pa
     assert not list((tmp_path / "runs").glob("**/failure.json"))
 
 
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_asks_reproduce_to_stop_stops_its_sweep(tmp_path, paths, signum, status):
+    arguments = ["experiment=smoke", "task=agreement", "optimizer=adamw", "train.epochs=500", "seed=0", *paths]
+    logs = lambda _: bool(list((tmp_path / "runs").glob("**/metrics.jsonl")))  # noqa: E731
+    started = begun(*arguments, "tracking=disabled", until=logs, script="reproduce.py")
+    started.send_signal(signum)
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode == status and stderr.endswith("stopped; the same command goes on\n"), stderr
+    assert_ends(started)
+    assert list((tmp_path / "runs").glob("**/checkpoint/*"))
+
+
 def test_when_the_process_that_runs_are_forked_from_is_killed_they_go_on_from_another(tmp_path, paths):
     arguments = ["task=agreement", "tracking=disabled", "train.epochs=5", *paths, "seed=0,1", "launcher.workers=2"]
     logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
