@@ -10,6 +10,7 @@ from test_config import config
 from dsam import glue
 from dsam.results import plots
 from dsam.results.collect import collect
+from dsam.results.tables.memorised import memorised_table
 from dsam.runs.run import prepare, run
 from dsam.training import loop
 from dsam.training.memorised import memorised
@@ -105,3 +106,21 @@ def test_looking_changes_nothing_and_is_drawn(paths, tmp_path, monkeypatch):
     line = next(line for line in first.lines if line.get_label() == "sam")
     assert list(line.get_ydata()) == pytest.approx([100 * p["flipped"]["accuracy"] for p in points])
     assert list(pull.lines[-2].get_ydata()) == pytest.approx([100 * p["pull"] for p in points])
+    table = memorised_table(collect(tmp_path / "runs"))
+    (row,) = table.text.to_dict("records")
+    last = {column: 100 * points[1][of]["accuracy"] for column, of in (("wrong", "flipped"), ("right", "clean"))}
+    for column, value in last.items():
+        assert row[f"{column} labels fitted (%)"] == f"{value:.2f}"
+    assert (row["task"], row["runs"]) == ("entailment noise 0.3", 1)
+    assert row["development set"] == f"{100 * result['last']['score']:.2f}"
+    assert f"{100 * points[1]['wrong']:.2f} %" in table.notes[0]
+    assert memorised_table(collect(where)) is not None  # of the runs that looked, and not of the clean one
+    assert memorised_table(collect(where).query("task == 'entailment'")) is None
+
+
+def test_a_table_of_wrong_scores_has_losses_alone(paths, tmp_path):
+    run(config("task=similarity", "data.label_noise=0.3", "train.max_train_examples=48", "train.epochs=1",
+               "tracking=disabled", *paths))  # fmt: skip
+    table = memorised_table(collect(tmp_path / "runs"))
+    assert [column for column in table.text if "fitted" in column] == []
+    assert {"loss on wrong labels", "loss on right labels"} <= set(table.text)

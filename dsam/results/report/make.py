@@ -29,7 +29,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Report:
-    """Where everything was written, and the main table as Markdown for the terminal."""
+    """Where everything was written, and for the terminal, as Markdown, the main table and that of wrong labels."""
 
     html: Path
     tables: list[Path]
@@ -63,7 +63,8 @@ def make(
         written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
         drawn = plots.write(frame, Path(figures_dir) / experiment, which)
         page.write_text(body.result(), encoding="utf-8")
-    return Report(html=page, tables=written, figures=drawn, text=rendering.as_markdown(built.main))
+    text = "\n".join(rendering.as_markdown(table) for table in (built.main, built.memorised) if table is not None)
+    return Report(html=page, tables=written, figures=drawn, text=text)
 
 
 def write_tables(

@@ -10,6 +10,7 @@ from dsam.results.tables import rendering
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
 from dsam.results.tables.formatting import DASH, interval, percent, score_cell
 from dsam.results.tables.formatting import number as formatted
+from dsam.results.tables.memorised import memorised_table
 from dsam.results.tables.published import beside_published
 from dsam.results.tables.rendering import BOLD, UNDERLINED, Table, styled
 from dsam.results.tables.sensitivity import rho_table
@@ -25,11 +26,13 @@ class Tables:
     `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
     step; None where there is no such run. `last_epoch` is the main table without a choice of the epoch; None where that
     is the main one. `chosen` is None where no settings were chosen by another sweep, `rho` where
-    no method was run with several, `beside_published` where nothing published is comparable.
+    no method was run with several, `memorised` without label noise, `beside_published` where nothing published is
+    comparable.
     """
 
     main: Table
     last_epoch: Table | None
+    memorised: Table | None
     per_task: Table
     statistics: Table
     equal_compute: Table | None
@@ -52,6 +55,7 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
     return Tables(
         main=_main(frame, summary, comparison, cost, which, baseline),
         last_epoch=_last_epoch(frame, cost, baseline) if which == "best" else None,
+        memorised=memorised_table(frame, baseline),
         per_task=_per_task(frame, summary, which),
         statistics=_statistics(frame, comparison, which, baseline),
         equal_compute=_equal_compute(frame, which, baseline),
