@@ -18,7 +18,7 @@ from .errors import UserError, did_you_mean
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearman")
 """What `dsam.glue.metrics` knows: f1 is that of label 1, f1_macro the mean over the labels."""
 
-GENERATED = ("agreement", "entailment", "similarity")
+GENERATED = ("agreement", "entailment", "majority", "similarity")
 """What `dsam.glue.builtin` makes."""
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")

@@ -11,12 +11,13 @@ from transformers import BertTokenizerFast
 from dsam.glue import builtin, load
 from dsam.task import get_task, shipped
 
-NAMES = ("agreement", "entailment", "similarity")
+NAMES = ("agreement", "entailment", "majority", "similarity")
 
 PINNED = {
     "agreement": "b3d7162e243be208ae1e48e85ad97189971cb9d8d406610b790f54c7e37cd222",
     "entailment": "a9f015cfcb0de4689659fcb33d904900c42e9d05df55a5184cf10cd707172169",
     "similarity": "5ebe75141653a641982f81a1738de54752309a6e9eb38afd429391f61d33ed3a",
+    "majority": "877acf5bee0464406980a6f5a4512a53368e598e4832ae0659baf5d68ba31f96",
 }
 
 
@@ -41,7 +42,7 @@ def test_train_and_dev_share_no_example(name):
     assert len(set(seen["train"] + seen["dev"])) == 2500
 
 
-@pytest.mark.parametrize("name", ("agreement", "entailment"))
+@pytest.mark.parametrize("name", ("agreement", "entailment", "majority"))
 def test_classes_are_balanced(name):
     for rows in load(get_task(name), "builtin").values():
         assert rows.labels.dtype == np.int64
@@ -68,6 +69,15 @@ def test_a_known_share_of_agreement_labels_is_noise():
         wrong += ((subject in singular) == verb_is_singular) != label
     # 0.08 with a standard error of sqrt(0.08 * 0.92 / 2000) = 0.006
     assert 0.06 < wrong / len(rows) < 0.10
+
+
+def test_a_label_of_majority_is_what_its_nouns_say():
+    living = set(builtin.THINGS["animal"] + builtin.THINGS["person"])
+    things = living | set(builtin.THINGS["vehicle"] + builtin.THINGS["tool"])
+    for rows in load(get_task("majority"), "builtin").values():
+        for sentence, label in zip(rows.sentence1, rows.labels, strict=True):
+            named = [word for word in sentence.split() if word in things]
+            assert len(named) in (3, 5) and (2 * sum(word in living for word in named) > len(named)) == label
 
 
 def test_every_word_is_one_piece_and_any_ascii_text_has_pieces():

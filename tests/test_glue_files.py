@@ -283,7 +283,7 @@ def test_files_that_people_have_in_place_of_the_right_ones_get_a_hint(tmp_path):
 def test_combinations_that_do_not_exist_say_what_does():
     assert error(get_task("rte"), "builtin") == (
         "task 'rte' is not built in: use data=local data.root=DIR or data=hub "
-        "(data=builtin has the tasks agreement, entailment, similarity)"
+        "(data=builtin has the tasks agreement, entailment, majority, similarity)"
     )
     assert "use data=builtin" in error(get_task("agreement"), "local", "/nowhere")
     assert "did you mean 'local'?" in error(get_task("rte"), "locale")

@@ -1,4 +1,4 @@
-"""Three small GLUE-format tasks that the project generates itself, for runs without a network or downloaded data."""
+"""Four small GLUE-format tasks that the project generates itself, for runs without a network or downloaded data."""
 
 import random
 from pathlib import Path
@@ -7,11 +7,11 @@ VERSION = 1
 SEED = 20240
 TRAIN, DEV = 2000, 500
 
-NOISE = {"agreement": 0.08, "entailment": 0.06, "similarity": 0.4}
+NOISE = {"agreement": 0.08, "entailment": 0.06, "similarity": 0.4, "majority": 0.0}
 """Share of examples with the other label, in train and dev alike, so that no method reaches 100 %; of `similarity`
-the standard deviation of the scores' noise."""
+the standard deviation of the scores' noise; none in `majority`, which is there for `data.label_noise`."""
 
-SKEW = {"agreement": 0.75, "entailment": 0.9, "similarity": 0.9}
+SKEW = {"agreement": 0.75, "entailment": 0.9, "similarity": 0.9, "majority": 0.75}
 """How unevenly kinds of error are drawn. As in collected data, single words then carry part of the signal and the
 rest needs comparing two places; with none (0.5) a small model from scratch does not get off the ground in seconds."""
 
@@ -47,7 +47,8 @@ def generate(name: str) -> dict[str, list[Example]]:
     The same on every machine and Python version: it draws only from `random.random()`, whose sequence Python
     guarantees. No sentence or pair occurs twice, so train and dev share none.
     """
-    make = {"agreement": _agreement, "entailment": _entailment, "similarity": _similarity}[name]
+    made_by = (_agreement, _entailment, _similarity, _majority)
+    make = {one.__name__.lstrip("_"): one for one in made_by}[name]
     draw = Draw(f"{name} {VERSION} {SEED}")
     examples: dict[tuple[str, str | None], Example] = {}
     while len(examples) < TRAIN + DEV:
@@ -153,3 +154,21 @@ def _similarity(draw: Draw, skew: float, noise: float) -> Example:
     sentence1 = f"the {first[0]} is {first[1]} in the {first[2]} ."
     sentence2 = f"the {second[0]} is {'not ' * negated}{second[1]}{'' if shortened else f' in the {second[2]}'} ."
     return sentence1, sentence2, round(min(5.0, max(0.0, score)), 1)
+
+
+def _majority(draw: Draw, skew: float, noise: float) -> Example:
+    """Are most of the things named living ones? 1 = living.
+
+    Every noun counts alike, wherever it stands, so that a small model finds the rule within a few epochs; the adjectives
+    and the order say nothing, and by them it can learn single sentences by heart.
+    """
+    living = draw.chance(0.5)
+    many = draw.one_of((3, 5))
+    kinds: list[str] = []
+    while not kinds or (2 * sum(kind in ("animal", "person") for kind in kinds) > many) != living:
+        kinds = [draw.kind(THINGS, skew if living else 1 - skew) for _ in range(many)]
+    words: list[str] = []
+    for kind in kinds:
+        words += [draw.one_of(LINKS)] * bool(words) + ["the"] + [draw.one_of(ADJECTIVES)] * draw.chance(0.5)
+        words.append(draw.one_of(THINGS[kind]))
+    return " ".join([*words, "."]), None, int(living != draw.chance(noise))
