@@ -101,7 +101,8 @@ def forgets_dsam() -> None:
 
 
 def run_that_dies(config: dict, where: str, n: int) -> None:
-    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there."""
+    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there; "beside": at its
+    n-th step from where its first checkpoint is half written."""
     passed = 0
 
     def passes(name, first=lambda *arguments: None):
@@ -123,6 +124,12 @@ def run_that_dies(config: dict, where: str, n: int) -> None:
         stream.write(b"half a checkpoint" * 100)
         stream.flush()
 
+    def half_and_no_more(state, stream):
+        nonlocal where
+        half_a_checkpoint(state, stream)
+        where = "step"
+        time.sleep(60)
+
     def half_a_line(self, line):
         with self.metrics.open("a") as stream:
             stream.write('{"event": "train", "st')
@@ -132,7 +139,7 @@ def run_that_dies(config: dict, where: str, n: int) -> None:
         return lambda self, target: (at_result if Path(target).name == "result.json" else at_any)(self, target)
 
     loop.SAVING = float("inf")  # at each evaluation, whatever it costs
-    torch.save = passes("save", half_a_checkpoint)(torch.save)
+    torch.save = half_and_no_more if where == "beside" else passes("save", half_a_checkpoint)(torch.save)
     os.fsync = passes("fsync")(os.fsync)
     loop.compute = passes("evaluate")(loop.compute)
     torch.optim.AdamW.step = passes("step")(torch.optim.AdamW.step)

@@ -256,10 +256,12 @@ def test_a_run_that_lacked_memory_beside_others_is_tried_alone(tmp_path, paths):
 def test_a_checkpoint_of_another_kind_of_device_is_not_gone_on_from(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, {"device": "cuda", "x": torch.ones(1)})
+    checkpoints.wait()
     assert checkpoints.load("cpu") is None
     said = capsys.readouterr().err
     assert "is of cuda, and this is cpu: starting afresh" in said and said.count("\n") == 1
     checkpoints.save(4, {"device": "cpu", "x": torch.ones(1)})
+    checkpoints.wait()
     assert checkpoints.load("cpu")["device"] == "cpu"
 
 
