@@ -91,6 +91,39 @@ def memory_for_one() -> None:
     run._train = needs_it_all
 
 
+def three_fit() -> None:
+    """GPUs of 10 GB, of which one run has 3 in use, beside 8 CPU cores. A run's log says how many it found there."""
+    _gpus_of_ten_gigabytes(3)
+
+
+def two_fit() -> None:
+    """As `three_fit`, but the third at once finds no memory."""
+    _gpus_of_ten_gigabytes(2)
+
+
+def _gpus_of_ten_gigabytes(holds: int) -> None:
+    train = run._train
+    run.memory_in_use = lambda device: {"in_use": 3_000_000_000, "total": 10_000_000_000}
+    os.sched_getaffinity = lambda pid: set(range(8))
+
+    def beside(config, identity, folder, ready):
+        here = Path(config.paths.runs) / f"device-{os.environ['CUDA_VISIBLE_DEVICES']}"
+        here.mkdir(parents=True, exist_ok=True)
+        mine = here / str(os.getpid())
+        mine.touch()
+        try:
+            found = len(list(here.iterdir())) - 1
+            print("beside", found, "threads", torch.get_num_threads(), flush=True)
+            if found >= holds:
+                raise OutOfMemory("the device is out of memory")
+            time.sleep(1)
+            return train(config, identity, folder, ready)
+        finally:
+            mine.unlink()
+
+    run._train = beside
+
+
 def says_in_passing() -> None:
     server.call(print, "said in passing")
 

@@ -74,7 +74,7 @@ class Checkpoints:
                 self.folder / "writing", lambda: self.folder / f"{step:09d}-{_short(hashed.sha256)}.pt"
             ) as stream:
                 hashed = Hashed(stream)
-                torch.save(state, hashed)
+                torch.save(state, hashed)  # type: ignore[arg-type]  # asks for no more than write and flush
         except RuntimeError as error:  # torch does not say why it could not write
             full = shutil.disk_usage(self.folder).free < 2**20
             why = f"no space left on {self.folder}" if full else first_line(error)
