@@ -243,12 +243,19 @@ def test_memory_that_ends_is_one_line():
         raise RuntimeError("another mistake")
 
 
+def test_a_run_says_what_of_its_device_was_in_use(monkeypatch):
+    assert devices.memory_in_use(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    assert devices.memory_in_use(torch.device("cuda")) == {"in_use": 20, "total": 80}
+
+
 def test_a_run_that_lacked_memory_beside_others_is_tried_alone(tmp_path, paths):
     arguments = ["-m", "task=agreement", "train.max_steps=4", "tracking=disabled", *paths, "seed=0,1,2"]
-    beside = ["launcher.devices=[0]", "launcher.per_device=2", "device.name=cpu"]
-    done = command(*arguments, *beside, before="faults:memory_for_one")
-    assert done.returncode == 0, done.stderr
-    assert "is tried once more, alone on its device" in done.stderr and "3 finished" in done.stdout
+    for beside in (["launcher.devices=[0]", "launcher.per_device=2", "device.name=cpu"], ["launcher.workers=2"]):
+        runs = f"paths.runs={tmp_path}/{beside[0]}"
+        done = command(*arguments, runs, *beside, before="faults:memory_for_one")
+        assert done.returncode == 0, done.stderr
+        assert "is tried once more, alone on its device" in done.stderr and "3 finished" in done.stdout
     alone = command(*arguments, "paths.runs=" + str(tmp_path / "alone"), before="faults:memory_for_one")
     assert alone.returncode == 0 and "tried once more" not in alone.stderr
 
