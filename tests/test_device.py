@@ -172,16 +172,6 @@ def test_how_finely_batches_are_cut_is_the_devices_affair_and_not_the_runs_name(
     assert train(piece_overhead="auto").named() == train(piece_overhead=64).named()
 
 
-class Saved:
-    """A folder of checkpoints that keeps none."""
-
-    def load(self, device):
-        return None
-
-    def save(self, step, state):
-        self.state = state
-
-
 @pytest.mark.parametrize("diverges", [None, 7, 20])
 @pytest.mark.parametrize("name", ["plain", "sam", "looksam", "fsam", "msam"])
 def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name, diverges):
@@ -192,6 +182,7 @@ def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name
         c = config(f"paths.runs={tmp_path}", "train.max_steps=25", f"optimizer={conf.get(name, name)}")
         ready = run.prepare(c)
         method, log, calls = run.make_method(c, ready.network), [], 0
+        checkpoints = Checkpoints(tmp_path / f"later-{later}")
         backward = method.backward
 
         def spoilt(closures, **options):
@@ -203,7 +194,15 @@ def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name
 
         method.backward = spoilt
         state = loop.fine_tune(
-            c, ready.task, ready.data, ready.network, method, CPU, Saved(), log=log.append, resume=lambda state: None
+            c,
+            ready.task,
+            ready.data,
+            ready.network,
+            method,
+            CPU,
+            checkpoints,
+            log=log.append,
+            resume=lambda state: None,
         )
         state.seconds = 0.0
         for line in log:

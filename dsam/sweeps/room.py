@@ -9,8 +9,8 @@ from ..text import counted
 
 
 def at_once(in_use: int, total: int, cores: int, devices: int) -> int:
-    """How many runs one of `devices` takes at once: as many times as its `total` bytes hold the bytes `in_use` beside
-    one run, of which each run needs fewer, and no more than leave each run of all devices a core; 1 at least."""
+    """How many runs each of so many `devices` takes at once: as many as fit its `total` bytes where each needs what was
+    `in_use` with one, and no more than leave each run on all devices one of the `cores`; 1 at least."""
     return max(1, min(total // max(1, in_use), cores // devices, MOST_AT_ONCE))
 
 
