@@ -246,7 +246,7 @@ class Launcher(Settings):
     name: Literal["local", "slurm"] = "local"
     workers: AtOnce = 1
     devices: Annotated[list[Text], BeforeValidator(_list)] | None = None
-    per_device: AtOnce = 1
+    per_device: AtOnce | Literal["auto"] = 1
     minutes: Positive | None = None
     memory_gb: Positive | None = None
     retries: AtLeast0 = 1
@@ -274,6 +274,10 @@ class Launcher(Settings):
             not devices or len(set(devices)) < len(devices) or not all(map(_is_device, devices))
         ):
             raise UserError(f"launcher.devices={devices} must name different GPUs by number or UUID, e.g. [0,1]")
+        if self.per_device == "auto" and self.name == "slurm":
+            raise UserError(
+                "launcher.per_device=auto is for launcher=local, where all runs are one sweep: say a number"
+            )
         for option in self.sbatch:
             if not re.match(r"--[a-z]", option):
                 raise UserError(f"launcher.sbatch: '{option}' must be an option like --qos=low")
@@ -283,9 +287,11 @@ class Launcher(Settings):
 
     @property
     def slots(self) -> list[str | None]:
-        """One entry for each run that may go on at once: the device that it gets, None for whatever is there."""
+        """One entry for each run that may go on at once, to begin with: the device that it gets, None for whatever is
+        there."""
         if self.devices:
-            return [device for _ in range(self.per_device) for device in self.devices]
+            each = 1 if self.per_device == "auto" else self.per_device
+            return [device for _ in range(each) for device in self.devices]
         return [None] * self.workers
 
 
@@ -421,8 +427,8 @@ def _line(error: ErrorDetails, schema: type[BaseModel], place: list[int | str]) 
     if kind in ("model_type", "model_attributes_type"):
         return f"{path or 'configuration'} must be a group of settings, not {value!r}"
     if kind == "kind":
-        null = " or null" if _may_be_null(schema, place) else ""
-        return f"'{path}' must be {error['msg']}{null}, not {'null' if value is None else repr(value)}"
+        also = "".join(f" or {word}" for word in _words(schema, place))
+        return f"'{path}' must be {error['msg']}{also}, not {'null' if value is None else repr(value)}"
     if kind == "said":
         return error["msg"].format(path=path, value=value, value_repr=repr(value))
     if kind == "literal_error":
@@ -476,8 +482,11 @@ def _fields(schema: type[BaseModel], place: list[int | str]) -> list[str]:
     ]
 
 
-def _may_be_null(schema: type[BaseModel], place: list[int | str]) -> bool:
-    return type(None) in alternatives(_annotation(schema, place))
+def _words(schema: type[BaseModel], place: list[int | str]) -> list[str]:
+    """What a setting may be beside its kind, e.g. auto or null."""
+    kinds = alternatives(_annotation(schema, place))
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    return words + (["null"] if type(None) in kinds else [])
 
 
 def coerced(value: Any, kind: Any, path: str) -> Any:

@@ -91,6 +91,39 @@ def memory_for_one() -> None:
     run._train = needs_it_all
 
 
+def three_fit() -> None:
+    """GPUs of 10 GB, of which one run has 3 in use, beside 8 CPU cores. A run's log says how many it found there."""
+    _gpus_of_ten_gigabytes(3)
+
+
+def two_fit() -> None:
+    """As `three_fit`, but the third at once finds no memory."""
+    _gpus_of_ten_gigabytes(2)
+
+
+def _gpus_of_ten_gigabytes(holds: int) -> None:
+    train = run._train
+    run.memory_in_use = lambda device: {"in_use": 3_000_000_000, "total": 10_000_000_000}
+    os.sched_getaffinity = lambda pid: set(range(8))
+
+    def beside(config, identity, folder, ready):
+        here = Path(config.paths.runs) / f"device-{os.environ['CUDA_VISIBLE_DEVICES']}"
+        here.mkdir(parents=True, exist_ok=True)
+        mine = here / str(os.getpid())
+        mine.touch()
+        try:
+            found = len(list(here.iterdir())) - 1
+            print("beside", found, "threads", torch.get_num_threads(), flush=True)
+            if found >= holds:
+                raise OutOfMemory("the device is out of memory")
+            time.sleep(1)
+            return train(config, identity, folder, ready)
+        finally:
+            mine.unlink()
+
+    run._train = beside
+
+
 def says_in_passing() -> None:
     server.call(print, "said in passing")
 
@@ -101,7 +134,8 @@ def forgets_dsam() -> None:
 
 
 def run_that_dies(config: dict, where: str, n: int) -> None:
-    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there."""
+    """A run that dies of SIGKILL at its n-th passage of `where`, in the middle of what is done there; "beside": at its
+    n-th step from where its first checkpoint is half written."""
     passed = 0
 
     def passes(name, first=lambda *arguments: None):
@@ -123,6 +157,12 @@ def run_that_dies(config: dict, where: str, n: int) -> None:
         stream.write(b"half a checkpoint" * 100)
         stream.flush()
 
+    def half_and_no_more(state, stream):
+        nonlocal where
+        half_a_checkpoint(state, stream)
+        where = "step"
+        time.sleep(60)
+
     def half_a_line(self, line):
         with self.metrics.open("a") as stream:
             stream.write('{"event": "train", "st')
@@ -132,7 +172,7 @@ def run_that_dies(config: dict, where: str, n: int) -> None:
         return lambda self, target: (at_result if Path(target).name == "result.json" else at_any)(self, target)
 
     loop.SAVING = float("inf")  # at each evaluation, whatever it costs
-    torch.save = passes("save", half_a_checkpoint)(torch.save)
+    torch.save = half_and_no_more if where == "beside" else passes("save", half_a_checkpoint)(torch.save)
     os.fsync = passes("fsync")(os.fsync)
     loop.compute = passes("evaluate")(loop.compute)
     torch.optim.AdamW.step = passes("step")(torch.optim.AdamW.step)

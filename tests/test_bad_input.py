@@ -276,6 +276,7 @@ VALUES = [
     ("launcher.workers=1e12", "launcher.workers=1000000000000"),
     ("launcher.devices=0", "launcher.devices"),
     ("launcher.per_device=0", "launcher.per_device=0"),
+    ("launcher.per_device=many", "'launcher.per_device' must be a whole number or auto"),
     ("launcher.minutes=0", "launcher.minutes=0"),
     ("launcher.memory_gb=nan", "launcher.memory_gb"),
     ("launcher.memory_gb=-2", "launcher.memory_gb"),

@@ -186,3 +186,11 @@ def test_their_sam_takes_the_same_step():
             step([ExampleLosses(model, {k: v[part] for k, v in batch.items()}) for part in closures])
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (ends[0] - ends[1]).abs().max() < 1e-8  # three steps of lr 1e-6 move a weight by 3e-6
+
+
+def test_a_checkpoint_is_timed_beside_steps_and_alone(config):
+    (found,), said = figures("checkpoints", config, 2, 2)
+    assert "checkpoints, round 2/2" in said
+    weights_and_moments = 3 * 4 * 93_954
+    assert 0 < found.bytes - weights_and_moments < 100_000
+    assert 0 < found.waited < found.written and found.at_once > found.waited and found.step > 0

@@ -76,6 +76,7 @@ def test_a_recipes_table_sets_each_tasks_values():
         ([], ["tracking=disabled"]),
         ([], ["device.threads=2"]),
         ([], ["launcher.workers=2"]),
+        ([], ["launcher.devices=[0]", "launcher.per_device=auto"]),
         ([], ["checkpoint.every_seconds=1"]),
         (
             ["optimizer=dsam", "optimizer.weighting=uniform"],

@@ -172,16 +172,6 @@ def test_how_finely_batches_are_cut_is_the_devices_affair_and_not_the_runs_name(
     assert train(piece_overhead="auto").named() == train(piece_overhead=64).named()
 
 
-class Saved:
-    """A folder of checkpoints that keeps none."""
-
-    def load(self, device):
-        return None
-
-    def save(self, step, state):
-        self.state = state
-
-
 @pytest.mark.parametrize("diverges", [None, 7, 20])
 @pytest.mark.parametrize("name", ["plain", "sam", "looksam", "fsam", "msam"])
 def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name, diverges):
@@ -192,6 +182,7 @@ def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name
         c = config(f"paths.runs={tmp_path}", "train.max_steps=25", f"optimizer={conf.get(name, name)}")
         ready = run.prepare(c)
         method, log, calls = run.make_method(c, ready.network), [], 0
+        checkpoints = Checkpoints(tmp_path / f"later-{later}")
         backward = method.backward
 
         def spoilt(closures, **options):
@@ -203,7 +194,15 @@ def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name
 
         method.backward = spoilt
         state = loop.fine_tune(
-            c, ready.task, ready.data, ready.network, method, CPU, Saved(), log=log.append, resume=lambda state: None
+            c,
+            ready.task,
+            ready.data,
+            ready.network,
+            method,
+            CPU,
+            checkpoints,
+            log=log.append,
+            resume=lambda state: None,
         )
         state.seconds = 0.0
         for line in log:
@@ -243,12 +242,19 @@ def test_memory_that_ends_is_one_line():
         raise RuntimeError("another mistake")
 
 
+def test_a_run_says_what_of_its_device_was_in_use(monkeypatch):
+    assert devices.memory_in_use(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    assert devices.memory_in_use(torch.device("cuda")) == {"in_use": 20, "total": 80}
+
+
 def test_a_run_that_lacked_memory_beside_others_is_tried_alone(tmp_path, paths):
     arguments = ["-m", "task=agreement", "train.max_steps=4", "tracking=disabled", *paths, "seed=0,1,2"]
-    beside = ["launcher.devices=[0]", "launcher.per_device=2", "device.name=cpu"]
-    done = command(*arguments, *beside, before="faults:memory_for_one")
-    assert done.returncode == 0, done.stderr
-    assert "is tried once more, alone on its device" in done.stderr and "3 finished" in done.stdout
+    for beside in (["launcher.devices=[0]", "launcher.per_device=2", "device.name=cpu"], ["launcher.workers=2"]):
+        runs = f"paths.runs={tmp_path}/{beside[0]}"
+        done = command(*arguments, runs, *beside, before="faults:memory_for_one")
+        assert done.returncode == 0, done.stderr
+        assert "is tried once more, alone on its device" in done.stderr and "3 finished" in done.stdout
     alone = command(*arguments, "paths.runs=" + str(tmp_path / "alone"), before="faults:memory_for_one")
     assert alone.returncode == 0 and "tried once more" not in alone.stderr
 
@@ -256,10 +262,12 @@ def test_a_run_that_lacked_memory_beside_others_is_tried_alone(tmp_path, paths):
 def test_a_checkpoint_of_another_kind_of_device_is_not_gone_on_from(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, {"device": "cuda", "x": torch.ones(1)})
+    checkpoints.wait()
     assert checkpoints.load("cpu") is None
     said = capsys.readouterr().err
     assert "is of cuda, and this is cpu: starting afresh" in said and said.count("\n") == 1
     checkpoints.save(4, {"device": "cpu", "x": torch.ones(1)})
+    checkpoints.wait()
     assert checkpoints.load("cpu")["device"] == "cpu"
 
 

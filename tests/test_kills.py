@@ -39,12 +39,12 @@ METHODS = {
 }
 
 
-def configuration(folder, cache, method, options):
+def configuration(folder, cache, method, options, every_seconds=0):
     return Config.load(
         compose_config(
             [
                 *("tracking=disabled", "train.max_steps=14", f"optimizer={method}", *options),
-                *("checkpoint.every_seconds=0", "device.threads=1"),  # a checkpoint after every step
+                *(f"checkpoint.every_seconds={every_seconds}", "device.threads=1"),  # 0: after every step
                 *(f"paths.runs={folder}", f"paths.cache={cache}"),
             ],
             CONF,
@@ -78,6 +78,26 @@ def test_killed_at_every_kind_of_place(tmp_path, cache, method, options):
     assert len(result["weights_sha256"]) == 64
     assert log_lines(one) == log_lines(other)
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+
+
+@pytest.mark.parametrize(("method", "options"), [("looksam", ["optimizer.k=3"]), ("per_instance", [])])
+def test_killed_while_a_checkpoint_is_written_beside_the_training(tmp_path, cache, method, options):
+    killed, undisturbed = (
+        configuration(tmp_path / place, cache, method, options, every)
+        for place, every in (("killed", 1e-9), ("undisturbed", 1000))
+    )
+    folder = identify(killed).folder
+    for where, n, left in (("save", 2, 1), ("beside", 2, 1), ("fsync", 4, 1), ("beside", 1, 1)):
+        assert start(killed, where, n).wait() == -signal.SIGKILL, where
+        files = [f.name for f in (folder / "checkpoint").iterdir()]
+        assert sum(name.startswith(".writing.") for name in files) == left, (where, files)
+        assert any(name.endswith(".pt") for name in files)
+    for config in (killed, undisturbed):
+        assert start(config).wait() == 0
+    other = identify(undisturbed).folder
+    assert without_clock(Record(folder).result()) == without_clock(Record(other).result())
+    assert log_lines(folder) == log_lines(other)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
 
 
 def test_a_kill_between_result_and_clearing_up_leaves_a_finished_run(tmp_path, cache):

@@ -96,6 +96,50 @@ def test_each_run_gets_a_device_of_its_own_while_it_lasts(tmp_path, paths):
     assert Launcher(workers=3).slots == [None] * 3
 
 
+def beside(folder):
+    """[(how many others a run found on its device, its threads)] of all runs."""
+    found = [re.search(r"beside (\d+) threads (\d+)", log.read_text()) for log in folder.glob("**/log.txt")]
+    return [(int(run[1]), int(run[2])) for run in found]
+
+
+AUTO = ["launcher.per_device=auto", "device.name=cpu", "device.threads=null", "seed=range(0,8)"]
+
+
+def test_a_device_takes_one_run_until_it_tells_how_many_fit(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, *AUTO, "launcher.devices=[0,1]", before="faults:three_fit")
+    assert done.returncode == 0, done.stderr
+    line = "were in use with one run, and there are 8 cores for 2 devices: 3 runs at once from here on"
+    for device in (0, 1):
+        assert f"device {device}: 3.0 of 10.0 GB {line}" in done.stderr
+    assert done.stderr.count("from here on") == 2 and "tried once more" not in done.stderr
+    found = beside(tmp_path / "runs")
+    assert len(found) == 8 and max(others for others, _ in found) == 2
+    assert sorted(threads for _, threads in found) == [1] * 6 + [4] * 2  # 8 cores for 6 runs, and for 2
+    assert len(outcomes(tmp_path / "runs")) == 8
+
+
+def test_a_device_that_holds_fewer_than_it_seemed_takes_fewer(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, *AUTO, "launcher.devices=[0]", before="faults:two_fit")
+    assert done.returncode == 0, done.stderr
+    assert "8 cores for 1 device: 3 runs at once from here on" in done.stderr
+    again = "it is tried once more, alone on its device, and that takes 2 at once from here on"
+    assert done.stderr.count(again) == done.stderr.count("tried once more") == 1
+    assert "8 finished" in done.stdout
+    given = command(
+        *("-m", *QUICK, paths[1], f"paths.runs={tmp_path}/given", "seed=range(0,4)", "device.name=cpu"),
+        *("launcher.devices=[0]", "launcher.per_device=3"),
+        before="faults:two_fit",
+    )
+    assert given.returncode == 0 and "tried once more, alone on its device\n" in given.stderr, given.stderr
+    assert "from here on" not in given.stderr
+
+
+def test_without_devices_auto_is_one_worker_after_the_other(tmp_path, paths):
+    done = command("-m", *QUICK, *paths, "launcher.per_device=auto", "seed=0,1")
+    assert done.returncode == 0 and "2 finished" in done.stdout, done.stderr
+    assert "at once from here on" not in done.stderr
+
+
 def test_the_longest_runs_start_first(paths):
     sweep = ["task=agreement,similarity", "optimizer=adamw,sam", "train.max_steps=3", "tracking=disabled"]
     done = command("-m", *sweep, *paths)

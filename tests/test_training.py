@@ -1,6 +1,12 @@
 """The training loop's parts against numbers derived by hand, and whole runs against each other."""
 
+import hashlib
 import json
+import os
+import re
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,14 +16,15 @@ from hypothesis import strategies as st
 from test_config import config
 
 from dsam.config import Train
-from dsam.errors import UserError
+from dsam.errors import Stopped, UserError
 from dsam.runs.identity import identify
 from dsam.runs.record import Record
 from dsam.runs.run import prepare, run
 from dsam.sweeps.sweep import plan
 from dsam.task import get_task
+from dsam.training import loop
 from dsam.training.batches import epoch_order, evaluation_batches, pieces, training_subset
-from dsam.training.checkpoint import Checkpoints
+from dsam.training.checkpoint import Checkpoints, on_host
 from dsam.training.loop import best, evaluate, learning_rate_factor, total_steps
 
 TRAIN = Train(epochs=3, batch_size=32, lr=1.0)
@@ -92,6 +99,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     assert checkpoints.load() is None
     for step in (1, 2, 3):
         checkpoints.save(step, {"step": step, "tensor": torch.arange(1000)})
+    checkpoints.wait()
     files = sorted((tmp_path / "checkpoint").glob("*.pt"))
     assert len(files) == 2
     files[-1].write_bytes(files[-1].read_bytes()[:-100])
@@ -99,6 +107,83 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     checkpoints.clear()
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing a checkpoint stops half-way until this event is set; `begun` of it tells that one is there."""
+    save, event = torch.save, threading.Event()
+    event.begun = threading.Event()
+
+    def saves(state, stream):
+        stream.write(b"")
+        event.begun.set()
+        assert event.wait(60)
+        save(state, stream)
+
+    monkeypatch.setattr(torch, "save", saves)
+    yield event
+    event.set()
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_begun(tmp_path, held):
+    checkpoints, weights = Checkpoints(tmp_path), torch.arange(4.0)
+    state = {"step": 1, "model": {"w": weights}, "window": [0.5]}
+    checkpoints.save(1, state)
+    assert held.begun.wait(60) and checkpoints.writing()
+    assert [f.name.split(".")[1] for f in tmp_path.iterdir()] == ["writing"]
+    weights += 1
+    state["window"].append(0.25)
+    held.set()
+    checkpoints.wait()
+    assert not checkpoints.writing()
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"000000001-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.pt"
+    saved = checkpoints.load()
+    assert saved["model"]["w"].tolist() == [0, 1, 2, 3] and saved["window"] == [0.5]
+
+
+def test_the_copy_shares_what_the_state_shares_and_nothing_with_it():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    model[2].weight = model[0].weight
+    state = {"model": model.state_dict(), "moments": [torch.ones(2), None], "rows": model[0].weight[:1]}
+    copied = on_host(state)
+    assert copied["model"]._metadata == state["model"]._metadata
+    assert copied["model"]["2.weight"] is copied["model"]["0.weight"]
+    assert torch.equal(copied["rows"], state["rows"]) and not copied["rows"].requires_grad
+    before = {name: value.clone() for name, value in copied["model"].items()}
+    with torch.no_grad():
+        for value in state["model"].values():
+            value += 1
+    assert all(torch.equal(copied["model"][name], value) for name, value in before.items())
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so_once_and_costs_no_earlier_one(tmp_path, monkeypatch):
+    def refuses(state, stream):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    line = "checkpoint at step 2 could not be written: unexpected pos"
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1})
+    checkpoints.wait()
+    monkeypatch.setattr(torch, "save", refuses)
+    for asks in (checkpoints.wait, checkpoints.clear, lambda: checkpoints.save(3, {}), lambda: until(checkpoints)):
+        checkpoints.save(2, {"step": 2})
+        with pytest.raises(OSError, match=line):
+            asks()
+        assert not checkpoints.writing()
+        assert [f.name[:9] for f in tmp_path.iterdir()] == ["000000001"]
+    with pytest.raises(OSError, match=line), checkpoints:
+        checkpoints.save(2, {"step": 2})
+    with pytest.raises(KeyError), checkpoints:
+        checkpoints.save(2, {"step": 2})
+        raise KeyError("what was wrong before")
+    assert checkpoints.load()["step"] == 1
+
+
+def until(checkpoints):
+    while checkpoints.writing():
+        time.sleep(0.001)
 
 
 def short(tmp_path, *more):
@@ -123,6 +208,69 @@ def test_one_configuration_gives_one_set_of_numbers(tmp_path, optimizer, task):
     assert one["weights_sha256"] == other["weights_sha256"]
     assert one["evaluations"] == other["evaluations"]
     assert lines(identify(configs[0]).folder) == lines(identify(configs[1]).folder)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A setting: a checkpoint after each step that finds none being written, whatever it costs."""
+    monkeypatch.setattr(loop, "SAVING", float("inf"))
+    return "checkpoint.every_seconds=1e-9"
+
+
+def stepping(monkeypatch, at_step, act):
+    """Has AdamW's step call `act(n)` at its n-th, where n is `at_step` or later."""
+    step, taken = torch.optim.AdamW.step, 0
+
+    def steps(self, *arguments):
+        nonlocal taken
+        taken += 1
+        if taken >= at_step:
+            act(taken)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", steps)
+
+
+@pytest.mark.parametrize("optimizer", ["msam", "dsam"])
+def test_training_goes_on_while_a_checkpoint_is_written_and_gives_the_same_numbers(
+    tmp_path, monkeypatch, held, often, optimizer
+):
+    begun = []
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, state: [begun.append(step), save(self, step, state)])
+    with monkeypatch.context() as during:
+        stepping(during, 6, lambda n: held.set())
+        one = run(short(tmp_path / "a", f"optimizer={optimizer}", often))
+    assert begun[0] == 1 and begun[1] >= 6  # none is begun beside another, and no step waits
+    other = run(short(tmp_path / "b", f"optimizer={optimizer}", "checkpoint.every_seconds=1000"))
+    assert one["weights_sha256"] == other["weights_sha256"] and one["evaluations"] == other["evaluations"]
+
+
+def test_who_is_asked_to_stop_waits_for_the_checkpoint_of_that_step(tmp_path, monkeypatch, held, often):
+    chosen = short(tmp_path, often)
+
+    def stop(n):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.2, held.set).start()
+
+    stepping(monkeypatch, 5, stop)
+    with pytest.raises(Stopped):
+        run(chosen)
+    newest = sorted((identify(chosen).folder / "checkpoint").iterdir())[-1]
+    assert re.fullmatch(r"000000005-\w{16}\.pt", newest.name)
+
+
+def test_a_full_disk_ends_a_run_while_it_trains(tmp_path, monkeypatch, often):
+    def refuses(state, stream):
+        raise OSError(28, "No space left on device")
+
+    steps = []
+    monkeypatch.setattr(torch, "save", refuses)
+    stepping(monkeypatch, 1, lambda n: [steps.append(n), time.sleep(0.05)])
+    with pytest.raises(OSError, match="No space left on device"):
+        run(short(tmp_path, often))
+    assert len(steps) < 12
+    assert not list((identify(short(tmp_path)).folder / "checkpoint").iterdir())
 
 
 def test_rho_zero_is_adamw_through_the_whole_pipeline(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from ..files import write_atomically
 from ..runs.provenance import provenance
 from ..text import published
+from .checkpoints import Saved
 from .norms import Cost
 from .packing import Packed
 from .scaling import Point
@@ -107,8 +108,23 @@ def packed(measured: Sequence[Packed]) -> pd.DataFrame:
     )
 
 
+def saved(measured: Sequence[Saved]) -> pd.DataFrame:
+    """One row: what a checkpoint takes, in seconds."""
+    return pd.DataFrame(
+        {
+            "checkpoint, MB": found.bytes / 1e6,
+            "the training waits": found.waited,
+            "written after": found.written,
+            "the training loses in all": found.lost,
+            "written at once": found.at_once,
+            "a step": found.step,
+        }
+        for found in measured
+    )
+
+
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share | Saved]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,

@@ -19,7 +19,7 @@ from ..task import Task
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
-from ..training.device import attend_without_wait, choose_device, fallen_back, memory_said
+from ..training.device import attend_without_wait, choose_device, fallen_back, memory_in_use, memory_said
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from . import lease
@@ -230,6 +230,7 @@ def summarise(config: Config, run_id: str, task: Task, data: dict, state: State,
             "forwards_per_step": state.forwards / steps,
             "backwards_per_step": state.backwards / steps,
             "peak_memory_bytes": peak_memory(device),
+            "device_memory_bytes": memory_in_use(device),
         },
         "weights_sha256": weights_digest(network),
     }

@@ -28,6 +28,7 @@ from ..text import counted, duration
 from . import estimate, server
 from .display import Display
 from .planned import STATUSES, Planned, counts, unfinished
+from .room import Place, Room
 
 BUSY = 75  # exit status of a run that another process is working on (EX_TEMPFAIL)
 OUT_OF_MEMORY = 71  # and of one whose device had not enough of it (EX_OSERR)
@@ -183,7 +184,7 @@ def work(
 
 
 def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
-    """Starts what is not finished, longest first, one run in each of the launcher's slots, and returns what failed.
+    """Starts what is not finished, longest first, as many at once as there is room for, and returns what failed.
 
     Each run is forked from `server`. One whose process is killed is continued up to `launcher.retries` times; one that
     another sweep is working on is waited for. One whose device was out of memory beside others is tried once more,
@@ -192,18 +193,18 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     waiting = estimate.order(r for r in runs if r.status in ("missing", "failed"))
     elsewhere = [r for r in runs if r.status == "elsewhere"]
     display = Display(runs)
-    free = list(launcher.slots)
+    room = Room(launcher)
     running: dict[Any, _Running] = {}  # by what tells that the process has ended
     stop = StopSignals(patience=None)
     with stop, display:
         while waiting or running or elsewhere:
-            while not stop.signum and (next_one := _next(waiting, free, launcher)) is not None:
-                r, slot, taken = next_one
+            while not stop.signum and (next_one := _next(waiting, room)) is not None:
+                r, place = next_one
                 with contextlib.suppress(OSError):  # an earlier attempt's; where that fails, so does the run
                     (r.identity.folder / "failure.json").unlink(missing_ok=True)
-                process = server.start(_child, r.config, str(r.identity.folder), slot)
+                process = server.start(_child, r.config, str(r.identity.folder), place.device, place.most)
                 r.status, r.started, r.attempts = "running", time.monotonic(), r.attempts + 1
-                running[process.sentinel] = _Running(process, r, taken)
+                running[process.sentinel] = _Running(process, r, place)
                 display.show()
             if stop.signum:
                 waiting.clear()
@@ -214,21 +215,24 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 one.keep_to(launcher)
             for sentinel in multiprocessing.connection.wait(list(running), timeout=0.5):
                 one = running.pop(sentinel)
-                free += one.slots
+                room.leave(one.place)
                 r = one.run
                 one.process.join()
                 if stop.signum:  # it may have reached the whole group, and this run before it was asked
                     one.stop("")
                 _conclude(one)
+                if learnt := room.learn(one.place, one.memory):
+                    display.note(learnt)
                 if r.status == "elsewhere":
                     elsewhere.append(r)
                 elif r.status == "killed" and r.attempts <= launcher.retries and not stop.signum:
                     r.status = "missing"
                     display.note(f"{r.reason}: {r.title}; it goes on from its checkpoint")
                     waiting.insert(0, r)
-                elif one.out_of_memory and launcher.per_device > 1 and not r.alone and not stop.signum:
+                elif one.out_of_memory and one.place.most > 1 and not r.alone and not stop.signum:
                     r.status, r.alone = "missing", True
-                    display.note(f"{r.reason}: {r.title}; it is tried once more, alone on its device")
+                    fewer = room.lower(one.place)
+                    display.note(f"{r.reason}: {r.title}; it is tried once more, alone on its device{fewer}")
                     waiting.append(r)
                 elif r.status != "missing":
                     r.status = "failed" if r.status == "killed" else r.status
@@ -248,21 +252,13 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
     return [r for r in runs if r.status == "failed"]
 
 
-def _next(
-    waiting: list[Planned], free: list[str | None], launcher: Launcher
-) -> tuple[Planned, str | None, list[str | None]] | None:
-    """The run to start now, its device and the slots that it takes, removed from both lists; or None."""
+def _next(waiting: list[Planned], room: Room) -> tuple[Planned, Place] | None:
+    """The run to start now, removed from `waiting`, and where; or None."""
     for r in waiting:
-        if not r.alone and free:
-            taken = [free[0]]
-        else:
-            whole = [slot for slot in dict.fromkeys(free) if free.count(slot) == launcher.slots.count(slot)]
-            taken = whole[:1] * launcher.slots.count(whole[0]) if whole else []
-        if taken:
+        place = room.take(r.alone)
+        if place is not None:
             waiting.remove(r)
-            for slot in taken:
-                free.remove(slot)
-            return r, taken[0], taken
+            return r, place
     return None
 
 
@@ -272,10 +268,11 @@ class _Running:
 
     process: BaseProcess
     run: Planned
-    slots: list[str | None]
+    place: Place
     why: str = ""
     asked: float | None = None
     out_of_memory: bool = False
+    memory: dict[str, int] | None = None  # of its device, as its result has it
 
     def stop(self, why: str) -> None:
         """Asks once, kindly: the run leaves a checkpoint. Kills what has not gone after a while."""
@@ -309,6 +306,8 @@ def _conclude(one: _Running) -> None:
     result, failure = r.outcome(set_aside=True), r.record.failure()
     if result is not None:
         r.status = result["status"]
+        if code == 0:  # it was this process that came to it
+            one.memory = result["train"].get("device_memory_bytes")
     elif failure is not None:
         r.status, r.reason = "failed", failure["reason"]
         one.out_of_memory = code == OUT_OF_MEMORY
@@ -332,7 +331,7 @@ def describe_exit(code: int | None) -> str:
     return f"left with status {code} and no result"
 
 
-def _child(config: Config, folder: str, device: str | None) -> None:
+def _child(config: Config, folder: str, device: str | None, at_once: int) -> None:
     """The body of a run's own process: everything it prints goes to its log."""
     from ..runs.run import run
 
@@ -340,6 +339,8 @@ def _child(config: Config, folder: str, device: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
         if config.device.name == "auto":  # which would take the CPU where that device is not to be had
             config = on_device(config, "cuda")
+        launcher = config.launcher.model_copy(update={"per_device": at_once})  # which share the cores
+        config = config.model_copy(update={"launcher": launcher})
     record = Record(Path(folder))
     with contextlib.suppress(OSError):  # a folder that cannot be written is the run's to report
         record.folder.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,17 @@ def memory_said(device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def memory_in_use(device: torch.device) -> dict[str, int] | None:
+    """{"in_use", "total"}: bytes of a GPU, by all that is on it and with CUDA's own context. None on a CPU.
+
+    At a run's end that is the most that it had: the allocator gives nothing back while there is enough.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return {"in_use": total - free, "total": total}
+
+
 def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch there, without a wait. A mask that hides nothing is left out, which the model would wait to learn."""
     if device.type == "cpu":

@@ -24,7 +24,7 @@ from .device import Outcomes, to
 from .memorised import memorised
 
 LOG_EVERY = 10  # steps
-SAVING = 0.05  # most of the time that checkpoints may take
+SAVING = 0.05  # most of the time that checkpoints may take from the training
 
 
 @dataclass
@@ -93,6 +93,7 @@ def fine_tune(
         whole: the model's outputs depend on padding: all of a batch is padded alike, and to no more than its longest.
     Raises:
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
+        OSError: a checkpoint could not be written; the earlier ones are still there.
     """
     train = config.train
     examples = data[task.train[0]]
@@ -127,11 +128,15 @@ def fine_tune(
             state.forwards += one.forwards
             state.backwards += one.backwards
 
-    def save(seconds: float) -> None:
-        """Writes a checkpoint, where the last is so many seconds old and has cost little of the time since."""
+    def save(seconds: float, at_once: bool) -> None:
+        """Begins a checkpoint, where the last is so many seconds old, is written, and has cost little of the time
+        since; or, `at_once`, writes it whatever that costs."""
         nonlocal saved_at, cost
-        enough = cost / SAVING if config.checkpoint.every_seconds else 0  # 0: at every step, whatever it costs
-        if time.monotonic() - saved_at < max(seconds, enough):
+        writing = checkpoints.writing()
+        # Where all cores train, the training lacked what writing took of them.
+        enough = 0 if at_once else (cost + checkpoints.worked) / SAVING
+        later = writing and not at_once and state.step < total
+        if later or time.monotonic() - saved_at < max(seconds, enough):
             return
         began = time.monotonic()
         read(all_of_them=True)
@@ -141,7 +146,7 @@ def fine_tune(
             state.step,
             {
                 "device": device.type,
-                "state": vars(state) | {"evaluations": list(state.evaluations), "window": list(state.window)},
+                "state": vars(state),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
@@ -149,6 +154,8 @@ def fine_tune(
                 "random": method.random.get(),
             },
         )
+        if at_once:
+            checkpoints.wait()
         saved_at = time.monotonic()
         cost = saved_at - began
 
@@ -164,7 +171,8 @@ def fine_tune(
 
     model.train()
     order, order_epoch = np.empty(0, dtype=int), -1
-    with StopSignals() as stop, Bar(f"{task.name} {config.optimizer.name} seed {config.seed}", total) as bar:
+    title = f"{task.name} {config.optimizer.name} seed {config.seed}"
+    with StopSignals() as stop, Bar(title, total) as bar, checkpoints:
         while state.step < total and not state.diverged:
             started = time.perf_counter()
             epoch, position = divmod(state.step, per_epoch)
@@ -208,11 +216,10 @@ def fine_tune(
                 bar.evaluated(headline_name(task), evaluation["score"])
                 if evaluation is best(state.evaluations):
                     on_best()
-            if stop.signum:
-                cost = 0.0  # whatever it takes
-            save(0 if evaluates or stop.signum else config.checkpoint.every_seconds)
-            if stop.signum and state.step < total and not state.diverged:
-                raise Stopped(stop.signum)
+            asked, every = stop.signum, config.checkpoint.every_seconds
+            save(0 if evaluates or asked else every, at_once=bool(asked) or every == 0)
+            if asked and state.step < total and not state.diverged:
+                raise Stopped(asked)
     return state
 
 
