@@ -173,3 +173,26 @@ def test_what_is_said_of_fitted_labels_is_what_the_records_say():
         )
     for method in ("adamw", "sam", "per_instance"):
         assert said.count(found[method]) == 2, (method, found, said)
+
+
+def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
+    measured = pd.read_csv(ROOT / "results" / "approximation_noise" / "measurements.csv")
+    measured = measured[measured["rho"] == 0.01]
+    page = (ROOT / "docs" / "approximation.md").read_text(encoding="utf-8")
+    names = {"SAM (": "uniform", "δ-SAM's probe |": "probe", "δ-SAM's probe, top 2 layers": "probe (top 2 layers)",
+             "`curvature` |": "curvature", "`equalised`: unit gradients": "equalised"}  # fmt: skip
+    for start, weighting in names.items():
+        own = measured[measured["weighting"] == weighting].groupby("phase")[["wrong_weight", "wrong_pull"]].mean()
+        expected = [round(100 * x) for x in own.to_numpy().flatten()]
+        assert own.index.to_list() == [25, 100]
+        lines = [line for line in page.splitlines() if line.startswith(f"| {start}")]
+        assert expected in [[int(x) for x in re.findall(r"(?<=\| )\d+(?= \|)", line)] for line in lines]
+    end = measured[measured["phase"] == 100]
+    error = end.groupby("weighting")["error"].mean()
+    first = end[end["batch"] < 8].groupby("weighting")["error"].mean()
+    off = {w: round(100 * (1 - error[w] / error["uniform"])) for w in error.index}
+    best = round(100 * (1 - first["hindsight (step)"] / first["uniform"]))
+    said = re.search(r"weights take off (\d+) % of it, √p_y (\d+) %, the exact weight's root (\d+) %, the\s+exact weight "
+                     r"(\d+) % and, on its 8 batches, the best in hindsight (\d+) %", page)  # fmt: skip
+    shown = [off[w] for w in ("gauss_newton", "confidence^0.5", "exact_curvature^0.5", "exact_curvature")]
+    assert [int(x) for x in said.groups()] == [*shown, best]

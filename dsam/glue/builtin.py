@@ -163,7 +163,7 @@ def _majority(draw: Draw, skew: float, noise: float) -> Example:
     and the order say nothing, and by them it can learn single sentences by heart.
     """
     living = draw.chance(0.5)
-    many = draw.one_of((3, 5, 7))
+    many = draw.one_of((3, 5))
     kinds: list[str] = []
     while not kinds or (2 * sum(kind in ("animal", "person") for kind in kinds) > many) != living:
         kinds = [draw.kind(THINGS, skew if living else 1 - skew) for _ in range(many)]

@@ -48,6 +48,8 @@ class OuterProducts(NamedTuple):
             for left in lefts[1:]:
                 of_lefts.baddbmm_(left[:, start:stop], left[:, start:].mT)
             both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
+            if stop - start >= tokens:  # one block is all: the same number, by fewer operators
+                return both.sum((1, 2))
             total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
         return total
 
@@ -75,6 +77,20 @@ class OuterProducts(NamedTuple):
         """
         inner = torch.bmm(x, self.right.mT.to(x.dtype)) * scales.to(x.dtype)
         return torch.bmm(inner, self.lefts[k].to(inner.dtype))
+
+    def moved(self, k: int, x: Tensor, scaled: Tensor, scales: Tensor | None, output: Tensor) -> Tensor:
+        """`output` and what `outputs` gives, in two products and nothing else; with `scales` (B, 1, 1) also what a bias
+        gains that is added wherever weight k is used: its gradient is Σ_t left_it, as if each input had one more element,
+        a 1.
+
+        `scaled`: scales_i right_it, which weights that share an input share too.
+        """
+        left = self.lefts[k]
+        if scales is None:
+            inner = torch.bmm(x.to(left.dtype), scaled.mT)
+        else:
+            inner = torch.baddbmm(scales.to(left.dtype), x.to(left.dtype), scaled.mT)
+        return torch.baddbmm(output, inner.to(output.dtype), left.to(output.dtype))
 
     def turned_outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
         """The same of a layer that multiplies by weight k itself: scales_i x_it g_i, x (B, S, m) -> (B, S, n)."""

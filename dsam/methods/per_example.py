@@ -29,6 +29,7 @@ from ..text import first_line
 from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
+    LINEAR,
     LOOKUP,
     TURNED,
     Bare,
@@ -52,6 +53,11 @@ _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 class Unsupported(TypeError, RuntimeError):
     """The model has something that the formulas are not for; one line."""
+
+
+def launches_cost(device: torch.device) -> bool:
+    """Whether a small operator takes the time of its launch there, and few are better than little arithmetic."""
+    return device.type != "cpu"
 
 
 def require_examples_apart(model: nn.Module) -> None:
@@ -147,6 +153,8 @@ class PerExampleGradients:
         unowned = self._positions.keys() - owned - bare
         if unowned:
             raise ValueError(f"per-example gradients: {len(unowned)} of the parameters are not the model's")
+        owners = Counter(id(p) for _, module in self._modules for p in module.parameters(recurse=False))
+        self._unshared = {m for _, m in self._modules if all(owners[id(p)] == 1 for p in m.parameters(recurse=False))}
         self.clear()
 
     def clear(self) -> None:
@@ -384,11 +392,17 @@ class PerExampleGradients:
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
-        perturb = partial(self._perturb, scales, products)
+        scaled = {}
+        if launches_cost(scales.device):
+            for group in self._products:
+                dtype = next(iter(group.lefts.values())).dtype
+                scaled |= dict.fromkeys(group.lefts, (group.right * scales).to(dtype))
+        perturb = partial(self._perturb, scales, products, scaled)
         with _hooked(self._model, self._modules, perturb, lambda: self._batch):
             yield
 
-    def _perturb(self, scales: Tensor, products: dict[int, OuterProducts], name: str, module, args, kwargs, output):
+    def _perturb(self, scales: Tensor, products: dict, scaled: dict, name: str, module, args, kwargs, output):
+        """`products`: weight's position -> those that it is in; `scaled`: -> scales · their right side."""
         weight, bias = self._counted(module)
         if weight is None and bias is None:
             return None
@@ -410,6 +424,10 @@ class PerExampleGradients:
         elif weight is not None:
             x = inputs(module, x)
             x = x.reshape(self.batch_size, -1, x.shape[-1])
+            if weight in scaled and kind == LINEAR and weight not in self._rows and module in self._unshared:
+                both = scales if bias in self._vectors else None
+                moved = products[weight].moved(weight, x, scaled[weight], both, tokens(module, output))
+                return shaped(module, moved, output)
             if weight in products:
                 outputs = products[weight].turned_outputs if kind == TURNED else products[weight].outputs
                 terms.append(outputs(weight, x, scales))
@@ -473,7 +491,7 @@ class PerExampleGradients:
         elif weight is not None:
             self._factors[weight].append((each, inputs(module, x)))
         if bias is not None:
-            self._add_vector(bias, wide(each).sum(1))
+            self._add_vector(bias, each.sum(1, dtype=torch.promote_types(each.dtype, torch.float32)))
 
     def _prove(self, losses: Tensor) -> None:
         """That an example's copy of a bare parameter reaches that example's loss alone, by one more backward pass: then
