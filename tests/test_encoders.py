@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dsam import ExampleLosses
-from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one
+from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one, per_example
 from dsam.methods.layer_kinds import kind_of
 from dsam.methods.layers import TopLayers
 from dsam.methods.per_example import PerExampleGradients
@@ -129,6 +129,14 @@ def test_per_instance_is_a_loop_over_the_examples(family, tokens):
     method.backward(ExampleLosses(model, data))
     assert method.singly == (family in SINGLY) == bool(method.notes)
     assert_gradient(model, expected, 1e-6 if family in ROUGH else 1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "deberta_v2", "gpt2", "t5", "bart", "llama"])
+def test_per_instance_is_that_loop_by_fewer_operators_too(family, monkeypatch):
+    """As on a GPU: weights of their own, shared, turned, tied to the words, and without biases."""
+    monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+    test_per_instance_is_a_loop_over_the_examples(family, 9)
+    test_exact_weightings_are_of_each_examples_own_gradient(family, "exact_curvature", 1)
 
 
 UNSHARED = dict(share_att_key=False, norm_rel_ebd="none")

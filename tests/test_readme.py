@@ -192,7 +192,10 @@ def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
     first = end[end["batch"] < 8].groupby("weighting")["error"].mean()
     off = {w: round(100 * (1 - error[w] / error["uniform"])) for w in error.index}
     best = round(100 * (1 - first["hindsight (step)"] / first["uniform"]))
-    said = re.search(r"weights take off (\d+) % of it, √p_y (\d+) %, the exact weight's root (\d+) %, the\s+exact weight "
-                     r"(\d+) % and, on its 8 batches, the best in hindsight (\d+) %", page)  # fmt: skip
+    said = re.search(
+        r"weights take off (\d+) % of it, √p_y (\d+) %, the exact weight's root (\d+) %, the exact weight "
+        r"(\d+) % and, on its 8 batches, the best in hindsight (\d+) %",
+        " ".join(page.split()),
+    )
     shown = [off[w] for w in ("gauss_newton", "confidence^0.5", "exact_curvature^0.5", "exact_curvature")]
     assert [int(x) for x in said.groups()] == [*shown, best]

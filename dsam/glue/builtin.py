@@ -159,8 +159,8 @@ def _similarity(draw: Draw, skew: float, noise: float) -> Example:
 def _majority(draw: Draw, skew: float, noise: float) -> Example:
     """Are most of the things named living ones? 1 = living.
 
-    Every noun counts alike, wherever it stands, so that a small model finds the rule within a few epochs; the adjectives
-    and the order say nothing, and by them it can learn single sentences by heart.
+    Every noun counts alike, wherever it stands, so that a small model finds the rule within a few epochs; the
+    adjectives and the order say nothing, and by them it can learn single sentences by heart.
     """
     living = draw.chance(0.5)
     many = draw.one_of((3, 5))

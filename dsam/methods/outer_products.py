@@ -79,11 +79,9 @@ class OuterProducts(NamedTuple):
         return torch.bmm(inner, self.lefts[k].to(inner.dtype))
 
     def moved(self, k: int, x: Tensor, scaled: Tensor, scales: Tensor | None, output: Tensor) -> Tensor:
-        """`output` and what `outputs` gives, in two products and nothing else; with `scales` (B, 1, 1) also what a bias
-        gains that is added wherever weight k is used: its gradient is Σ_t left_it, as if each input had one more element,
-        a 1.
-
-        `scaled`: scales_i right_it, which weights that share an input share too.
+        """`output` and what `outputs` gives, in two products and nothing else; with `scales` (B, 1, 1) also what a
+        bias gives that is added wherever weight k is used: its gradient is Σ_t left_it, as if each input had one more
+        element, a 1. `scaled`: scales_i right_it, which weights that share an input share too.
         """
         left = self.lefts[k]
         if scales is None:

@@ -392,7 +392,7 @@ class PerExampleGradients:
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
-        scaled = {}
+        scaled: dict[int, Tensor] = {}
         if launches_cost(scales.device):
             for group in self._products:
                 dtype = next(iter(group.lefts.values())).dtype
