@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from .config import CONF, Config, Paths, coerced
-from .errors import Parser, Stopped, UserError
+from .errors import Note, Parser, Stopped, UserError
 from .text import counted, first_line
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 def one_line_errors():
     """A user's mistake ends the program with one line and status 2; Ctrl-C with 130. No traceback for either, and none
     where a reader of the output has seen enough (`| head -1`)."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **named: _told(usual, *given, **named)
     try:
         with reader_may_leave():
             yield
@@ -36,6 +39,13 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        warnings.formatwarning = usual
+
+
+def _told(usual: Callable[..., str], message, category, *place, **more) -> str:
+    """A note is for people as it is; of other warnings they see where in the code it was."""
+    return f"{message}\n" if issubclass(category, Note) else usual(message, category, *place, **more)
 
 
 def start(main: Callable[[], None], arguments: Sequence[str]) -> None:

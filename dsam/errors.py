@@ -23,6 +23,10 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+class Note(UserWarning):
+    """Something is done otherwise than was asked, and right."""
+
+
 class NonFiniteGradient(FloatingPointError):
     """A loss or gradient became infinite or NaN: the step was not taken and the weights are as they were."""
 

@@ -247,3 +247,12 @@ def test_rdrop_says_that_it_is_plain_training_where_nothing_is_dropped(p, said, 
         method.backward(ExampleLosses(network, encoders.batch()))
     assert [note.startswith("rdrop: the model draws no dropout") for note in method.notes] == [True] * said
     assert len(recwarn) == said
+
+
+def test_rates_that_a_configuration_takes_as_whole_numbers_alone_reach_the_network():
+    """MPT's `attn_pdrop`."""
+    config = transformers.MptConfig(vocab_size=60, d_model=16, n_layers=2, n_heads=2, max_seq_len=40)
+    configure_dropout(config, 0.25)
+    network = transformers.MptForSequenceClassification(config)
+    set_dropout(network, 0.25)
+    assert {block.attn.attn_dropout_p for block in network.transformer.blocks} == {0.25}

@@ -12,7 +12,7 @@ from dsam.methods.layers import TopLayers
 from dsam.methods.per_example import PerExampleGradients
 from dsam.methods.perturbation import perturbed
 from dsam.methods.step import Step
-from dsam.methods.weighting import LossChange
+from dsam.methods.weighting import Equalised, LossChange, Probe
 
 RADIUS = 0.3
 WHOLE = {"albert", "funnel", "squeezebert", "xlm"}  # their layers are shared, nested or written over
@@ -217,6 +217,44 @@ def test_exact_weightings_are_of_each_examples_own_gradient(family, name, pieces
     method.backward([ExampleLosses(model, part) for part in parts])
     assert method.singly == (family in SINGLY) == bool(method.notes)
     assert_gradient(model, expected, 1e-5 if family in ROUGH else 1e-8)
+
+
+@pytest.mark.parametrize("family", encoders.FAMILIES)
+def test_what_looks_at_single_examples_is_right_in_pieces(family):
+    """Per-instance perturbation, by layers and in groups of one, and weightings of exact gradients, in two pieces of
+    different lengths, beside a loop over the examples."""
+    model, rho = encoders.model(family).eval(), 0.1
+    parts = [encoders.batch(3, 9), encoders.batch(2, 12, seed=4)]
+    places = [(part, i) for part in parts for i in range(len(part["labels"]))]
+    own = [gradient(model, single(model, *place)) for place in places]
+    flat = torch.stack([torch.cat([g.flatten() for g in one]) for one in own])
+    norms, mean = flat.norm(dim=1), flat.mean(0)
+    apart = 1 - flat @ mean / (norms * mean.norm())
+    with torch.no_grad():
+        likely = torch.stack([single(model, *place) for place in places]).neg().exp()
+    # Of two classes Gauss-Newton's score is ‖g_i‖ p_y/(1 − p_y).
+    scores = {"gap": norms * apart, "gauss_newton": norms * likely / (1 - likely)}
+    scores["equalised"] = Equalised().scores(norms, Probe(norms=norms, gram=flat @ flat.T))
+    expected = {}
+    for name, score in scores.items():
+        ascent = [sum(float(p) * g for p, g in zip(score, one, strict=True)) for one in zip(*own, strict=True)]
+        with perturbed(list(model.parameters()), ascent, rho / norm_of(ascent)):
+            expected[name] = mean_gradient(model, places)
+    each = [torch.zeros_like(p) for p in model.parameters()]
+    for place, g in zip(places, own, strict=True):
+        with perturbed(list(model.parameters()), g, rho / norm_of(g)):
+            torch._foreach_add_(each, gradient(model, single(model, *place)), alpha=1 / len(places))
+    limit = 1e-5 if family in ROUGH else 1e-6
+    methods = {name: DeltaSAM(model, rho, name) for name in scores}
+    methods |= {"per_instance": PerInstance(model, rho=rho), "m_sam": METHODS["m_sam"](model, rho=rho, m=1)}
+    for name, method in methods.items():
+        model.zero_grad()
+        method.backward([ExampleLosses(model, part) for part in parts])
+        wanted = expected.get(name, each)
+        largest = max(float(g.abs().max()) for g in wanted)
+        for p, g in zip(model.parameters(), wanted, strict=True):
+            found = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(found, g, rtol=0, atol=limit * largest, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def mean_gradient(model, places, weights=None):

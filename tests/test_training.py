@@ -381,7 +381,7 @@ def test_a_finished_run_that_kept_no_weights_is_trained_again_for_them(tmp_path,
     (planned,) = plan([wanted])
     assert planned.status == "missing" and plan([first])[0].done
     assert run(wanted) == result
-    assert "kept no weights: it is trained again for them" in capsys.readouterr().out
+    assert "has no at-50/, best/: it is trained again for them" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
     assert sorted(place.name for place in folder.iterdir() if place.is_dir()) == ["at-50", "best", "last"]
     assert plan([wanted])[0].done
@@ -392,6 +392,9 @@ def test_a_finished_run_that_kept_no_weights_is_trained_again_for_them(tmp_path,
         assert weights == (identify(other).folder / name / "model.safetensors").read_bytes()
     assert run(wanted) == result
     assert not capsys.readouterr().out.count("trained again")
+    later = short(tmp_path, "checkpoint.keep_at=[25]")
+    assert run(later) == result and "has no at-25/: it is trained" in capsys.readouterr().out
+    assert (folder / "at-25" / "config.json").is_file() and not (folder / "again").exists()
 
 
 def test_weights_that_are_not_the_recorded_ones_are_kept_beside_the_run(tmp_path):

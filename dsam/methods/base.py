@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..errors import Note
 from .compiled import is_compiled, uncompiled
 from .perturbation import Gradients, RandomState
 from .piece import Closure
@@ -139,7 +140,7 @@ class Method:
         """Says once what is done otherwise than was asked; `notes` keeps it."""
         if line not in self.notes:
             self.notes.append(line)
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, Note, stacklevel=3)
 
     def _require_same_parameters(self) -> None:
         if any(p.requires_grad for p in self._frozen) or not all(p.requires_grad for p in self.params):

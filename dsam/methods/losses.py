@@ -79,7 +79,10 @@ class ExampleLosses:
             return None
         if is_compiled(self.model):
             return None
-        words = self._embeddings()
+        try:
+            words = self._embeddings()
+        except NotImplementedError:  # CANINE has no such table
+            return None
         if type(words) is not nn.Embedding or words.scale_grad_by_freq:
             return None
         owners = [m for m in self.model.modules() if any(p is words.weight for p in m._parameters.values())]

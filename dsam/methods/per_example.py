@@ -214,7 +214,7 @@ class PerExampleGradients:
             if leading != self.batch_size:
                 raise Unsupported(
                     f"per-example gradients: the output of '{name}' has leading dimension {leading}, not "
-                    f"the batch size {self.batch_size}; if its input is shared, pass record(batch_size=...)"
+                    f"the batch size {self.batch_size}"
                 )
         self._check_that_all_uses_were_recorded(losses)
         with torch.enable_grad():

@@ -62,7 +62,8 @@ class ASAM(SAM):
 
     Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600, eq. 7. ρ is about ten times SAM's.
     As in the authors' code (SamsungLabs/ASAM) that is so for the parameters whose names contain "weight", those of
-    normalisation layers among them; T = 1 for the others, which are biases. Parameters that are given without their
+    normalisation layers among them; T = 1 for the others: biases, and what a model names otherwise (XLNet's and
+    Funnel's attention matrices), unless `biases=True`. Parameters that are given without their
     model have no names: all are scaled, which `notes` says.
 
     Args:

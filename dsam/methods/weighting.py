@@ -101,7 +101,9 @@ class Uniform(Weighting):
 class LossChange(Weighting):
     """p_i ∝ mean over probes of |ℓ_i(w + v) − ℓ_i(w)|, v Gaussian. One no-grad forward a probe.
 
-    [summary]: per-example losses at Gaussian-perturbed weights, examples with larger changes up-weighted.
+    The first reading of δ-SAM (`optimizer=dsam`). v1's abstract has "unguarded instances are up-weighted" by "efficient
+    guardedness estimation" [abstract]; that the estimate is the change of loss at Gaussian-perturbed weights, and that
+    larger changes weigh more, is from a summary [summary]; absolute values and one probe are ours [derived].
     """
 
     sides = 1
@@ -113,6 +115,9 @@ class LossChange(Weighting):
 class Curvature(Weighting):
     """p_i ∝ h_i/‖g_i‖ from losses at w ± v. Two no-grad forwards a probe. [derived]
 
+    The other reading of δ-SAM (`optimizer=dsam_curvature`). v4's abstract has "theoretically principled weighting
+    factors" [abstract], a summary "instances with larger gradient changes are up-weighted" and "three additional fast
+    forward passes" [summary], which losses at w, w + v and w − v fit; the formula is ours.
     h_i ≈ |ℓ_i(w+v) + ℓ_i(w−v) − 2ℓ_i(w)|/‖v‖² and ‖g_i‖ ≈ |ℓ_i(w+v) − ℓ_i(w−v)|/(2‖v‖): the weights for which, with
     H_i ≈ h_i I, the batch's correction mean_i H_i ε equals the per-instance one, mean_i H_i ε_i. The ratio is
     heavy-tailed, so ‖g_i‖ is kept above `floor` times its mean over the batch.

@@ -41,9 +41,13 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
     return config.model_copy(update={"model": config.model.model_copy(update=kept)}), result
 
 
-def lacks_weights(config: Config, folder: Path, result: dict) -> bool:
-    """Whether a finished run has not kept the weights that are asked of it: it was made when they were not."""
-    return config.checkpoint.keep_weights and bool(result["best"]) and not (folder / "best").is_dir()
+def lacks_weights(config: Config, folder: Path, result: dict) -> list[str]:
+    """The folders of weights that are asked of a finished run and that it has not kept: it was made when they were
+    not."""
+    asked = [f"at-{percent}" for percent in config.checkpoint.keep_at]
+    if config.checkpoint.keep_weights:
+        asked.append("best")
+    return [name for name in asked if result["best"] and not (folder / name).is_dir()]
 
 
 def kept_weights(config: Config) -> Path:

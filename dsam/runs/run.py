@@ -63,7 +63,8 @@ def run(config: Config) -> dict:
 
 def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
     """Trains a finished run again, beside itself, and takes over its weights. UserError where they are others."""
-    print(f"{record.folder} kept no weights: it is trained again for them")
+    names = ", ".join(f"{name}/" for name in lacks_weights(config, record.folder, result))
+    print(f"{record.folder} has no {names}: it is trained again for them")
     beside = record.folder / "again"
     paths, tracking = config.paths.model_copy(update={"runs": str(beside)}), Tracking(mode="disabled")
     other = config.model_copy(update={"paths": paths, "tracking": tracking})
@@ -74,7 +75,8 @@ def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
         )
     kept = [folder for folder in identify(other).folder.iterdir() if (folder / "config.json").is_file()]
     for folder in sorted(kept, key=lambda folder: folder.name == "best"):  # which says that all are there
-        folder.rename(record.folder / folder.name)
+        if not (record.folder / folder.name).exists():
+            folder.rename(record.folder / folder.name)
     shutil.rmtree(beside)
 
 

@@ -1,6 +1,9 @@
 """Dropout that draws its masks four times as fast on a CPU, the same random variable as PyTorch's; and its rate."""
 
+from contextlib import suppress
+
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -91,7 +94,8 @@ def configure_dropout(config: PreTrainedConfig, p: float) -> None:
         if isinstance(value, PreTrainedConfig):
             configure_dropout(value, p)
         elif _is_rate(name, value, p) or (_is_rate(name, 0.0, p) and value is None):
-            setattr(config, name, p)
+            with suppress(StrictDataclassFieldValidationError):  # MPT's must be whole: `set_dropout` sets it
+                setattr(config, name, p)
 
 
 def set_dropout(network: nn.Module, p: float) -> None:
