@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..glue import Tokenised
 from ..methods import METHODS, ExampleLosses
-from ..runs.run import Ready, peak_memory, prepare
+from ..runs.run import Ready, packing_of, peak_memory, prepare
 from ..training.backward import Backward
 from ..training.batches import epoch_order, pieces
 from ..training.device import Outcomes, to
@@ -106,16 +107,30 @@ class Stepper:
 
 
 class Steps:
-    """AdamW's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
-    for a device and the CUDA graphs that a run has."""
+    """A method's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
+    for a device and the CUDA graphs that a run has.
 
-    def __init__(self, config: Config, ready: Ready):
+    Those of one model may share an `optimizer`. `examples`: others than the task's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ready: Ready,
+        method: str = "plain",
+        optimizer: torch.optim.Optimizer | None = None,
+        examples: Tokenised | None = None,
+    ):
         self.device, self.size = ready.device, config.train.batch_size
-        model, examples = ready.network.train(), ready.data[ready.task.train[0]]
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
+        model, examples = ready.network.train(), examples or ready.data[ready.task.train[0]]
+        self.optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
         self.outcomes = Outcomes(ready.device)
-        method = METHODS["plain"](model)
-        self.backward = Backward(config, examples, model, method, ready.device, ready.whole, not self.outcomes.later)
+        made = METHODS[method](model)
+        packing, notes = packing_of(config, ready, made)
+        for note in notes:
+            print(note, file=sys.stderr)
+        wait = not self.outcomes.later
+        self.backward = Backward(config, examples, model, made, ready.device, ready.whole, wait, packing)
 
     @property
     def unsteady(self) -> int:

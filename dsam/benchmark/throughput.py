@@ -24,7 +24,13 @@ from ..training.batches import epoch_order, pieces
 from ..training.model import build
 from .steps import Steps
 
-CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
+CONTENDERS = (
+    "dsam",
+    "dsam, padding-free",
+    "dsam, bfloat16",
+    "Trainer, dynamic padding",
+    "Trainer, padded to the limit",
+)
 """`Trainer, padded to the limit` is what its GLUE example does by default (pad_to_max_length)."""
 
 
@@ -49,19 +55,24 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
     limit = config.train.max_length
-    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bfloat16"})})
+    half, free = (
+        config.model_copy(update={"train": config.train.model_copy(update=change)})
+        for change in ({"precision": "bfloat16"}, {"padding": "free"})
+    )
     tokens = {
         "dsam": padded_tokens(order, examples.lengths, config.train, ready.device),
+        "dsam, padding-free": int(lengths.sum()),
         "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train, ready.device),
         "Trainer, dynamic padding": sum(
             len(lengths[k : k + batch]) * int(lengths[k : k + batch].max()) for k in range(0, len(order), batch)
         ),
         "Trainer, padded to the limit": len(order) * limit,
     }
-    ours, ours_half = Steps(config, ready), Steps(half, prepare(half))
+    ours, ours_half, ours_free = Steps(config, ready), Steps(half, prepare(half)), Steps(free, prepare(free))
     theirs = build(config, ready.task.num_labels, ready.tokenizer).to(ready.device)  # with transformers' attention
     contenders: dict[str, Callable[[], float]] = {
         "dsam": lambda: ours(order),
+        "dsam, padding-free": lambda: ours_free(order),
         "dsam, bfloat16": lambda: ours_half(order),
         "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
         "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),

@@ -1,0 +1,83 @@
+"""What padding costs: the same steps with batches in pieces, undivided, and as one row of tokens."""
+
+import statistics
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..config import Config
+from ..glue import Tokenised
+from ..runs.run import prepare
+from ..training.batches import epoch_order
+from .steps import Steps
+from .throughput import padded_tokens
+
+METHODS = {"adamw": "plain", "sam": "sam"}
+WAYS = {
+    "pieces": {},
+    "undivided": {"piece_overhead": None},
+    "padding-free": {"padding": "free"},
+    "of one length": {"piece_overhead": None},
+}
+"""`of one length`: as many tokens in as many rows, which need no padding, undivided; what is left to gain."""
+
+
+@dataclass
+class Way:
+    """One method's steps with batches padded in one way."""
+
+    method: str
+    name: str
+    seconds: float  # a step, the median over batches and rounds
+    tokens: float  # a step, padding included
+
+
+def measure(config: Config, batches: int, rounds: int) -> list[Way]:
+    """Times every way of both methods in turn on each batch, after a batch that does not count."""
+    ready, size = prepare(config), config.train.batch_size
+    examples = ready.data[ready.task.train[0]]
+    order = epoch_order(len(examples), config.seeds.data, 0)[: batches * size]
+    even = of_one_length(examples, order, size)
+    steps, tokens, optimizer = {}, {}, None
+    for method, called in METHODS.items():
+        for name, change in WAYS.items():
+            chosen = config.model_copy(update={"train": config.train.model_copy(update=change)})
+            seen, rows = (even, np.arange(len(order))) if name == "of one length" else (examples, order)
+            made = Steps(chosen, ready, called, optimizer, seen)
+            optimizer = made.optimizer
+            steps[method, name] = made, rows
+            padded = padded_tokens(rows, seen.lengths, chosen.train, ready.device)
+            tokens[method, name] = examples.lengths[order].sum() if name == "padding-free" else padded
+    seconds: dict[tuple[str, str], list[float]] = {both: [] for both in steps}
+    contenders = list(steps.items())
+    for turn in range(rounds):
+        print(f"{config.task.name}: padding, round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
+        for k in range(0, len(order), size):
+            if turn == k == 0:
+                for made, rows in steps.values():
+                    made(rows[:size])
+            first = (turn + k // size) % len(contenders)  # a way's place changes, so that none always follows another
+            for both, (made, rows) in [*contenders[first:], *contenders[:first]]:
+                seconds[both].append(made(rows[k : k + size]))
+    return [Way(*both, statistics.median(seconds[both]), float(tokens[both] / batches)) for both in steps]
+
+
+def of_one_length(examples: Tokenised, order: np.ndarray, size: int) -> Tokenised:
+    """The examples `order`, in batches of `size`: each batch's tokens anew in rows of its mean length, rounded."""
+    taken = examples.take(order)
+    lengths, tokens = [], []
+    for k in range(0, len(order), size):
+        start, end = taken.offsets[k], taken.offsets[min(k + size, len(order))]
+        rows = min(size, len(order) - k)
+        length = max(1, round((end - start) / rows))
+        lengths += [length] * rows
+        tokens.append(start + np.arange(rows * length) % (end - start))
+    places = np.concatenate(tokens)
+    types = taken.token_type_ids
+    return replace(
+        taken,
+        input_ids=taken.input_ids[places],
+        token_type_ids=None if types is None else types[places],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
