@@ -1,5 +1,6 @@
 """Padding-free passes beside padded ones: the same losses and gradients, the same masks replayed, or none at all."""
 
+import copy
 import json
 
 import encoders
@@ -18,10 +19,10 @@ from dsam.training.backward import Backward
 from dsam.training.dropout import set_dropout, use_fast_dropout
 from dsam.training.padding_free import Layout, PaddingFree, padding_free
 
-FITTING = ["bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert", "albert", "modernbert"]
-OWN = ["mpnet", "deberta", "deberta_v2", "xlnet", "fnet", "funnel", "xlm", "squeezebert"]
+FITTING = ["bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert", "albert", "modernbert", "mpnet"]
+OWN = ["deberta", "deberta_v2", "xlnet", "fnet", "funnel", "xlm", "squeezebert"]
 """Families whose attention is code of their own, or none."""
-OTHERS = sorted(set(encoders.FAMILIES) - {*FITTING, *OWN})
+OTHERS = sorted(set(encoders.FAMILIES) - {*FITTING, *OWN, "t5", "bart"})
 LENGTHS = [9, 2, 5, 12, 5, 1, 12]
 METHODS_TAKEN = {
     "plain": {},
@@ -47,7 +48,7 @@ def rows(lengths=LENGTHS, labels=2):
 
 
 def network(family, dropout=0.0, **others):
-    model = encoders.model(family, **others)
+    model = copy.deepcopy(encoders.model(family, **others))  # which share their configuration
     set_dropout(model, dropout)
     use_fast_dropout(model)
     return model
@@ -127,6 +128,12 @@ def test_a_network_with_attention_of_its_own_stays_padded_and_says_so(family):
     assert notes == [f"train.padding=free: {type(model).__name__}'s attention is code of its own: batches are padded"]
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_network_with_a_decoder_stays_padded_and_says_so(family):
+    model = network(family)
+    assert "has a decoder as well" in padding_free(model, rows(), METHODS["plain"](model))[1][0]
+
+
 def test_a_network_that_mixes_places_outside_its_attention_is_found_by_the_trial(monkeypatch):
     model = network("bert")
     layer = model.bert.encoder.layer[1]
@@ -183,7 +190,7 @@ def test_no_layer_sees_padding_and_the_batch_is_one_pass():
     assert method.report["forwards"] == 2 and model.config._attn_implementation == packed.NAME
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
 @pytest.mark.parametrize("name", ["sam", "delta_sam"])
 def test_masks_are_replayed(family, name):
     """With dropout: at ρ = 0 all passes draw the plain step's masks, of which no two are alike."""
@@ -199,9 +206,10 @@ def test_masks_are_replayed(family, name):
         assert METHODS["plain"](model).backward(closure) != plain[0]
 
 
-def test_attentions_shares_are_dropped_at_their_rate():
-    """One example beside itself: the packed pass is the padded one, draw for draw."""
-    model = network("bert", dropout=0.3)
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert"])
+def test_without_padding_the_packed_pass_draws_what_the_padded_one_does(family):
+    """Rows of one length: the same masks, in the attention too."""
+    model = network(family, dropout=0.3)
     closure = ExampleLosses(model, rows([6, 6, 6]).batch(range(3)))
     packing = PaddingFree(model)
     one, other = gradient(METHODS["plain"](model), closure), gradient(METHODS["plain"](model), closure, packing)

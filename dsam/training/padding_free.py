@@ -1,6 +1,7 @@
 """Padding-free passes: a batch's tokens as one row through an encoder's layers, attention within each example."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,24 +70,29 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, Tensor | None]:
     """`dropout.attention` between packed layers within each example, all of one length at once; and itself elsewhere.
 
-    Of shape (1, H, N, d) there; mask as the padded batch has it.
+    Of shape (1, H, N, d) there; mask and bias as the padded batch has them.
     """
     if _layout is None:
+        options["position_bias"] = position_bias
         return padded.attention(module, query, key, value, attention_mask, scaling, dropout, **options)
     if key.shape[1] != query.shape[1] or any(options.get(name) is not None for name in BEYOND):
         raise DoesNotFit("attention that is not BERT's")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, size = query.shape[1], query.shape[-1]
     by_group = [x[0].transpose(0, 1).split(_layout.sizes) for x in (query * scaling, key, value)]
+    added = [_layout.hidden(x) for x in (attention_mask, position_bias)]
     given = []
-    for q, k, v, (rows, length), hidden in zip(*by_group, _layout.groups, _layout.hidden(attention_mask), strict=True):
+    for q, k, v, (rows, length), *more in zip(*by_group, _layout.groups, *added, strict=True):
         q, k, v = (x.reshape(len(rows), length, heads, size).transpose(1, 2) for x in (q, k, v))
         scores = torch.matmul(q, k.transpose(2, 3))
-        shares = nn.functional.softmax(scores if hidden is None else scores + hidden, dim=-1)
+        for x in more:
+            scores = scores if x is None else scores + x
+        shares = nn.functional.softmax(scores, dim=-1)
         if module.training:
             shares = _dropout(shares, dropout)
         given.append(torch.matmul(shares, v).transpose(1, 2).reshape(-1, heads, size))
@@ -99,18 +105,39 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
+def _mpnet(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **_,
+) -> tuple:
+    """MPNet's attention, which transformers does not call by its interface, through `attention`."""
+    if _layout is None:
+        return type(module).forward(module, hidden_states, attention_mask, position_bias, output_attentions)
+    shape = (*hidden_states.shape[:-1], module.num_attention_heads, module.attention_head_size)
+    q, k, v = (layer(hidden_states).view(shape).transpose(1, 2) for layer in (module.q, module.k, module.v))
+    given, _ = attention(module, q, k, v, attention_mask, dropout=module.dropout.p, position_bias=position_bias)
+    return (module.o(given.flatten(2)),)
+
+
 class PaddingFree:
     """Inside `with`, the network's layers see a batch's tokens and none of its padding, by hooks: linear layers,
     normalisation, activations and dropout on (1, N, D). Embeddings, pooler and head see (B, T), as ever.
 
-    Raises DoesNotFit for a network whose attention is code of its own.
+    Raises DoesNotFit for a network with a decoder or whose attention is code of its own; MPNet's is known.
     """
 
     def __init__(self, network: PreTrainedModel):
-        if network.config._attn_implementation not in (padded.NAME, NAME):
-            raise DoesNotFit(f"{type(network).__name__}'s attention is code of its own")
         self.network, self.stack = network, stacks_of(network)[0]
-        network.set_attn_implementation(NAME)
+        self._own = [module for module in network.modules() if type(module).__name__ == "MPNetSelfAttention"]
+        if network.config.is_encoder_decoder:
+            raise DoesNotFit(f"{type(network).__name__} has a decoder as well")
+        if not self._own and network.config._attn_implementation not in (padded.NAME, NAME):
+            raise DoesNotFit(f"{type(network).__name__}'s attention is code of its own")
+        if not self._own:
+            network.set_attn_implementation(NAME)
         self._hooks = ExitStack()
         self._of_pass: Layout | None = None
 
@@ -122,10 +149,14 @@ class PaddingFree:
         for layer in self.stack:
             enter(layer.register_forward_pre_hook(self._pack_places, with_kwargs=True))
         enter(self.stack[-1].register_forward_hook(self._unpack))
+        for module in self._own:
+            module.forward = partial(_mpnet, module)
         return self
 
     def __exit__(self, *_) -> None:
         self._hooks.close()
+        for module in self._own:
+            vars(module).pop("forward", None)
         self._end()
 
     def _begin(self, _, args: tuple, kwargs: dict) -> None:
@@ -189,16 +220,17 @@ def _fitting(network: PreTrainedModel, examples: Tokenised, method: Method, whol
         raise DoesNotFit(f"{type(method).__name__} takes single examples' gradients inside the layers")
     if examples.pad_left:
         raise DoesNotFit(f"{name} is padded on the left")
+    usual = network.config._attn_implementation
     found = PaddingFree(network)
     try:
-        same = _same(found, examples)
-    except Exception as why:  # whatever a layer that takes no packed row raises inside torch
-        network.set_attn_implementation(padded.NAME)
-        raise DoesNotFit(f"{name} cannot do without ({first_line(why)})") from None
-    if not same:
-        network.set_attn_implementation(padded.NAME)
-        raise DoesNotFit(f"{name} gives other outputs without")
-    return found
+        if _same(found, examples):
+            return found
+        why = f"{name} gives other outputs without"
+    except Exception as error:  # whatever a layer that takes no packed row raises inside torch
+        why = f"{name} cannot do without ({first_line(error)})"
+    if network.config._attn_implementation != usual:
+        network.set_attn_implementation(usual)
+    raise DoesNotFit(why)
 
 
 @torch.no_grad()
