@@ -11,14 +11,13 @@ from ..glue import Tokenised
 from ..runs.run import prepare
 from ..training.batches import epoch_order
 from .steps import Steps
-from .throughput import padded_tokens
 
 METHODS = {"adamw": "plain", "sam": "sam"}
 WAYS = {
-    "pieces": {},
-    "undivided": {"piece_overhead": None},
+    "pieces": {"padding": "pieces"},
+    "undivided": {"padding": "pieces", "piece_overhead": None},
     "padding-free": {"padding": "free"},
-    "of one length": {"piece_overhead": None},
+    "of one length": {"padding": "pieces", "piece_overhead": None},
 }
 """`of one length`: as many tokens in as many rows, which need no padding, undivided; what is left to gain."""
 
@@ -47,8 +46,7 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
             made = Steps(chosen, ready, called, optimizer, seen)
             optimizer = made.optimizer
             steps[method, name] = made, rows
-            padded = padded_tokens(rows, seen.lengths, chosen.train, ready.device)
-            tokens[method, name] = examples.lengths[order].sum() if name == "padding-free" else padded
+            tokens[method, name] = made.tokens(rows) / batches
     seconds: dict[tuple[str, str], list[float]] = {both: [] for both in steps}
     contenders = list(steps.items())
     for turn in range(rounds):
@@ -60,7 +58,7 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
             first = (turn + k // size) % len(contenders)  # a way's place changes, so that none always follows another
             for both, (made, rows) in [*contenders[first:], *contenders[:first]]:
                 seconds[both].append(made(rows[k : k + size]))
-    return [Way(*both, statistics.median(seconds[both]), float(tokens[both] / batches)) for both in steps]
+    return [Way(*both, statistics.median(seconds[both]), tokens[both]) for both in steps]
 
 
 def of_one_length(examples: Tokenised, order: np.ndarray, size: int) -> Tokenised:

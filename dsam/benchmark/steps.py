@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..errors import UserError
 from ..glue import Tokenised
 from ..methods import METHODS, ExampleLosses
 from ..runs.run import Ready, packing_of, peak_memory, prepare
@@ -61,8 +62,11 @@ class Timed:
 def batches(
     ready: Ready, config: Config, order: np.ndarray, autocast: torch.dtype | None
 ) -> Iterator[list[ExampleLosses]]:
-    """The examples `order` in batches, each cut and moved as the training loop does it."""
+    """The examples `order` in batches, each cut and moved as the training loop does it. UserError where that cuts
+    none."""
     examples, train = ready.data[ready.task.train[0]], config.train
+    if train.padding == "free":
+        raise UserError("train.padding=free is timed by --what padding and --what throughput")
     for k in range(0, len(order), train.batch_size):
         parts = pieces(order[k : k + train.batch_size], examples.lengths, train)
         yield [ExampleLosses(ready.network, to(examples.batch(part), ready.device), autocast) for part in parts]
@@ -131,6 +135,15 @@ class Steps:
             print(note, file=sys.stderr)
         wait = not self.outcomes.later
         self.backward = Backward(config, examples, model, made, ready.device, ready.whole, wait, packing)
+
+    def tokens(self, order: np.ndarray) -> int:
+        """That go through the layers for the examples `order`, padding included (what a CUDA graph pads to a multiple
+        of 16 is not counted)."""
+        lengths = self.backward.examples.lengths
+        if self.backward.packing is not None:
+            return int(lengths[order].sum())
+        batches = [order[k : k + self.size] for k in range(0, len(order), self.size)]
+        return sum(len(part) * int(lengths[part].max()) for batch in batches for part in self.backward.parts(batch))
 
     @property
     def unsteady(self) -> int:

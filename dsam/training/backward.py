@@ -46,8 +46,7 @@ class Backward:
 
     def __call__(self, batch: np.ndarray) -> Tensor:
         """The mean loss of the examples `batch`; leaves `.grad` and `method.report`."""
-        by_length = not self.whole and self.packing is None
-        parts = pieces(batch, self.examples.lengths, self.train, self.device, by_length)
+        parts = self.parts(batch)
         if self.graphs is not None and len(parts) == 1:
             return self.graphs.backward(self.examples.batch(parts[0], BUCKET, self.train.max_length))
         width = int(self.examples.lengths[batch].max()) if self.whole else 1
@@ -61,3 +60,8 @@ class Backward:
             norm = torch.as_tensor(self.method.report["gradient_norm"])
             clip_grads_with_norm_(self.method.params, self.train.max_grad_norm, norm)
         return loss
+
+    def parts(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The pieces of the batch, each one pass."""
+        by_length = not self.whole and self.packing is None
+        return pieces(batch, self.examples.lengths, self.train, self.device, by_length)

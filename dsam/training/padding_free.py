@@ -78,15 +78,15 @@ def attention(
     Of shape (1, H, N, d) there; mask and bias as the padded batch has them.
     """
     if _layout is None:
-        options["position_bias"] = position_bias
-        return padded.attention(module, query, key, value, attention_mask, scaling, dropout, **options)
+        given: dict[str, Any] = options | {"position_bias": position_bias}
+        return padded.attention(module, query, key, value, attention_mask, scaling, dropout, **given)
     if key.shape[1] != query.shape[1] or any(options.get(name) is not None for name in BEYOND):
         raise DoesNotFit("attention that is not BERT's")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, size = query.shape[1], query.shape[-1]
     by_group = [x[0].transpose(0, 1).split(_layout.sizes) for x in (query * scaling, key, value)]
     added = [_layout.hidden(x) for x in (attention_mask, position_bias)]
-    given = []
+    found = []
     for q, k, v, (rows, length), *more in zip(*by_group, _layout.groups, *added, strict=True):
         q, k, v = (x.reshape(len(rows), length, heads, size).transpose(1, 2) for x in (q, k, v))
         scores = torch.matmul(q, k.transpose(2, 3))
@@ -95,8 +95,8 @@ def attention(
         shares = nn.functional.softmax(scores, dim=-1)
         if module.training:
             shares = _dropout(shares, dropout)
-        given.append(torch.matmul(shares, v).transpose(1, 2).reshape(-1, heads, size))
-    return torch.cat(given)[None], None
+        found.append(torch.matmul(shares, v).transpose(1, 2).reshape(-1, heads, size))
+    return torch.cat(found)[None], None
 
 
 _dropout = dropout  # `attention` has an argument of that name
@@ -111,15 +111,15 @@ def _mpnet(
     attention_mask: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
-    **_,
+    **options,
 ) -> tuple:
     """MPNet's attention, which transformers does not call by its interface, through `attention`."""
     if _layout is None:
-        return type(module).forward(module, hidden_states, attention_mask, position_bias, output_attentions)
+        return type(module).forward(module, hidden_states, attention_mask, position_bias, output_attentions, **options)
     shape = (*hidden_states.shape[:-1], module.num_attention_heads, module.attention_head_size)
     q, k, v = (layer(hidden_states).view(shape).transpose(1, 2) for layer in (module.q, module.k, module.v))
-    given, _ = attention(module, q, k, v, attention_mask, dropout=module.dropout.p, position_bias=position_bias)
-    return (module.o(given.flatten(2)),)
+    found, _ = attention(module, q, k, v, attention_mask, dropout=module.dropout.p, position_bias=position_bias)
+    return (module.o(found.flatten(2)),)
 
 
 class PaddingFree:
@@ -213,7 +213,7 @@ def padding_free(
 def _fitting(network: PreTrainedModel, examples: Tokenised, method: Method, whole: bool) -> PaddingFree:
     name = type(network).__name__
     if network.device.type != "cpu":
-        raise DoesNotFit("it is not made for a GPU")  # where each of its small attentions would be launches
+        raise DoesNotFit("it is not made for a GPU")  # which many small attentions, each a launch, would not suit
     if whole:
         raise DoesNotFit(f"{name}'s outputs depend on padding")
     if method.by_example:
