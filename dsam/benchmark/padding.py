@@ -12,14 +12,14 @@ from ..runs.run import prepare
 from ..training.batches import epoch_order
 from .steps import Steps
 
-METHODS = {"adamw": "plain", "sam": "sam"}
 WAYS = {
     "pieces": {"padding": "pieces"},
-    "undivided": {"padding": "pieces", "piece_overhead": None},
     "padding-free": {"padding": "free"},
+    "undivided": {"padding": "pieces", "piece_overhead": None},
     "of one length": {"padding": "pieces", "piece_overhead": None},
 }
 """`of one length`: as many tokens in as many rows, which need no padding, undivided; what is left to gain."""
+CONTENDERS = {"adamw": ("plain", list(WAYS)), "sam": ("sam", ["pieces", "padding-free"])}
 
 
 @dataclass
@@ -33,15 +33,15 @@ class Way:
 
 
 def measure(config: Config, batches: int, rounds: int) -> list[Way]:
-    """Times every way of both methods in turn on each batch, after a batch that does not count."""
+    """Times AdamW's steps in every way and SAM's in two, in turn on each batch, after a batch that does not count."""
     ready, size = prepare(config), config.train.batch_size
     examples = ready.data[ready.task.train[0]]
     order = epoch_order(len(examples), config.seeds.data, 0)[: batches * size]
     even = of_one_length(examples, order, size)
     steps, tokens, optimizer = {}, {}, None
-    for method, called in METHODS.items():
-        for name, change in WAYS.items():
-            chosen = config.model_copy(update={"train": config.train.model_copy(update=change)})
+    for method, (called, names) in CONTENDERS.items():
+        for name in names:
+            chosen = config.model_copy(update={"train": config.train.model_copy(update=WAYS[name])})
             seen, rows = (even, np.arange(len(order))) if name == "of one length" else (examples, order)
             made = Steps(chosen, ready, called, optimizer, seen)
             optimizer = made.optimizer
