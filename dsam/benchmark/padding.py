@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,7 @@ class Way:
     method: str
     name: str
     seconds: float  # a step, the median over batches and rounds
+    processor_seconds: float  # a step, of all threads, likewise: what other work on the machine disturbs least
     tokens: float  # a step, padding included
 
 
@@ -47,7 +49,7 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
             optimizer = made.optimizer
             steps[method, name] = made, rows
             tokens[method, name] = made.tokens(rows) / batches
-    seconds: dict[tuple[str, str], list[float]] = {both: [] for both in steps}
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {both: [] for both in steps}
     contenders = list(steps.items())
     for turn in range(rounds):
         print(f"{config.task.name}: padding, round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
@@ -57,8 +59,9 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
                     made(rows[:size])
             first = (turn + k // size) % len(contenders)  # a way's place changes, so that none always follows another
             for both, (made, rows) in [*contenders[first:], *contenders[:first]]:
-                seconds[both].append(made(rows[k : k + size]))
-    return [Way(*both, statistics.median(seconds[both]), tokens[both]) for both in steps]
+                began = time.process_time()
+                seconds[both].append((made(rows[k : k + size]), time.process_time() - began))
+    return [Way(*both, *map(statistics.median, zip(*seconds[both], strict=True)), tokens[both]) for both in steps]
 
 
 def of_one_length(examples: Tokenised, order: np.ndarray, size: int) -> Tokenised:

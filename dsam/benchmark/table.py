@@ -125,14 +125,17 @@ def saved(measured: Sequence[Saved]) -> pd.DataFrame:
 
 
 def ways(measured: Sequence[Way]) -> pd.DataFrame:
-    """One row per method and way of its batches: seconds of a step, how many times as fast as pieces, tokens a step."""
-    pieces = {found.method: found.seconds for found in measured if found.name == "pieces"}
+    """One row per method and way of its batches: seconds and processor seconds of a step, how many times as fast as
+    pieces by each, tokens a step."""
+    pieces = {found.method: found for found in measured if found.name == "pieces"}
     return pd.DataFrame(
         {
             "method": found.method,
             "batches": found.name,
             "seconds a step": found.seconds,
-            "faster than pieces by": pieces[found.method] / found.seconds,
+            "faster than pieces by": pieces[found.method].seconds / found.seconds,
+            "processor seconds": found.processor_seconds,
+            "fewer than pieces by": pieces[found.method].processor_seconds / found.processor_seconds,
             "tokens a step, padding included": found.tokens,
         }
         for found in measured
