@@ -185,12 +185,14 @@ class Train(Settings):
     max_length: Annotated[Whole, Field(ge=8)] = 128
     micro_batch_size: AtLeast1 | None = None
     piece_overhead: AtLeast0 | Literal["auto"] | None = None
+    padding: Literal["pieces", "free"] = "pieces"
     max_steps: AtLeast1 | None = None
     max_train_examples: AtLeast1 | None = None
 
     def named(self) -> dict:
-        """The settings as they name a run: how a device cuts its batches changes no gradient."""
-        given = self.model_dump()
+        """The settings as they name a run: how a device cuts its batches changes no gradient. `padding` only where it
+        is set, so that runs from before it could be keep their names."""
+        given = self.model_dump(exclude={"padding"} if self.padding == "pieces" else None)
         return given | ({"piece_overhead": AUTO_OVERHEAD} if self.piece_overhead == "auto" else {})
 
 

@@ -7,7 +7,8 @@ and .md. Instead of the methods: --what throughput times plain fine-tuning besid
 exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
 batch, length and model shapes (random weights; no task or model needed; a figure as well), --what shares where the
 time goes beside the passes, --what packing how many runs an hour the device does, by how many at once, --what
-checkpoints what one takes of a training. Each writes results/<what>.json and .md, as the figures come.
+padding AdamW's and SAM's steps by how their batches are padded, --what checkpoints what one takes of a training. Each
+writes results/<what>.json and .md, as the figures come.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from dsam.benchmark import checkpoints, norms, packing, scaling, shares, steps, table, throughput
+from dsam.benchmark import checkpoints, norms, packing, padding, scaling, shares, steps, table, throughput
 from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError, did_you_mean
@@ -35,6 +36,7 @@ MEASURES = {
         lambda config, given: packing.measure(config, given.at_once, given.batches, given.rounds),
         table.packed,
     ),
+    "padding": (lambda config, given: padding.measure(config, given.batches, given.rounds), table.ways),
     "checkpoints": (lambda config, given: checkpoints.measure(config, given.batches, given.rounds), table.saved),
     "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
 }

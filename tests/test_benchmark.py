@@ -14,10 +14,12 @@ import warm
 from conftest import command
 from transformers import BertConfig, BertForSequenceClassification
 
-from dsam.benchmark import norms, scaling, shares, steps, table, throughput
+from dsam.benchmark import norms, padding, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
 from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
+from dsam.runs.run import prepare
+from dsam.training.batches import epoch_order
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +71,7 @@ def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monke
     padded, dynamic, ours = (
         found[name].padded_tokens for name in ("Trainer, padded to the limit", "Trainer, dynamic padding", "dsam")
     )
-    assert padded == 16 * config.train.max_length > dynamic >= ours
+    assert padded == 16 * config.train.max_length > dynamic >= ours > found["dsam, padding-free"].padded_tokens
     masks = [m for m in seen if m.shape == (8, config.train.max_length)]
     assert len(masks) == 2 * 2  # two steps, a round to warm up and one that counts
     dynamic_masks = [m for m in seen if m.shape[0] == 8 and m.shape[1] < config.train.max_length]
@@ -186,6 +188,24 @@ def test_their_sam_takes_the_same_step():
             step([ExampleLosses(model, {k: v[part] for k, v in batch.items()}) for part in closures])
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (ends[0] - ends[1]).abs().max() < 1e-8  # three steps of lr 1e-6 move a weight by 3e-6
+
+
+def test_ways_to_pad_are_timed_on_the_same_tokens(config):
+    found, _ = figures("padding", config, 2, 1)
+    rows = table.ways([padding.Way(**vars(row)) for row in found]).set_index(["method", "batches"])
+    assert set(rows.index) == {(method, way) for method, (_, ways) in padding.CONTENDERS.items() for way in ways}
+    assert (rows["seconds a step"] > 0).all() and (rows["faster than pieces by"].loc[:, "pieces"] == 1).all()
+    tokens = rows["tokens a step, padding included"]["adamw"]
+    ready = prepare(config)
+    examples = ready.data[ready.task.train[0]]
+    order = epoch_order(len(examples), config.seeds.data, 0)[:16]
+    assert tokens["padding-free"] == examples.lengths[order].sum() / 2
+    assert tokens["undivided"] == sum(8 * examples.lengths[order[k : k + 8]].max() for k in (0, 8)) / 2
+    assert tokens["padding-free"] <= tokens["pieces"] <= tokens["undivided"]
+    even = padding.of_one_length(examples, order, 8)
+    assert all(len(set(even.lengths[k : k + 8])) == 1 for k in (0, 8))
+    assert abs(tokens["of one length"] - tokens["padding-free"]) <= 4  # a half for each of 8 rows
+    assert (even.input_ids[:8] == examples.take(order).input_ids[:8]).all() and len(even.labels) == 16
 
 
 def test_a_checkpoint_is_timed_beside_steps_and_alone(config):

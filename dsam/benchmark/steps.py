@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..errors import UserError
+from ..glue import Tokenised
 from ..methods import METHODS, ExampleLosses
-from ..runs.run import Ready, peak_memory, prepare
+from ..runs.run import Ready, packing_of, peak_memory, prepare
 from ..training.backward import Backward
 from ..training.batches import epoch_order, pieces
 from ..training.device import Outcomes, to
@@ -60,8 +62,11 @@ class Timed:
 def batches(
     ready: Ready, config: Config, order: np.ndarray, autocast: torch.dtype | None
 ) -> Iterator[list[ExampleLosses]]:
-    """The examples `order` in batches, each cut and moved as the training loop does it."""
+    """The examples `order` in batches, each cut and moved as the training loop does it. UserError where that cuts
+    none."""
     examples, train = ready.data[ready.task.train[0]], config.train
+    if train.padding == "free":
+        raise UserError("train.padding=free is timed by --what padding and --what throughput")
     for k in range(0, len(order), train.batch_size):
         parts = pieces(order[k : k + train.batch_size], examples.lengths, train)
         yield [ExampleLosses(ready.network, to(examples.batch(part), ready.device), autocast) for part in parts]
@@ -106,16 +111,39 @@ class Stepper:
 
 
 class Steps:
-    """AdamW's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
-    for a device and the CUDA graphs that a run has."""
+    """A method's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
+    for a device and the CUDA graphs that a run has.
 
-    def __init__(self, config: Config, ready: Ready):
+    Those of one model may share an `optimizer`. `examples`: others than the task's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ready: Ready,
+        method: str = "plain",
+        optimizer: torch.optim.Optimizer | None = None,
+        examples: Tokenised | None = None,
+    ):
         self.device, self.size = ready.device, config.train.batch_size
-        model, examples = ready.network.train(), ready.data[ready.task.train[0]]
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
+        model, examples = ready.network.train(), examples or ready.data[ready.task.train[0]]
+        self.optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
         self.outcomes = Outcomes(ready.device)
-        method = METHODS["plain"](model)
-        self.backward = Backward(config, examples, model, method, ready.device, ready.whole, not self.outcomes.later)
+        made = METHODS[method](model)
+        packing, notes = packing_of(config, ready, made)
+        for note in notes:
+            print(note, file=sys.stderr)
+        wait = not self.outcomes.later
+        self.backward = Backward(config, examples, model, made, ready.device, ready.whole, wait, packing)
+
+    def tokens(self, order: np.ndarray) -> int:
+        """That go through the layers for the examples `order`, padding included (what a CUDA graph pads to a multiple
+        of 16 is not counted)."""
+        lengths = self.backward.examples.lengths
+        if self.backward.packing is not None:
+            return int(lengths[order].sum())
+        batches = [order[k : k + self.size] for k in range(0, len(order), self.size)]
+        return sum(len(part) * int(lengths[part].max()) for batch in batches for part in self.backward.parts(batch))
 
     @property
     def unsteady(self) -> int:

@@ -15,6 +15,7 @@ from ..text import published
 from .checkpoints import Saved
 from .norms import Cost
 from .packing import Packed
+from .padding import Way
 from .scaling import Point
 from .shares import Share
 from .steps import Timed
@@ -123,8 +124,26 @@ def saved(measured: Sequence[Saved]) -> pd.DataFrame:
     )
 
 
+def ways(measured: Sequence[Way]) -> pd.DataFrame:
+    """One row per method and way of its batches: seconds and processor seconds of a step, how many times as fast as
+    pieces by each, tokens a step."""
+    pieces = {found.method: found for found in measured if found.name == "pieces"}
+    return pd.DataFrame(
+        {
+            "method": found.method,
+            "batches": found.name,
+            "seconds a step": found.seconds,
+            "faster than pieces by": pieces[found.method].seconds / found.seconds,
+            "processor seconds": found.processor_seconds,
+            "fewer than pieces by": pieces[found.method].processor_seconds / found.processor_seconds,
+            "tokens a step, padding included": found.tokens,
+        }
+        for found in measured
+    )
+
+
 def write(
-    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share | Saved]],
+    measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share | Saved | Way]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
     settings: dict,

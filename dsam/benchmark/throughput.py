@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorWithPadding,
@@ -18,13 +17,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..config import Config, Train
+from ..config import Config
 from ..runs.run import Ready, prepare
-from ..training.batches import epoch_order, pieces
+from ..training.batches import epoch_order
 from ..training.model import build
 from .steps import Steps
 
-CONTENDERS = ("dsam", "dsam, bfloat16", "Trainer, dynamic padding", "Trainer, padded to the limit")
+CONTENDERS = (
+    "dsam",
+    "dsam, padding-free",
+    "dsam, bfloat16",
+    "Trainer, dynamic padding",
+    "Trainer, padded to the limit",
+)
 """`Trainer, padded to the limit` is what its GLUE example does by default (pad_to_max_length)."""
 
 
@@ -49,19 +54,24 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
     limit = config.train.max_length
-    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bfloat16"})})
+    half, free = (
+        config.model_copy(update={"train": config.train.model_copy(update=change)})
+        for change in ({"precision": "bfloat16"}, {"padding": "free"})
+    )
+    ours, ours_half, ours_free = Steps(config, ready), Steps(half, prepare(half)), Steps(free, prepare(free))
     tokens = {
-        "dsam": padded_tokens(order, examples.lengths, config.train, ready.device),
-        "dsam, bfloat16": padded_tokens(order, examples.lengths, half.train, ready.device),
+        "dsam": ours.tokens(order),
+        "dsam, padding-free": ours_free.tokens(order),
+        "dsam, bfloat16": ours_half.tokens(order),
         "Trainer, dynamic padding": sum(
             len(lengths[k : k + batch]) * int(lengths[k : k + batch].max()) for k in range(0, len(order), batch)
         ),
         "Trainer, padded to the limit": len(order) * limit,
     }
-    ours, ours_half = Steps(config, ready), Steps(half, prepare(half))
     theirs = build(config, ready.task.num_labels, ready.tokenizer).to(ready.device)  # with transformers' attention
     contenders: dict[str, Callable[[], float]] = {
         "dsam": lambda: ours(order),
+        "dsam, padding-free": lambda: ours_free(order),
         "dsam, bfloat16": lambda: ours_half(order),
         "Trainer, dynamic padding": lambda: trainer(theirs, ready, order, config, None),
         "Trainer, padded to the limit": lambda: trainer(theirs, ready, order, config, limit),
@@ -74,15 +84,6 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
             if turn > 0:
                 seconds[name].append(spent)
     return [Throughput(name, len(order) / statistics.median(seconds[name]), tokens[name]) for name in CONTENDERS]
-
-
-def padded_tokens(order: np.ndarray, lengths: np.ndarray, train: Train, device: torch.device) -> int:
-    """Tokens, padding included, that the batches of `order` come to as a run on `device` cuts them (what a
-    CUDA graph pads to a multiple of 16 is not counted)."""
-    batches = [order[k : k + train.batch_size] for k in range(0, len(order), train.batch_size)]
-    return sum(
-        len(part) * int(lengths[part].max()) for batch in batches for part in pieces(batch, lengths, train, device)
-    )
 
 
 def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Config, width: int | None) -> float:

@@ -45,6 +45,9 @@ class Method:
     looks_inside = False
     """Whether its passes put hooks into the model's layers, which what torch.compile made of them does not see."""
 
+    by_example = False
+    """Whether its passes take single examples' gradients from what goes into and out of the layers, (B, T, …)."""
+
     whole_only = ""
     """Why the method cannot work where several processes each hold a part of the weights; empty where it can."""
 

@@ -106,6 +106,10 @@ class DeltaSAM(SAM):
         return bool(self.weighting.exact) or self._top is not None
 
     @property
+    def by_example(self) -> bool:  # type: ignore[override]
+        return bool(self.weighting.exact)
+
+    @property
     def whole_only(self) -> str:  # type: ignore[override]
         if self.weighting.exact:
             return f"weighting {type(self.weighting).__name__} looks into the layers; take another, as 'probe'"

@@ -31,15 +31,8 @@ class TopLayers:
     """
 
     def __init__(self, model: nn.Module, count: int):
-        stacks = [
-            module
-            for module in model.modules()
-            if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1
-        ]
-        if not stacks:
-            raise DoesNotFit(f"{type(model).__name__} has no stack of layers")
-        longest = max(map(len, stacks))
-        self._stacks = [stack for stack in stacks if len(stack) == longest]
+        self._stacks = stacks_of(model)
+        longest = len(self._stacks[0])
         if count < 1:
             raise ValueError(f"layers must be at least 1, got {count}")
         if count > longest > 1:
@@ -117,7 +110,7 @@ class TopLayers:
         def first(_, args: tuple, kwargs: dict) -> None:
             kept[1] = self._random.get()
             if self.count == len(self.stack):
-                kept[0] = keep(_hidden(args, kwargs))
+                kept[0] = keep(hidden_of(args, kwargs))
 
         with ExitStack() as hooks:
             hooks.enter_context(self._first.register_forward_pre_hook(first, with_kwargs=True))
@@ -140,7 +133,7 @@ class TopLayers:
 
         def first(_, args: tuple, kwargs: dict):
             self._random.set(state)
-            return _with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
+            return with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
 
         lower = list(self.stack)[: -self.count]
         with self._first.register_forward_pre_hook(first, with_kwargs=True):
@@ -155,6 +148,19 @@ class TopLayers:
     def clear(self) -> None:
         """Lets go of what was kept."""
         self._kept.clear()
+
+
+def stacks_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Its stacks of layers, lists of modules of one type: the longest, or several of that length. Raises DoesNotFit."""
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1
+    ]
+    if not stacks:
+        raise DoesNotFit(f"{type(model).__name__} has no stack of layers")
+    longest = max(map(len, stacks))
+    return [stack for stack in stacks if len(stack) == longest]
 
 
 def leaves(tensors: Iterator[Tensor] | Sequence[Tensor]) -> set[Tensor]:
@@ -176,9 +182,11 @@ def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _hidden(args: tuple, kwargs: dict) -> Tensor:
+def hidden_of(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states that a layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _with_hidden(args: tuple, kwargs: dict, hidden: Any) -> tuple[tuple, dict]:
+def with_hidden(args: tuple, kwargs: dict, hidden: Any) -> tuple[tuple, dict]:
+    """A layer's arguments with others."""
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -30,6 +30,7 @@ class PerInstance(SAM):
     stateless = True
 
     looks_inside = True
+    by_example = True
     whole_only = "it looks into the layers; take SAM or DeltaSAM"
 
     def __init__(self, params: nn.Module, rho: float = 0.05, **options):

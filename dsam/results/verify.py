@@ -94,6 +94,8 @@ def _flaw(folder: Path) -> str | None:
         }
         if told["train"].get("piece_overhead") == "auto":
             told["train"] = told["train"] | {"piece_overhead": AUTO_OVERHEAD}  # as it names the run
+        if told["train"].get("padding") == "pieces":
+            told["train"] = {name: value for name, value in told["train"].items() if name != "padding"}  # likewise
         if config["model"]["id"] and not config["model"]["path"]:
             told["model"] = f"{config['model']['id']}@{config['model']['revision']}"
         for name, value in told.items():

@@ -22,6 +22,7 @@ from ..training.checkpoint import Checkpoints
 from ..training.device import attend_without_wait, choose_device, fallen_back, memory_in_use, memory_said
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
+from ..training.padding_free import PaddingFree, padding_free
 from . import lease
 from .identity import RECORD_VERSION, Identity, hyperparameters, identify
 from .kept import kept_weights, lacks_weights
@@ -81,11 +82,13 @@ def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
 
 
 def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -> dict:
-    notes = [*ready.notes, *ready.otherwise]
-    for note in notes:
-        print(note)
     task, network, data, device = ready.task, ready.network, ready.data, ready.device
     method = make_method(config, network)
+    packing, padded = packing_of(config, ready, method)
+    otherwise = [*ready.otherwise, *padded]
+    notes = [*ready.notes, *otherwise]
+    for note in notes:
+        print(note)
 
     record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": notes})
     checkpoints = Checkpoints(record.folder / "checkpoint")
@@ -118,11 +121,12 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
             on_best=partial(keep, "best"),
             phases=phases,
             whole=ready.whole,
+            packing=packing,
         )
         keep("last")
         result = summarise(config, identity.id, task, data, state, network, device)
-        if otherwise := [*ready.otherwise, *method.notes]:
-            result["notes"] = otherwise
+        if otherwise or method.notes:
+            result["notes"] = [*otherwise, *method.notes]
         tracker.summary(result)
         record.finish(result)
     checkpoints.clear()
@@ -196,6 +200,14 @@ def make_method(config: Config, network: PreTrainedModel) -> Method:
         return METHODS[config.optimizer.method](network, seed=config.seeds.data, **config.optimizer.options)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer={config.optimizer.name} with model={config.model.name}: {error}") from None
+
+
+def packing_of(config: Config, ready: Ready, method: Method) -> tuple[PaddingFree | None, list[str]]:
+    """What runs the method's passes without padding where `config` wants that and the model allows it, and notes where
+    it does not."""
+    if config.train.padding != "free":
+        return None, []
+    return padding_free(ready.network, ready.data[ready.task.train[0]], method, ready.whole)
 
 
 def summarise(config: Config, run_id: str, task: Task, data: dict, state: State, network, device) -> dict:

@@ -91,7 +91,7 @@ class _Enough(Exception):
 
 def _few_steps(config: Config) -> tuple[float, int]:
     """(seconds of training, peak memory in bytes) of the whole run, from its first steps."""
-    from ..runs.run import make_method, peak_memory, prepare, trained_examples
+    from ..runs.run import make_method, packing_of, peak_memory, prepare, trained_examples
     from ..training.checkpoint import Checkpoints
     from ..training.loop import fine_tune, total_steps
 
@@ -122,6 +122,7 @@ def _few_steps(config: Config) -> tuple[float, int]:
             resume=lambda state: None,
             phases={step: note for step in (first, last) if step},
             whole=ready.whole,
+            packing=packing_of(config, ready, method)[0],
         )
     return (times[1] - times[0]) / (last - first) * total, peak_memory(ready.device)
 

@@ -22,6 +22,7 @@ from .batches import epoch_order, evaluation_batches, training_subset
 from .checkpoint import Checkpoints
 from .device import Outcomes, to
 from .memorised import memorised
+from .padding_free import PaddingFree
 
 LOG_EVERY = 10  # steps
 SAVING = 0.05  # most of the time that checkpoints may take from the training
@@ -81,6 +82,7 @@ def fine_tune(
     on_best: Callable[[], None] = lambda: None,
     phases: dict[int, Callable[[], None]] | None = None,
     whole: bool = False,
+    packing: PaddingFree | None = None,
 ) -> State:
     """Trains `model` in place and returns what came of it; goes on from the newest checkpoint if there is one.
 
@@ -91,6 +93,7 @@ def fine_tune(
         on_best: called after an evaluation that is the best so far.
         phases: {step: what to call once that step is taken}.
         whole: the model's outputs depend on padding: all of a batch is padded alike, and to no more than its longest.
+        packing: what runs the method's passes without padding.
     Raises:
         Stopped: SIGTERM or Ctrl-C came; a checkpoint has been written.
         OSError: a checkpoint could not be written; the earlier ones are still there.
@@ -116,7 +119,7 @@ def fine_tune(
     torch.manual_seed(config.seeds.data)
     state, outcomes = State(), Outcomes(device)
     saved_at, cost = time.monotonic(), 0.0
-    backward = Backward(config, examples, model, method, device, whole, wait=not outcomes.later)
+    backward = Backward(config, examples, model, method, device, whole, not outcomes.later, packing)
 
     def read(all_of_them: bool) -> None:
         for one in outcomes.read(all_of_them):
