@@ -17,7 +17,8 @@ MEASURED = FITTED | PULL | LOSSES
 def memorised_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table | None:
     """A row per model, task with wrong training labels and method: the last evaluations of the finished runs, mean ± sd
     over seeds. None where no run has wrong labels."""
-    noisy = frame[(frame["status"] == "finished") & (frame["memorised"].str.len() > 0)]
+    looked = frame["memorised"].map(lambda points: isinstance(points, list) and len(points) > 0)
+    noisy = frame[(frame["status"] == "finished") & looked.astype(bool)]
     values, text = [], []
     for (model, task), runs in noisy.groupby(["model", "task"], sort=False):
         for method in methods(runs, baseline):
