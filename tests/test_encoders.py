@@ -4,6 +4,7 @@ import encoders
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from dsam import ExampleLosses
 from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one, per_example
@@ -329,6 +330,34 @@ def test_methods_with_noise_are_not_plain_training(family, name):
         float((p.grad - g).abs().max()) for p, g in zip(model.parameters(), plain, strict=True) if p.grad is not None
     )
     assert moved > 1e-12  # of plain training, which is equal to 1e-16
+
+
+def test_noise_is_on_the_words_of_a_model_that_pads_to_its_window():
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(
+        **encoders.PLACES | {"attention_window": [8] * encoders.L, "num_labels": 2, "max_position_embeddings": 60}
+    )
+    model, data = transformers.LongformerForSequenceClassification(config).double().eval(), encoders.batch(5, 9)
+    inputs = {name: value for name, value in data.items() if name != "labels"}
+    words = model.get_input_embeddings()(inputs["input_ids"])
+    noise = 0.3 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+    hook = model.longformer.embeddings.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    _, logits = ExampleLosses(model, data).outputs(noise)
+    hook.remove()
+    assert seen == [16]  # of 9
+    embedded = words + noise * inputs["attention_mask"].unsqueeze(-1)
+    wide = torch.nn.functional.pad(inputs["input_ids"], (0, 7), value=1)
+    embedded = torch.cat([embedded, model.get_input_embeddings()(wide[:, 9:])], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 7))
+    places = transformers.models.longformer.modeling_longformer.create_position_ids_from_input_ids(wide, 1)
+    first = torch.zeros_like(wide).index_fill(1, torch.tensor([0]), 1)
+    expected = model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=places, global_attention_mask=first
+    ).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_noise_is_refused_where_other_words_are_looked_up():

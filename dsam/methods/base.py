@@ -45,6 +45,9 @@ class Method:
     looks_inside = False
     """Whether its passes put hooks into the model's layers, which what torch.compile made of them does not see."""
 
+    noisy = False
+    """Whether it adds noise to the word embeddings, where the model looks them up (`ExampleLosses.outputs`)."""
+
     by_example = False
     """Whether its passes take single examples' gradients from what goes into and out of the layers, (B, T, …)."""
 

@@ -20,6 +20,7 @@ class OutputMethod(Method):
     """
 
     looks_inside = True
+    noisy = True
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         closures = [closure for piece in step.pieces if (closure := piece.outputs) is not None]

@@ -122,8 +122,9 @@ class ExampleLosses:
             called = True
             assert added is not None
             turned = self._turned(args[0] if args else kwargs["input"])
-            words = out.detach() if detached else out
-            return words + (added.transpose(0, 1) if turned else added).to(out.dtype)
+            words, noise = out.detach() if detached else out, added.transpose(0, 1) if turned else added
+            more = out.shape[1] - noise.shape[1]  # padding of the model's own, to its window (Longformer)
+            return words + (nn.functional.pad(noise, (0, 0, 0, more)) if more else noise).to(out.dtype)
 
         with ExitStack() as hooks:
             for lookup in self._lookups() if noise is not None else []:
@@ -155,6 +156,8 @@ class ExampleLosses:
             return False
         elif torch.equal(ids, given.mT):
             return True
+        if ids.shape[:1] == given.shape[:1] and torch.equal(ids[:, : given.shape[1]], given):
+            return False  # and more, behind them
         raise ValueError(
             f"{type(self.model).__name__} looks up other words than its input_ids: methods with noise on the "
             "embeddings (r3f, freelb, smart) do not go with it"

@@ -25,7 +25,7 @@ class RDrop(OutputMethod):
     """
 
     passes = 2.0
-    looks_inside = False
+    looks_inside = noisy = False
 
     def __init__(self, params, alpha: float = 1.0, average: bool = False, **options):
         super().__init__(params, **options)

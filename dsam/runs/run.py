@@ -166,6 +166,7 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     with memory_said(device):
         torch.nn.Module.to(network, device)
         models.require_precision(config, network, tokenizer)
+        models.require_words(config, network, tokenizer)
     if device.type == "cpu":
         use_fast_dropout(network)
     else:

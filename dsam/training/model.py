@@ -29,6 +29,7 @@ from ..config import Config, Model
 from ..errors import UserError, did_you_mean
 from ..files import write_atomically
 from ..glue.builtin import VOCABULARY
+from ..methods import METHODS, ExampleLosses
 from ..text import described, first_line
 from .dropout import configure_dropout, set_dropout
 from .model_files import folder_of
@@ -199,6 +200,27 @@ def require_precision(config: Config, network: PreTrainedModel, tokenizer: PreTr
             f"fails ({described(error)}): take train.precision=float32"
         ) from None
     network.train(was_training)
+
+
+@torch.no_grad()
+def require_words(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """That noise on the words reaches them, for a method that adds it. Raises UserError."""
+    if not METHODS[config.optimizer.method].noisy:
+        return
+    rows = ROWS if tokenizer.pad_token_id is not None else (["one"], ["two"])
+    inputs = _padded(tokenizer, rows, config.train.max_length).to(network.device)
+    kind = torch.float32 if network.config.num_labels == 1 else torch.int64
+    labels = torch.zeros(len(rows[0]), dtype=kind, device=network.device)
+    was_training = network.training
+    network.eval()
+    try:
+        losses = ExampleLosses(network, {**inputs, "labels": labels})
+        losses.outputs(torch.zeros(losses.embedding_shape, device=network.device))
+    except (ValueError, NotImplementedError, AttributeError) as error:  # no such table, or another lookup
+        name = config.model.path or config.model.id or config.model.name
+        raise UserError(f"optimizer={config.optimizer.name} with model {name}: {described(error)}") from None
+    finally:
+        network.train(was_training)
 
 
 def _padded(tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[str]], most: int, more: int = 0) -> BatchEncoding:
