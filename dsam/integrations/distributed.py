@@ -189,10 +189,10 @@ class GlobalStep(JointStep):
         self.report_weights(weights)
         return weights[start : start + len(losses)]
 
-    def largest(self, values: Tensor, share: float) -> Tensor:
+    def largest(self, values: Tensor, share: float, less: int = 0) -> Tensor:
         everyone, start = self.gather(values)
         chosen = torch.zeros(len(everyone), dtype=torch.bool, device=everyone.device)
-        chosen[everyone.topk(count_of(share, len(everyone))).indices] = True
+        chosen[everyone.topk(count_of(share, len(everyone), less)).indices] = True
         return chosen[start : start + len(values)]
 
 

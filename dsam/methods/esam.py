@@ -14,8 +14,8 @@ class ESAM(SAM):
     Du et al. 2022, Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141:
     stochastic weight perturbation and sharpness-sensitive data selection. As we understand the official code, b is
     drawn for whole tensors and the norm is that of the drawn part; one tensor is drawn where b would be zero (ours).
-    That code (dydjw9/Efficient_SAM) compares strictly with the ⌊γB⌋-th largest rise, so that ⌊γB⌋ − 1 examples descend;
-    here it is the paper's share γ.
+    That code (dydjw9/Efficient_SAM) compares strictly with the ⌊γB⌋-th largest rise, so that ⌊γB⌋ − 1 examples descend:
+    `strict=True`; here it is the paper's share γ.
     β = γ = 1 is SAM.
 
     Cost: the ascent's pass (without the gradients of the tensors not drawn), a no-grad forward of the batch at w + ε
@@ -26,19 +26,22 @@ class ESAM(SAM):
     Args:
         beta: β, in (0, 1].
         gamma: γ, in (0, 1]; at least one example descends.
+        strict: one example fewer descends, as in the authors' code.
     """
 
     passes = 11 / 6
 
     whole_only = "its selection leaves the processes unequal numbers of examples; take SAM, or GSAM"
 
-    def __init__(self, params, rho: float = 0.05, beta: float = 0.6, gamma: float = 0.5, **options):
+    def __init__(
+        self, params, rho: float = 0.05, beta: float = 0.6, gamma: float = 0.5, strict: bool = False, **options
+    ):
         super().__init__(params, rho, **options)
         for name, value in (("beta", beta), ("gamma", gamma)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-        self.beta, self.gamma = beta, gamma
-        self.passes = 2.0 if gamma == 1 else (4 + 3 * gamma) / 3
+        self.beta, self.gamma, self.less = beta, gamma, int(strict)
+        self.passes = 2.0 if gamma == 1 and not strict else (4 + 3 * gamma) / 3
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         losses, ascent = step.gradient(ascent=True, only=self._drawn())
@@ -47,7 +50,7 @@ class ESAM(SAM):
         scale = torch.where(norm > 0, self.rho / self.beta / norm, 0)
         step.report["perturbation_norm"] = scale * norm
         with step.at(ascent, scale):
-            if self.gamma == 1:
+            if self.gamma == 1 and not self.less:
                 _, gradient = step.gradient()
             else:
                 _, gradient = self._hurt_most(step, losses, norm).gradient()
@@ -66,8 +69,8 @@ class ESAM(SAM):
         after = torch.cat(pieces)
         if step.scaler is None:
             step.require_finite(norm, after, [])
-        chosen = step.largest(after - losses, self.gamma)
-        step.report["selected"] = float(count_of(self.gamma, len(losses)))
+        chosen = step.largest(after - losses, self.gamma, self.less)
+        step.report["selected"] = float(count_of(self.gamma, len(losses), self.less))
         sizes = [len(piece) for piece in pieces]
         chosen = chosen.cpu()  # the step's one wait for the device: the batch is cut by it
         parts = [(k, part.nonzero().squeeze(1).tolist()) for k, part in enumerate(chosen.split(sizes)) if part.any()]

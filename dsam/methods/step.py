@@ -295,10 +295,11 @@ class Step:
         self.report["effective_sample_size"] = 1 / weights.square().sum()
         self.report["largest_weight"] = weights.max()
 
-    def largest(self, values: Tensor, share: float) -> Tensor:
-        """Which of `values` (B,) are among the largest `share` of all processes' examples, at least one: (B,), bool."""
+    def largest(self, values: Tensor, share: float, less: int = 0) -> Tensor:
+        """Which of `values` (B,) are among the largest `share` of all processes' examples, and so many `less`, at least
+        one: (B,), bool."""
         chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-        chosen[values.topk(count_of(share, len(values))).indices] = True
+        chosen[values.topk(count_of(share, len(values), less)).indices] = True
         return chosen
 
     # Moving, and the step's end.
@@ -411,9 +412,9 @@ def require_no_reentrant_checkpoint(loss: Tensor) -> None:
         left += [following for following, _ in node.next_functions]
 
 
-def count_of(share: float, examples: int) -> int:
-    """⌊share · examples⌋, at least one."""
-    return max(1, int(share * examples + 1e-9))
+def count_of(share: float, examples: int, less: int = 0) -> int:
+    """⌊share · examples⌋ − less, at least one."""
+    return max(1, int(share * examples + 1e-9) - less)
 
 
 def not_finite(norm: Tensor | float, loss: Tensor | float) -> NonFiniteGradient:
