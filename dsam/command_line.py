@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CONF, Config, Paths, coerced
+from .config import CONF, Config, Paths
 from .errors import Note, Parser, Stopped, UserError
+from .mistakes import coerced
 from .text import counted, first_line
 
 if TYPE_CHECKING:

@@ -1,109 +1,38 @@
 """One run's configuration: typed settings, what each may be beside it; mistakes are found before work starts."""
 
-import math
 import re
-import types
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError, did_you_mean
+from .kinds import (
+    AtLeast0,
+    AtLeast1,
+    AtOnce,
+    Folder,
+    Group,
+    NotNegative,
+    Number,
+    Positive,
+    Proportion,
+    Share,
+    Text,
+    Whole,
+    Yes,
+    listed,
+    pair,
+)
+from .mistakes import alternatives, coerced, described
 from .task import Task, get_task
 from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
-CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no name or path needs and files break on
-LARGEST = 3.4e38  # of float32
-MOST_AT_ONCE = 1024  # threads, or runs: more is a slip of the keyboard
-
-
-# Kinds of settings: coerced, so that 1 and 1.0 (or "1e-5" and 0.00001) are one configuration.
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-        raise PydanticCustomError("kind", "a whole number")
-    if abs(value) >= 2**63:
-        raise PydanticCustomError("said", "{path}={value} must be below 2^63")
-    return int(value)
-
-
-def _number(value: Any) -> Any:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if math.isfinite(number) and abs(number) > LARGEST:
-        raise PydanticCustomError("said", f"{{path}}={number} must be within float32, ±{LARGEST}")
-    if not math.isfinite(number):
-        raise PydanticCustomError("kind", "a finite number")
-    return number
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, float):  # of a file: what it was written as is lost (86e12345 is infinite)
-        raise PydanticCustomError("said", "'{path}' must be text, not the number {value}: put it in quotes")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise PydanticCustomError("kind", "text")
-    if CONTROL.search(str(value)):
-        raise PydanticCustomError("said", "'{path}' holds a control character or broken UTF-8: {value_repr}")
-    return str(value)
-
-
-def _home(path: str) -> str:
-    """A shell leaves the ~ of data.root=~/glue as it is. A user that there is not stays as typed, to be named."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        return path
-
-
-def _yes(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise PydanticCustomError("kind", "true or false")
-    return value
-
-
-def _group(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise PydanticCustomError("kind", "a group of settings")
-    for key in value:
-        if not isinstance(key, str):
-            raise PydanticCustomError("said", f"'{{path}}': the name {key!r} must be text")
-    return value
-
-
-def _list(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        raise PydanticCustomError("kind", "a list")
-    return value
-
-
-def _pair(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise PydanticCustomError("kind", "a list of two")
-    return tuple(value)
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_number)]
-Text = Annotated[str, BeforeValidator(_text)]
-Folder = Annotated[str, BeforeValidator(lambda value: _home(_text(value)))]
-Yes = Annotated[bool, BeforeValidator(_yes)]
-Group = Annotated[dict[str, Any], BeforeValidator(_group)]
 AUTO_OVERHEAD = 64  # what train.piece_overhead=auto comes to on a CPU, and so what it is called
-AtLeast0 = Annotated[Whole, Field(ge=0)]
-AtLeast1 = Annotated[Whole, Field(ge=1)]
-AtOnce = Annotated[Whole, Field(ge=1, le=MOST_AT_ONCE)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-Proportion = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -178,7 +107,7 @@ class Train(Settings):
     weight_decay: NotNegative = 0.01
     warmup_ratio: Share = 0.06
     max_grad_norm: Positive | None = 1.0
-    betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
+    betas: Annotated[tuple[Share, Share], BeforeValidator(pair)] = (0.9, 0.999)
     eps: Positive = 1e-8
     dropout: Share | None = None
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
@@ -224,7 +153,7 @@ class Device(Settings):
 class Checkpoint(Settings):
     every_seconds: NotNegative = 60
     keep_weights: Yes = False
-    keep_at: Annotated[list[Whole], BeforeValidator(_list)] = []
+    keep_at: Annotated[list[Whole], BeforeValidator(listed)] = []
 
     @model_validator(mode="after")
     def _percents(self) -> "Checkpoint":
@@ -247,7 +176,7 @@ class Paths(Settings):
 class Launcher(Settings):
     name: Literal["local", "slurm"] = "local"
     workers: AtOnce = 1
-    devices: Annotated[list[Text], BeforeValidator(_list)] | None = None
+    devices: Annotated[list[Text], BeforeValidator(listed)] | None = None
     per_device: AtOnce | Literal["auto"] = 1
     minutes: Positive | None = None
     memory_gb: Positive | None = None
@@ -263,8 +192,8 @@ class Launcher(Settings):
     job_minutes: AtLeast1 = 240
     warning_seconds: AtLeast0 = 90
     jobs_at_once: AtLeast1 = 256
-    sbatch: Annotated[list[Text], BeforeValidator(_list)] = []
-    setup: Annotated[list[Text], BeforeValidator(_list)] = []
+    sbatch: Annotated[list[Text], BeforeValidator(listed)] = []
+    setup: Annotated[list[Text], BeforeValidator(listed)] = []
     plan: Yes = False
     measure: Yes = False
     require_clean: Yes = False
@@ -313,7 +242,7 @@ class Config(Settings):
     paths: Paths = Paths()
     launcher: Launcher = Launcher()
     selection: Literal["dev", "heldout"] = "dev"
-    fresh_seeds: Annotated[list[AtLeast0], BeforeValidator(_list)] = []
+    fresh_seeds: Annotated[list[AtLeast0], BeforeValidator(listed)] = []
     initialise_from: Text | None = None
     parent: Group | None = None  # the configuration that `initialise_from` comes to, filled in by `load`
     experiment: Text | None = None
@@ -403,110 +332,6 @@ def on_device(config: Config, name: str) -> Config:
     """The configuration with another `device.name`. UserError for none such."""
     device = config.device.model_dump() | {"name": name}
     return config.model_copy(update={"device": Device(**device)})
-
-
-# What a mistake is called
-
-
-def described(error: ValidationError, schema: type[BaseModel]) -> str:
-    """The first mistake that pydantic found, as one line with its path, value and the nearest name."""
-    first = error.errors()[0]
-    return _line(first, schema, [part for part in first["loc"] if not _is_branch(part)])
-
-
-def _is_branch(part: int | str) -> bool:
-    """Whether a part of an error's place is not a setting but pydantic's name for one side of a union."""
-    return isinstance(part, str) and (part in ("str", "File") or "[" in part or part.startswith("function-"))
-
-
-def _line(error: ErrorDetails, schema: type[BaseModel], place: list[int | str]) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind == "missing":
-        return f"'{path}' is not set"
-    if kind == "extra_forbidden":
-        return f"unknown key '{path}'; {did_you_mean(str(place[-1]), _fields(schema, place[:-1]))}"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{path or 'configuration'} must be a group of settings, not {value!r}"
-    if kind == "kind":
-        also = "".join(f" or {word}" for word in _words(schema, place))
-        return f"'{path}' must be {error['msg']}{also}, not {'null' if value is None else repr(value)}"
-    if kind == "said":
-        return error["msg"].format(path=path, value=value, value_repr=repr(value))
-    if kind == "literal_error":
-        known = re.findall(r"'([^']*)'", context["expected"])
-        return f"unknown {path} '{value}'; {did_you_mean(str(value), known)}"
-    if kind in ("tuple_type", "list_type"):
-        return f"'{path}' must be a list, e.g. [{value}], not {value!r}"
-    if kind == "string_type":
-        return f"'{path}' must be text, not {value!r}: put it in quotes"
-    if kind == "string_pattern_mismatch":
-        return f"{path}='{value}' must be letters, digits and _ . + -, since folders are named after it"
-    limits = {
-        "greater_than_equal": ("at least", "ge"),
-        "greater_than": ("above", "gt"),
-        "less_than_equal": ("at most", "le"),
-        "less_than": ("below", "lt"),
-    }
-    if kind in limits:
-        words, name = limits[kind]
-        limit = context[name]
-        return f"{path}={_shown(value)} must be {words} {limit:g}"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}"
-
-
-def _shown(value: Any) -> Any:
-    """A number as the setting holds it: 1e-5 is 1e-05, whether it was text or not."""
-    return float(value) if isinstance(value, str) else value
-
-
-def _annotation(schema: type[BaseModel], place: list[int | str]) -> Any:
-    found: Any = schema
-    for part in place:
-        found = next((a for a in alternatives(found) if isinstance(a, type) and issubclass(a, BaseModel)), found)
-        if isinstance(part, int) or not (isinstance(found, type) and issubclass(found, BaseModel)):
-            return None
-        if part not in found.model_fields:
-            return None
-        found = found.model_fields[part].annotation
-    return found
-
-
-def alternatives(annotation: Any) -> tuple:
-    union = get_origin(annotation) in (types.UnionType, Union)
-    return get_args(annotation) if union else (annotation,)
-
-
-def _fields(schema: type[BaseModel], place: list[int | str]) -> list[str]:
-    kinds = alternatives(_annotation(schema, place))
-    return [
-        name for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for name in kind.model_fields
-    ]
-
-
-def _words(schema: type[BaseModel], place: list[int | str]) -> list[str]:
-    """What a setting may be beside its kind, e.g. auto or null."""
-    kinds = alternatives(_annotation(schema, place))
-    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    return words + (["null"] if type(None) in kinds else [])
-
-
-def coerced(value: Any, kind: Any, path: str) -> Any:
-    """`value` as a setting of this kind. UserError names the path."""
-    try:
-        return _adapter(kind).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "kind":
-            null = " or null" if type(None) in alternatives(kind) else ""
-            shown = "null" if value is None else repr(value)
-            raise UserError(f"'{path}' must be {first['msg']}{null}, not {shown}") from None
-        raise UserError(_line(first, BaseModel, [path])) from None
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind)
 
 
 # Checks of single settings that need more than their type

@@ -15,8 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from pydantic import BaseModel
 
-from .config import CONTROL, Config, Settings, alternatives
+from .config import Config, Settings
 from .errors import UserError, did_you_mean
+from .kinds import CONTROL
+from .mistakes import alternatives
 from .text import first_line
 
 SWEEPERS = ("dsam", "optuna")

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dsam import overrides
-from dsam.config import Config, Number, Text, Whole, Yes, coerced
+from dsam.config import Config
 from dsam.errors import UserError
+from dsam.kinds import Number, Text, Whole, Yes
+from dsam.mistakes import coerced
 from dsam.runs.identity import identify
 
 CONF = ROOT / "conf"

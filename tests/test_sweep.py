@@ -134,10 +134,14 @@ def test_a_device_that_holds_fewer_than_it_seemed_takes_fewer(tmp_path, paths):
     assert "from here on" not in given.stderr
 
 
-def test_without_devices_auto_is_one_worker_after_the_other(tmp_path, paths):
-    done = command("-m", *QUICK, *paths, "launcher.per_device=auto", "seed=0,1")
-    assert done.returncode == 0 and "2 finished" in done.stdout, done.stderr
-    assert "at once from here on" not in done.stderr
+@pytest.mark.parametrize("number", ["auto", "3"])
+def test_a_number_for_each_device_is_refused_without_devices(tmp_path, paths, number):
+    done = command("-m", *QUICK, *paths, f"launcher.per_device={number}", "seed=0,1")
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert done.stderr.startswith(
+        f"error: launcher.per_device={number} is a number of runs on each of launcher.devices"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_longest_runs_start_first(paths):

@@ -14,10 +14,9 @@ fewer numbers than its factors (Bu et al. 2022, arXiv 2205.10683), it is formed,
 by a convolution with B times as many groups (Rochette et al. 2019, arXiv 1912.06015).
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -25,16 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..text import first_line
 from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
     LINEAR,
-    LOOKUP,
     TURNED,
     Bare,
-    Lookups,
-    See,
     few_tokens,
     inputs,
     kind_of,
@@ -46,13 +41,10 @@ from .layer_kinds import (
 from .outer_products import OuterProducts, Rows, WeightGroup
 from .relative_positions import positions_apart
 from .step import Step
+from .taps import Tap, Unsupported, hooked
 
 _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """Bare parameters of which `PerExampleGradients._prove` has shown that its copies stay apart, by module."""
-
-
-class Unsupported(TypeError, RuntimeError):
-    """The model has something that the formulas are not for; one line."""
 
 
 def launches_cost(device: torch.device) -> bool:
@@ -94,7 +86,7 @@ def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[st
         seen.setdefault(name, len(output))
 
     modules = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
-    with _hooked(model, modules, note, lambda: examples), torch.no_grad():
+    with hooked(model, modules, note, lambda: examples), torch.no_grad():
         run()
     return seen
 
@@ -192,7 +184,7 @@ class PerExampleGradients:
         self._batch = batch_size
         handle = self._model.register_forward_pre_hook(self._read_batch_size, with_kwargs=True)
         try:
-            with _hooked(self._model, self._modules, self._tap, lambda: self._batch):
+            with hooked(self._model, self._modules, self._tap, lambda: self._batch):
                 yield self
         except BaseException:
             self.clear()
@@ -398,7 +390,7 @@ class PerExampleGradients:
                 dtype = next(iter(group.lefts.values())).dtype
                 scaled |= dict.fromkeys(group.lefts, (group.right * scales).to(dtype))
         perturb = partial(self._perturb, scales, products, scaled)
-        with _hooked(self._model, self._modules, perturb, lambda: self._batch):
+        with hooked(self._model, self._modules, perturb, lambda: self._batch):
             yield
 
     def _perturb(self, scales: Tensor, products: dict, scaled: dict, name: str, module, args, kwargs, output):
@@ -473,7 +465,7 @@ class PerExampleGradients:
         x = args[0] if args else kwargs["input"]
         if isinstance(module, Bare):
             self._copies.append((module, output))
-        return _Tap.apply(output, self._anchor, partial(self._receive, module, counted, x))
+        return Tap.apply(output, self._anchor, partial(self._receive, module, counted, x))
 
     def _receive(self, module: nn.Module, counted: list[int | None], x: Tensor, grad: Tensor) -> None:
         weight, bias = counted
@@ -566,63 +558,3 @@ class PerExampleGradients:
         for name, p in self._model.named_parameters():
             if id(p) in self._positions and edges[id(p)] > self._use_counts[id(p)]:
                 raise Unsupported(f"per-example gradients: '{name}' is also used without calling its module")
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; its backward hands the output gradient to `receive`.
-
-    The output is detached, not a view, so that an in-place operation on it stays above the tap in the graph.
-    """
-
-    @staticmethod
-    def forward(ctx, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        receive, ctx.receive = ctx.receive, None  # `losses` keeps ctx: let it not keep the layer's input too
-        if receive is not None:  # the first time
-            receive(grad)
-        return grad, None, None
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], see: See, examples: Callable[[], int | None]
-) -> Iterator[None]:
-    """Inside, `see` sees, and may replace, what the modules put out; indices that all examples share are looked up for
-    each of `examples()`, where their number is known. Raises Unsupported where the model does not take that."""
-    expanded: set[str] = set()
-
-    def expand(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # Broadcasting after the lookup would sum the output gradient over the batch: no example axis.
-        ids, size = args[0] if args else kwargs["input"], examples()
-        if size and size > 1 and ids.dim() and ids.shape[0] == 1:
-            expanded.add(name)
-            return (ids.expand(size, *ids.shape[1:]),), {}
-        return None
-
-    with ExitStack() as contexts:
-        for name, module in modules:
-            kind = kind_of(module)
-            if isinstance(module, Bare):
-                expanded.add(name)
-                contexts.enter_context(module.copied(name, see, examples))
-                continue
-            if kind is EMBEDDING:
-                contexts.enter_context(module.register_forward_pre_hook(partial(expand, name), with_kwargs=True))
-            if kind != LOOKUP:
-                contexts.enter_context(module.register_forward_hook(partial(see, name), with_kwargs=True))
-        if any(kind_of(module) == LOOKUP for _, module in modules):
-            contexts.enter_context(Lookups(modules, see, examples))
-        contexts.enter_context(positions_apart(model, examples))
-        try:
-            yield
-        except RuntimeError as error:  # as where the one output is then repeated for all examples, by prompts of peft
-            if not expanded or not re.search("size|shape", str(error), re.IGNORECASE):
-                raise
-            raise Unsupported(
-                f"per-example gradients: {' or '.join(map(repr, expanded))} serves all examples at once, and "
-                f"not each ({first_line(error)})"
-            ) from error

@@ -4,7 +4,8 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from ..config import MOST_AT_ONCE, Launcher
+from ..config import Launcher
+from ..kinds import MOST_AT_ONCE
 from ..text import counted
 
 

@@ -111,6 +111,11 @@ def _survey(configs: list[Config]) -> list[float]:
     from ..training.loop import total_steps
 
     launcher = configs[0].launcher
+    if launcher.name == "local" and launcher.per_device != 1 and not launcher.devices:
+        raise UserError(
+            f"launcher.per_device={launcher.per_device} is a number of runs on each of launcher.devices, which names "
+            "none: add launcher.devices=[0], or take launcher.workers=N"
+        )
     if launcher.name == "local" and launcher.devices and configs[0].device.name != "cpu":
         check_devices(launcher.devices)
     elif launcher.name == "local":
