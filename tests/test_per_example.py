@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import dsam.methods.outer_products as outer_products
+import dsam.methods.per_example as per_example
 from dsam.methods.per_example import PerExampleGradients
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -193,8 +194,13 @@ def test_roberta_with_padding(dtype, tolerance):
 
 @pytest.mark.parametrize("ghost_block, block", [(1, 1), (4, 200), (64, 2**22)])
 @pytest.mark.parametrize("length", [5, 21])
-def test_both_ways_to_a_norm_and_their_blocks(monkeypatch, ghost_block, block, length):
-    """At 5 tokens ghost products are cheaper, at 21 the gradient itself is: 21 · (32 + 32) > 32 · 32."""
+@pytest.mark.parametrize("layers", [None, 1, 2**26])
+def test_both_ways_to_a_norm_and_their_blocks(monkeypatch, ghost_block, block, length, layers):
+    """At 5 tokens ghost products are cheaper, at 21 the gradient itself is: 21 · (32 + 32) > 32 · 32. As on a GPU, too:
+    layer by layer, or all that are alike at once."""
+    if layers:
+        monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+        monkeypatch.setattr(outer_products, "LAYERS", layers)
     monkeypatch.setattr(outer_products, "GHOST_BLOCK", ghost_block)
     monkeypatch.setattr(outer_products, "GRAM_BLOCK", ghost_block)
     monkeypatch.setattr(outer_products, "BLOCK", block)
@@ -359,6 +365,25 @@ def test_bfloat16_autocast_keeps_norms_in_float32():
     exact = single_gradients(gradients.params, lambda *b: classifier_losses(model, *b), batch)
     torch.testing.assert_close(norms, exact.square().sum(1), rtol=0.1, atol=0)  # bf16 activations
     assert_near(weighted, exact.mean(0), 0.05)
+
+
+def test_bfloat16_is_the_same_by_fewer_operators(monkeypatch):
+    """What a GPU does, beside what a CPU does with the same recorded numbers."""
+    model, batch = bert(), token_batch()
+    gradients = PerExampleGradients(model)
+    with torch.autocast("cpu", torch.bfloat16), gradients.record():
+        losses = classifier_losses(model, *batch)
+    gradients.backward(losses)
+    norms = gradients.squared_norms()
+
+    def moved():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), gradients.perturbed(0.1 / norms.sqrt()):
+            return classifier_losses(model, *batch)
+
+    expected = moved()
+    monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+    torch.testing.assert_close(gradients.squared_norms(), norms, rtol=1e-5, atol=0)
+    assert (moved() - expected).norm() < 0.1 * (expected - losses.detach()).norm()
 
 
 def test_checkpointing_without_reentry():

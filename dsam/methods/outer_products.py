@@ -1,5 +1,6 @@
 """Per-example gradients of weight matrices in factored form, never multiplied out: what `per_example` computes with."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from .gradients import wide
 
 GHOST_BLOCK = 64  # tokens in a block of a ghost norm
 GRAM_BLOCK = 128  # tokens in a block of a Gram matrix by tokens
+LAYERS = 2**26  # numbers of a tensor that several layers' are put together in: what is longer keeps a GPU busy alone
 BLOCK = 2**22  # numbers held at a time where forming the gradient itself is cheaper than the ghost norm
 
 
@@ -41,7 +43,7 @@ class OuterProducts(NamedTuple):
             blocks = [block.square().sum(1) for k in self.lefts for block in self.rows(k, size)]
             return sum(blocks[1:], blocks[0])
         right, lefts = wide(self.right), [self.left(k) for k in self.lefts]
-        total = right.new_zeros(len(right))
+        total: Tensor | float = 0.0
         for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
             stop = start + GHOST_BLOCK
             of_lefts = torch.bmm(lefts[0][:, start:stop], lefts[0][:, start:].mT)
@@ -50,8 +52,23 @@ class OuterProducts(NamedTuple):
             both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
             if stop - start >= tokens:  # one block is all: the same number, by fewer operators
                 return both.sum((1, 2))
-            total += 2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2))
+            total = total + (2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2)))
+        assert isinstance(total, Tensor)
         return total
+
+    @classmethod
+    def layers_of(cls, products: Sequence["OuterProducts"]) -> "Iterator[OuterProducts]":
+        """The same, those of equal shapes (a network's layers) as one of L · B examples, so that an operator serves
+        them all: at least in float32, at most `LAYERS` numbers a tensor. Of all examples each, with the keys 0, 1, …"""
+        alike: dict[tuple, list[OuterProducts]] = defaultdict(list)
+        for one in products:
+            alike[one.right.shape, one.right.dtype, *((x.shape, x.dtype) for x in one.lefts.values())].append(one)
+        for several in alike.values():
+            most = max(x.numel() for one in several for x in (one.right, *one.lefts.values()))
+            size = max(1, LAYERS // most)
+            for k in range(0, len(several), size):
+                rights, *lefts = zip(*((one.right, *one.lefts.values()) for one in several[k : k + size]), strict=True)
+                yield cls(_stacked(rights), dict(enumerate(map(_stacked, lefts))))
 
     def dots(self, directions: dict[int, Tensor]) -> Tensor:
         """g_i · d summed over the weights k of `directions`, k -> d (m, n): (B,)."""
@@ -81,13 +98,13 @@ class OuterProducts(NamedTuple):
     def moved(self, k: int, x: Tensor, scaled: Tensor, scales: Tensor | None, output: Tensor) -> Tensor:
         """`output` and what `outputs` gives, in two products and nothing else; with `scales` (B, 1, 1) also what a
         bias gives that is added wherever weight k is used: its gradient is Σ_t left_it, as if each input had one more
-        element, a 1. `scaled`: scales_i right_it, which weights that share an input share too.
+        element, a 1. `scaled`: scales_i right_it, which weights that share an input share too. Both in k's type.
         """
         left = self.lefts[k]
         if scales is None:
             inner = torch.bmm(x.to(left.dtype), scaled.mT)
         else:
-            inner = torch.baddbmm(scales.to(left.dtype), x.to(left.dtype), scaled.mT)
+            inner = torch.baddbmm(scales, x.to(left.dtype), scaled.mT)
         return torch.baddbmm(output, inner.to(output.dtype), left.to(output.dtype))
 
     def turned_outputs(self, k: int, x: Tensor, scales: Tensor) -> Tensor:
@@ -125,6 +142,16 @@ class OuterProducts(NamedTuple):
             product = torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=common)
             # Half precision rounds each product, as autograd does, but not their sum.
             sums[k] = product if total is None else wide(total) + product
+
+
+def _stacked(layers: Sequence[Tensor]) -> Tensor:
+    """L tensors (B, …) as one (L · B, …) in at least float32, by one operator."""
+    first = layers[0]
+    if len(layers) == 1:
+        return wide(first)
+    found = first.new_empty(len(layers), *first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
+    torch._foreach_copy_(list(found.unbind()), list(layers))
+    return found.flatten(0, 1)
 
 
 class WeightGroup(NamedTuple):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .casts import Casts
 from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
@@ -43,6 +44,8 @@ from .relative_positions import positions_apart
 from .step import Step
 from .taps import Tap, Unsupported, hooked
 
+SHORT = 2**14
+"""Numbers of a bias or a scale: so long at most are the vectors that are scaled together, in one copy more."""
 _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """Bare parameters of which `PerExampleGradients._prove` has shown that its copies stay apart, by module."""
 
@@ -258,8 +261,12 @@ class PerExampleGradients:
         if self._vectors:
             vectors = torch.cat(list(self._vectors.values()), 1)
             total += torch.linalg.vecdot(vectors, vectors)
-        for products in of:
-            total[products.examples] += products.squared_norms()
+        if launches_cost(total.device) and all(len(products.right) == self.batch_size for products in of):
+            norms = [found.squared_norms().view(-1, self.batch_size) for found in OuterProducts.layers_of(of)]
+            total += torch.cat(norms).sum(0) if norms else 0
+        else:
+            for products in of:
+                total[products.examples] += products.squared_norms()
         for k, rows in self._rows.items():
             total += rows.squared_norms()
             for products in of:
@@ -384,17 +391,35 @@ class PerExampleGradients:
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
         scales = scales.detach().view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
-        scaled: dict[int, Tensor] = {}
+        scaled: dict[int, tuple[Tensor, Tensor]] = {}
         if launches_cost(scales.device):
+            narrow: dict[torch.dtype, Tensor] = {}
             for group in self._products:
                 dtype = next(iter(group.lefts.values())).dtype
-                scaled |= dict.fromkeys(group.lefts, (group.right * scales).to(dtype))
-        perturb = partial(self._perturb, scales, products, scaled)
+                right = torch.mul(group.right, scales, out=torch.empty_like(group.right, dtype=dtype))  # no copy between
+                if dtype not in narrow:
+                    narrow[dtype] = scales.to(dtype)
+                scaled |= dict.fromkeys(group.lefts, (right, narrow[dtype]))
+        vectors: dict[int, Tensor] = {}
+        if launches_cost(scales.device):
+            short = {k: vector for k, vector in self._vectors.items() if vector.shape[1] < SHORT}
+            if short:
+                together = torch.cat(list(short.values()), 1)[:, None] * scales
+                parts = together.split([vector.shape[1] for vector in short.values()], 2)
+                vectors = dict(zip(short, parts, strict=True))
+        perturb = partial(self._perturb, scales, products, scaled, vectors)
         with hooked(self._model, self._modules, perturb, lambda: self._batch):
             yield
 
-    def _perturb(self, scales: Tensor, products: dict, scaled: dict, name: str, module, args, kwargs, output):
-        """`products`: weight's position -> those that it is in; `scaled`: -> scales · their right side."""
+    def _perturb(
+        self, scales: Tensor, products: dict, scaled: dict, vectors: dict, name: str, module, args, kwargs, output
+    ):
+        """`products`: weight's position -> those that it is in; `scaled`: -> (scales · their right side, scales);
+        `vectors`: position -> scales · vector (B, 1, numel), where that is there already."""
+
+        def vector(k: int) -> Tensor:
+            return vectors[k] if k in vectors else self._vectors[k][:, None] * scales
+
         weight, bias = self._counted(module)
         if weight is None and bias is None:
             return None
@@ -412,13 +437,14 @@ class PerExampleGradients:
             if weight in products:
                 terms.append(products[weight].lookups(weight, ids, scales))
         elif weight in self._vectors:
-            terms.append(own_outputs(module, x, self._vectors[weight][:, None] * scales))
+            terms.append(own_outputs(module, x, vector(weight)))
         elif weight is not None:
             x = inputs(module, x)
             x = x.reshape(self.batch_size, -1, x.shape[-1])
             if weight in scaled and kind == LINEAR and weight not in self._rows and module in self._unshared:
-                both = scales if bias in self._vectors else None
-                moved = products[weight].moved(weight, x, scaled[weight], both, tokens(module, output))
+                right, alike = scaled[weight]
+                both = alike if bias in self._vectors else None
+                moved = products[weight].moved(weight, x, right, both, tokens(module, output))
                 return shaped(module, moved, output)
             if weight in products:
                 outputs = products[weight].turned_outputs if kind == TURNED else products[weight].outputs
@@ -428,7 +454,7 @@ class PerExampleGradients:
                     raise Unsupported(f"per-example gradients: '{name}' is tied to an embedding the other way round")
                 terms.append(self._rows[weight].outputs(x, output.shape[-1], scales))
         if bias in self._vectors:
-            terms.append(self._vectors[bias][:, None] * scales)
+            terms.append(vector(bias))
         moved = tokens(module, output)
         for term in terms:
             moved = moved + term.to(moved.dtype)
@@ -547,7 +573,9 @@ class PerExampleGradients:
                 continue
             if node.name() == "CheckpointFunctionBackward":
                 raise RuntimeError("per-example gradients: checkpointing needs use_reentrant=False")
-            for following, _ in node.next_functions:
+            for following, place in node.next_functions:
+                if isinstance(following, Casts._backward_cls):  # of many weights: the one that this use is of
+                    following = following.next_functions[place][0]
                 if following is None:
                     continue
                 if hasattr(following, "variable"):

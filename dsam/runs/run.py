@@ -19,7 +19,7 @@ from ..task import Task
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
-from ..training.device import attend_without_wait, choose_device, fallen_back, memory_in_use, memory_said
+from ..training.device import choose_device, fallen_back, memory_in_use, memory_said, prepare_for_gpu
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune, total_steps
 from ..training.padding_free import PaddingFree, padding_free
@@ -170,7 +170,7 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     if device.type == "cpu":
         use_fast_dropout(network)
     else:
-        attend_without_wait(network)
+        prepare_for_gpu(network, torch.bfloat16 if config.train.precision == "bfloat16" else None)
     data, notes = load_data(config, tokenizer)
     whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
     return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes], whole)

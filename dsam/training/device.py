@@ -15,6 +15,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..config import Config
 from ..errors import OutOfMemory, UserError
+from ..methods.casts import CastAtOnce
 
 
 def find_device(config: Config) -> torch.device:
@@ -149,6 +150,13 @@ def attend_without_wait(network: PreTrainedModel) -> None:
         network.set_attn_implementation(NAME)
     elif network.config._attn_implementation == "eager":  # a model's own: by whatever name, it would not be found
         AttentionMaskInterface.register("eager", _unread(eager_mask))  # of all models in this process
+
+
+def prepare_for_gpu(network: PreTrainedModel, autocast: torch.dtype | None) -> None:
+    """Has the network's passes wait for nothing and, where they are to run in `autocast`, cast its weights at once."""
+    attend_without_wait(network)
+    if autocast is not None:
+        CastAtOnce(network)
 
 
 class Outcome(NamedTuple):

@@ -12,7 +12,7 @@ sys.path.insert(0, "tests")  # this script is run in the project's root
 import encoders
 
 from dsam.methods import METHODS, ExampleLosses
-from dsam.training.device import attend_without_wait, to
+from dsam.training.device import prepare_for_gpu, to
 from dsam.training.graphs import graphs_for
 
 DEVICE = torch.device(os.environ["GPU_CHECK_DEVICE"])
@@ -26,7 +26,7 @@ def trained(family, case, graphed):
     name, options = CASES[case]
     autocast = None if family in FLOAT32 else torch.bfloat16
     network = encoders.model(family, torch.float32).to(DEVICE)
-    attend_without_wait(network)
+    prepare_for_gpu(network, autocast)
     method = METHODS[name](network, **options)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     graphs = graphs_for(method, network, autocast, 1.0, graphed)

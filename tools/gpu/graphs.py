@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.methods import METHODS, ExampleLosses
-from dsam.training.device import attend_without_wait, to
+from dsam.training.device import prepare_for_gpu, to
 from dsam.training.graphs import Graphs
 from dsam.training.loop import parameter_groups
 
@@ -42,7 +42,7 @@ def train(case, shape, autocast, graphs, steps=24, lengths=(32, 48)):
     name, options = CASES[case]
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**shape)).to(DEVICE).train()
-    attend_without_wait(model)
+    prepare_for_gpu(model, autocast)
     method, params = METHODS[name](model, **options), list(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-5, fused=True)
     torch.manual_seed(1)
