@@ -1,14 +1,15 @@
 """Per-example gradients of weight matrices in factored form, never multiplied out: what `per_example` computes with."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .gradients import wide
 
+T = TypeVar("T")
 GHOST_BLOCK = 64  # tokens in a block of a ghost norm
 GRAM_BLOCK = 128  # tokens in a block of a Gram matrix by tokens
 LAYERS = 2**26  # numbers of a tensor that several layers' are put together in: what is longer keeps a GPU busy alone
@@ -57,18 +58,12 @@ class OuterProducts(NamedTuple):
         return total
 
     @classmethod
-    def layers_of(cls, products: Sequence["OuterProducts"]) -> "Iterator[OuterProducts]":
+    def layers_of(cls, products: Iterable["OuterProducts"]) -> "Iterator[OuterProducts]":
         """The same, those of equal shapes (a network's layers) as one of L · B examples, so that an operator serves
         them all: at least in float32, at most `LAYERS` numbers a tensor. Of all examples each, with the keys 0, 1, …"""
-        alike: dict[tuple, list[OuterProducts]] = defaultdict(list)
-        for one in products:
-            alike[one.right.shape, one.right.dtype, *((x.shape, x.dtype) for x in one.lefts.values())].append(one)
-        for several in alike.values():
-            most = max(x.numel() for one in several for x in (one.right, *one.lefts.values()))
-            size = max(1, LAYERS // most)
-            for k in range(0, len(several), size):
-                rights, *lefts = zip(*((one.right, *one.lefts.values()) for one in several[k : k + size]), strict=True)
-                yield cls(_stacked(rights), dict(enumerate(map(_stacked, lefts))))
+        for several in alike(products, lambda one: (one.right, *one.lefts.values())):
+            rights, *lefts = zip(*((one.right, *one.lefts.values()) for one in several), strict=True)
+            yield cls(stacked(rights), dict(enumerate(map(stacked, lefts))))
 
     def dots(self, directions: dict[int, Tensor]) -> Tensor:
         """g_i · d summed over the weights k of `directions`, k -> d (m, n): (B,)."""
@@ -144,7 +139,17 @@ class OuterProducts(NamedTuple):
             sums[k] = product if total is None else wide(total) + product
 
 
-def _stacked(layers: Sequence[Tensor]) -> Tensor:
+def alike(layers: Iterable[T], tensors: Callable[[T], Sequence[Tensor]]) -> Iterator[list[T]]:
+    """The layers in groups whose `tensors` have the same shapes and types, of at most `LAYERS` numbers stacked."""
+    found: dict[tuple, list[T]] = defaultdict(list)
+    for layer in layers:
+        found[tuple((x.shape, x.dtype) for x in tensors(layer))].append(layer)
+    for several in found.values():
+        size = max(1, LAYERS // max(x.numel() for x in tensors(several[0])))
+        yield from (several[k : k + size] for k in range(0, len(several), size))
+
+
+def stacked(layers: Sequence[Tensor]) -> Tensor:
     """L tensors (B, …) as one (L · B, …) in at least float32, by one operator."""
     first = layers[0]
     if len(layers) == 1:

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +30,7 @@ from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
     LINEAR,
+    NORM,
     TURNED,
     Bare,
     few_tokens,
@@ -39,11 +41,13 @@ from .layer_kinds import (
     shaped,
     tokens,
 )
-from .outer_products import OuterProducts, Rows, WeightGroup
+from .outer_products import OuterProducts, Rows, WeightGroup, alike, stacked
 from .relative_positions import positions_apart
 from .step import Step
 from .taps import Tap, Unsupported, hooked
 
+SMALL = 2**21
+"""Numbers of an output whose gradient waits for those of layers like it: of more, one alone keeps a GPU busy."""
 SHORT = 2**14
 """Numbers of a bias or a scale: so long at most are the vectors that are scaled together, in one copy more."""
 _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -163,6 +167,9 @@ class PerExampleGradients:
         self._anchor = torch.zeros((), requires_grad=True)
         # By position in `params`: each use of a Linear weight (δ, a), of an embedding (indices, δ, padding).
         self._factors: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        # Where launches cost, what is computed for all layers at once: of a bias (δ), of a LayerNorm's weight (x, δ).
+        self._sums_later: list[tuple[int, Tensor]] = []
+        self._norms_later: list[tuple[int, nn.Module, Tensor, Tensor]] = []
         self._lookups: dict[int, list[tuple[Tensor, Tensor, int | None]]] = defaultdict(list)
         # After the backward pass; vectors (B, numel) are the per-example gradients of biases and LayerNorms.
         self._vectors: dict[int, Tensor] = {}
@@ -396,7 +403,9 @@ class PerExampleGradients:
             narrow: dict[torch.dtype, Tensor] = {}
             for group in self._products:
                 dtype = next(iter(group.lefts.values())).dtype
-                right = torch.mul(group.right, scales, out=torch.empty_like(group.right, dtype=dtype))  # no copy between
+                right = torch.mul(
+                    group.right, scales, out=torch.empty_like(group.right, dtype=dtype)
+                )  # no copy between
                 if dtype not in narrow:
                     narrow[dtype] = scales.to(dtype)
                 scaled |= dict.fromkeys(group.lefts, (right, narrow[dtype]))
@@ -501,14 +510,19 @@ class PerExampleGradients:
                 self._lookups[weight].append((x, grad, module.padding_idx))
             return
         each = tokens(module, grad)
-        if weight is not None and not few_tokens(module, grad):
+        later = launches_cost(grad.device) and grad.numel() <= SMALL
+        if weight is not None and later and kind == NORM:
+            self._norms_later.append((weight, module, x.detach(), grad))
+        elif weight is not None and not few_tokens(module, grad):
             with self._full_precision():
                 self._add_vector(weight, own_gradients(module, wide(x.detach()), wide(grad)))
         elif weight is not None and kind == TURNED:
             self._factors[weight].append((x.detach().reshape(*each.shape[:2], -1).to(grad.dtype), each))
         elif weight is not None:
             self._factors[weight].append((each, inputs(module, x)))
-        if bias is not None:
+        if bias is not None and later:
+            self._sums_later.append((bias, each))
+        elif bias is not None:
             self._add_vector(bias, each.sum(1, dtype=torch.promote_types(each.dtype, torch.float32)))
 
     def _prove(self, losses: Tensor) -> None:
@@ -535,8 +549,28 @@ class PerExampleGradients:
     def _add_vector(self, k: int, vector: Tensor) -> None:
         self._vectors[k] = vector if k not in self._vectors else self._vectors[k] + vector
 
+    def _form_vectors(self) -> None:
+        """Those that were left for later, of layers that are alike at once."""
+        found: list[tuple[int, Tensor]] = []
+        for sums in alike(self._sums_later, lambda one: one[1:]):
+            of_all = stacked([each for _, each in sums]).sum(1).split(self.batch_size)
+            found += zip((k for k, _ in sums), of_all, strict=True)
+        settings = defaultdict(list)
+        for one in self._norms_later:
+            settings[one[1].normalized_shape, one[1].eps].append(one)
+        with self._full_precision():
+            for norms in chain.from_iterable(alike(of, lambda one: one[2:]) for of in settings.values()):
+                ks, modules, xs, grads = zip(*norms, strict=True)
+                of_all = own_gradients(modules[0], stacked(xs), stacked(grads)).split(self.batch_size)
+                found += zip(ks, of_all, strict=True)
+        for k, vector in found:
+            self._add_vector(k, vector)
+        self._sums_later.clear()
+        self._norms_later.clear()
+
     def _gather(self) -> None:
         """Join a parameter's uses along the tokens, and weights that share an input (query, key, value)."""
+        self._form_vectors()
         by_input: dict[tuple[int, torch.dtype], OuterProducts] = {}
         for k, uses in self._factors.items():
             # Detached, since an activation would otherwise keep the graph alive.
