@@ -43,7 +43,7 @@ docs: .venv/installed ## the site, into site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/installed ## all tests; ARGS='-m "not slow"' for those of methods, training and data alone
-	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=10 $(ARGS)
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
