@@ -43,6 +43,13 @@ def test_a_profile_is_written(rehearsed):
     assert text.count("ms a step") == 2 and "per_instance at 4x8" in text
 
 
+def test_ways_to_compile_a_step_are_compared(rehearsed):
+    found = json.loads((rehearsed("compiled.py", GPU_COMPILED="plain") / "compiled.json").read_text())
+    assert len(found) == 4 and all(row["ms"] > 0 for row in found.values()), found
+    losses = [row["loss"] for row in found.values()]
+    assert max(losses) - min(losses) < 1e-3 * losses[0]  # on a CPU all are the same step
+
+
 def test_every_stage_has_its_script():
     check = (TOOLS / "check").read_text()
     scripts = {line.split("$dir/")[1].split('"')[0] for line in check.splitlines() if line.startswith("stage ")}
