@@ -13,6 +13,7 @@ help: ## this list
 	@echo "EXPERIMENT=NAME picks a file of conf/experiment (now: $(EXPERIMENT)); ARGS='a=b c=d' adds settings."
 
 .venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d, and 3.11 or later is needed: make PYTHON=python3.11 …" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

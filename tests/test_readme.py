@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import metadata
 
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -40,6 +42,15 @@ def test_the_library_example_trains():
     exec(example, first)
     exec(example, names)
     assert names["loss"] < 0.5 * first["loss"]
+
+
+def test_the_locked_packages_are_for_the_oldest_python_that_is_promised():
+    """Debian 12 has 3.11.2."""
+    (oldest,) = set(re.findall(r"Python ≥ (3\.\d+)", README))
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    asked = {name: metadata(name).get("Requires-Python") or "" for name in locked}
+    assert len(asked) > 100
+    assert [f"{name}: {python}" for name, python in asked.items() if f"{oldest}.0" not in SpecifierSet(python)] == []
 
 
 def test_every_make_target_and_experiment_named_is_there():
