@@ -12,6 +12,7 @@ from importlib.metadata import metadata
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 from torch.optim.lr_scheduler import LambdaLR
@@ -184,6 +185,24 @@ def test_what_is_said_of_fitted_labels_is_what_the_records_say():
         )
     for method in ("adamw", "sam", "per_instance"):
         assert said.count(found[method]) == 2, (method, found, said)
+
+
+def test_the_rows_of_a_grid_at_noise_0_2_are_its_records():
+    rows = []
+    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_20.zip") as held:
+        for name in held.namelist():
+            if not name.endswith("result.json"):
+                continue
+            result = json.loads(held.read(name))
+            given = yaml.safe_load(held.read(name.replace("result.json", "config.yaml")))
+            method, best, last = result["optimizer"], result["best"], result["evaluations"][-1]
+            rho = "" if "adamw" in method else f" {given['model']['rho']:g}"
+            scores = f"{100 * best['heldout_score']:.1f} | {best['epoch']:g} | {100 * best['score']:.1f}"
+            wrong, right = (100 * last["memorised"][which]["accuracy"] for which in ("flipped", "clean"))
+            rows.append(f"| {method} |{rho} | {scores} | {100 * last['score']:.1f} | {wrong:.0f} | {right:.0f} |")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("### Half as many wrong labels")[1]
+    lines = [" ".join(line.replace("**", "").split()) for line in page.split("\n### ")[0].splitlines()]
+    assert sorted(line for line in lines if re.match(r"\| (adamw|sam|dsam|per)", line)) == sorted(rows)
 
 
 def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
