@@ -236,6 +236,20 @@ def test_ones_own_folder_of_configurations_lies_beside_ours(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("others", "alike"),
+    [
+        (("model.rho=0.2", "seed=3", "train.lr=1e-5"), True),
+        (("train.max_length=32",), False),
+        (("task=similarity",), False),
+    ],
+)
+def test_estimates_are_taken_from_runs_that_cost_the_same(others, alike):
+    from dsam.sweeps.estimate import kind
+
+    assert (kind(config("optimizer=sam")) == kind(config("optimizer=sam", *others))) == alike
+
+
+@pytest.mark.parametrize(
     ("method", "options", "passes"),
     [("freelb", {"steps": 10}, 10), ("smart", {"steps": 5}, 7), ("looksam", {"k": 1}, 2), ("esam", {"gamma": 1.0}, 2),
      ("looksam", {"k": 4}, 1.25), ("sam", {}, 2), ("plain", {}, 1)],
