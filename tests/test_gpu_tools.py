@@ -18,6 +18,7 @@ def rehearsed(tmp_path, monkeypatch):
         for name, value in {"OUT": str(tmp_path), "GPU_CHECK_DEVICE": "cpu", **settings}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(TOOLS.parent.parent)
+        monkeypatch.syspath_prepend(TOOLS)  # as a script's own folder is
         runpy.run_path(str(TOOLS / script), run_name="__main__")
         return tmp_path
 

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from .examples_apart import require_examples_apart, require_own_rows
 from .gradients import tf32_products
 from .layers import DoesNotFit, TopLayers
 from .one_by_one import OneByOne
-from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
+from .per_example import PerExampleGradients, Unsupported
 from .perturbation import Gradients, total_norm
 from .sam import SAM
 from .step import Step

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gradients import wide
 
-T = TypeVar("T")
+Layer = TypeVar("Layer")
 GHOST_BLOCK = 64  # tokens in a block of a ghost norm
 GRAM_BLOCK = 128  # tokens in a block of a Gram matrix by tokens
 LAYERS = 2**26  # numbers of a tensor that several layers' are put together in: what is longer keeps a GPU busy alone
@@ -44,7 +44,7 @@ class OuterProducts(NamedTuple):
             blocks = [block.square().sum(1) for k in self.lefts for block in self.rows(k, size)]
             return sum(blocks[1:], blocks[0])
         right, lefts = wide(self.right), [self.left(k) for k in self.lefts]
-        total: Tensor | float = 0.0
+        parts: list[Tensor] = []
         for start in range(0, tokens, GHOST_BLOCK):  # symmetric: only blocks on and above the diagonal
             stop = start + GHOST_BLOCK
             of_lefts = torch.bmm(lefts[0][:, start:stop], lefts[0][:, start:].mT)
@@ -53,9 +53,8 @@ class OuterProducts(NamedTuple):
             both = torch.bmm(right[:, start:stop], right[:, start:].mT).mul_(of_lefts)
             if stop - start >= tokens:  # one block is all: the same number, by fewer operators
                 return both.sum((1, 2))
-            total = total + (2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2)))
-        assert isinstance(total, Tensor)
-        return total
+            parts.append(2 * both.sum((1, 2)) - both[:, :, :GHOST_BLOCK].sum((1, 2)))
+        return sum(parts[1:], parts[0])
 
     @classmethod
     def layers_of(cls, products: Iterable["OuterProducts"]) -> "Iterator[OuterProducts]":
@@ -139,9 +138,9 @@ class OuterProducts(NamedTuple):
             sums[k] = product if total is None else wide(total) + product
 
 
-def alike(layers: Iterable[T], tensors: Callable[[T], Sequence[Tensor]]) -> Iterator[list[T]]:
+def alike(layers: Iterable[Layer], tensors: Callable[[Layer], Sequence[Tensor]]) -> Iterator[list[Layer]]:
     """The layers in groups whose `tensors` have the same shapes and types, of at most `LAYERS` numbers stacked."""
-    found: dict[tuple, list[T]] = defaultdict(list)
+    found: dict[tuple, list[Layer]] = defaultdict(list)
     for layer in layers:
         found[tuple((x.shape, x.dtype) for x in tensors(layer))].append(layer)
     for several in found.values():

@@ -15,7 +15,7 @@ by a convolution with B times as many groups (Rochette et al. 2019, arXiv 1912.0
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .casts import Casts
 from .gradients import dense, tf32_products, whole, wide
 from .layer_kinds import (
     EMBEDDING,
@@ -43,8 +42,7 @@ from .layer_kinds import (
 )
 from .outer_products import OuterProducts, Rows, WeightGroup, alike, stacked
 from .relative_positions import positions_apart
-from .step import Step
-from .taps import Tap, Unsupported, hooked
+from .taps import Tap, Unsupported, hooked, uses_in_graph
 
 SMALL = 2**21
 """Numbers of an output whose gradient waits for those of layers like it: of more, one alone keeps a GPU busy."""
@@ -57,45 +55,6 @@ _proven: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def launches_cost(device: torch.device) -> bool:
     """Whether a small operator takes the time of its launch there, and few are better than little arithmetic."""
     return device.type != "cpu"
-
-
-def require_examples_apart(model: nn.Module) -> None:
-    """ValueError where an example's loss depends on the other examples of its batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"'{name}' ({type(module).__name__}) makes an example's loss depend on the batch's others: there is no "
-                "gradient of one example; use GroupNorm or LayerNorm, or put it into evaluation mode"
-            )
-
-
-def require_own_rows(model: nn.Module, step: Step) -> None:
-    """Once, at the first piece with as many tokens as examples, where shapes do not tell the two apart: raises
-    Unsupported where a layer's output has as many rows as there are examples, but not one for each."""
-    for k, piece in enumerate(step.pieces if "rows" not in step.checked else ()):
-        if piece.square:
-            examples = piece.size or 1
-            of_all = _rows(model, partial(step.aside, k), examples)
-            fewer = piece.restricted(list(range(examples - 1)))
-            of_fewer = _rows(model, partial(step.aside, k, fewer), examples - 1)
-            for name, count in of_all.items():
-                if count == examples == of_fewer.get(name):
-                    raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
-            step.checked.add("rows")
-            return
-
-
-def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[str, int]:
-    """Rows of the output of each module that there are formulas for, by name."""
-    seen: dict[str, int] = {}
-
-    def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen.setdefault(name, len(output))
-
-    modules = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
-    with hooked(model, modules, note, lambda: examples), torch.no_grad():
-        run()
-    return seen
 
 
 class PerExampleGradients:
@@ -113,7 +72,7 @@ class PerExampleGradients:
     `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
     leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
-    B is an error; one that is B by chance is not noticed here (`require_own_rows`).
+    B is an error; one that is B by chance is not noticed here (`examples_apart.require_own_rows`).
     A bare parameter of leading dimension 1 (ViT's position embeddings) is expanded alike while its module runs; that
     each copy reaches its own example alone is shown once, by a second backward pass, or Unsupported is raised.
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
@@ -598,25 +557,7 @@ class PerExampleGradients:
         return [part for part in found if part.lefts]
 
     def _check_that_all_uses_were_recorded(self, losses: Tensor) -> None:
-        # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
-        edges: Counter[int] = Counter()
-        seen, stack = {losses.grad_fn}, [losses.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None:
-                continue
-            if node.name() == "CheckpointFunctionBackward":
-                raise RuntimeError("per-example gradients: checkpointing needs use_reentrant=False")
-            for following, place in node.next_functions:
-                if isinstance(following, Casts._backward_cls):  # of many weights: the one that this use is of
-                    following = following.next_functions[place][0]
-                if following is None:
-                    continue
-                if hasattr(following, "variable"):
-                    edges[id(following.variable)] += 1
-                elif following not in seen:
-                    seen.add(following)
-                    stack.append(following)
+        edges = uses_in_graph(losses)
         for name, p in self._model.named_parameters():
             if id(p) in self._positions and edges[id(p)] > self._use_counts[id(p)]:
                 raise Unsupported(f"per-example gradients: '{name}' is also used without calling its module")

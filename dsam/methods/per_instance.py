@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .examples_apart import require_examples_apart, require_own_rows
 from .m_sam import GroupSAM
-from .per_example import PerExampleGradients, Unsupported, require_examples_apart, require_own_rows
+from .per_example import PerExampleGradients, Unsupported
 from .perturbation import Gradients
 from .sam import SAM
 from .step import Step

@@ -1,6 +1,7 @@
 """Where passes are looked into: hooks on a model's layers, and a function that hands an output's gradient over."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..text import first_line
+from .casts import Casts
 from .layer_kinds import EMBEDDING, LOOKUP, Bare, Lookups, See, kind_of
 from .relative_positions import positions_apart
 
@@ -75,3 +77,27 @@ def hooked(
                 f"per-example gradients: {' or '.join(map(repr, expanded))} serves all examples at once, and "
                 f"not each ({first_line(error)})"
             ) from error
+
+
+def uses_in_graph(losses: Tensor) -> Counter[int]:
+    """How often each parameter, by id, is used on the way to the losses. RuntimeError where a checkpoint hides it."""
+    # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
+    edges: Counter[int] = Counter()
+    seen, stack = {losses.grad_fn}, [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError("per-example gradients: checkpointing needs use_reentrant=False")
+        for following, place in node.next_functions:
+            if isinstance(following, Casts._backward_cls):  # of many weights: the one that this use is of
+                following = following.next_functions[place][0]
+            if following is None:
+                continue
+            if hasattr(following, "variable"):
+                edges[id(following.variable)] += 1
+            elif following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return edges

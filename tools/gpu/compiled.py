@@ -3,11 +3,11 @@ graph. Writes $OUT/compiled.json: ms a step (a median), seconds to the first ste
 
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 
 import torch
+from timing import seconds_of, wait
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.methods import METHODS, ExampleLosses
@@ -27,11 +27,6 @@ WAYS = {  # what compiles the model, None for nothing; whether the step is a gra
     "compiled, in a graph": ({} if GPU else {"backend": "eager"}, True),
 }
 found = {}
-
-
-def wait():
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def measured(name, way):
@@ -64,15 +59,7 @@ def measured(name, way):
     first = time.perf_counter() - began
     for _ in range(11):  # what compiles, warms up and captures
         loss = step()
-    spent = []
-    for _ in range(TURNS):  # the host runs ahead, as it does in a run
-        wait()
-        began = time.perf_counter()
-        for _ in range(4):
-            step()
-        wait()
-        spent.append((time.perf_counter() - began) / 4)
-    row = {"ms": round(1e3 * statistics.median(spent), 2), "first step, s": round(first, 1), "loss": float(loss)}
+    row = {"ms": round(1e3 * seconds_of(step, TURNS), 2), "first step, s": round(first, 1), "loss": float(loss)}
     return row | {"captured": bool(graphs and graphs.captured)}
 
 
