@@ -132,6 +132,10 @@ def test_the_words_are_those_of_the_numbers(tmp_path):
     finish(tmp_path, plan("rte", "large", "sam", 0))
     tiny, large = sorted(in_words(tables.build(collect(tmp_path))), reverse=True)
     assert large == "large: no method has runs on the same tasks and seeds as adamw."
+    for method in scores:
+        finish(tmp_path, plan("rte", "single", method, 0), best=scores[method])
+    (single,) = [words for words in in_words(tables.build(collect(tmp_path))) if words.startswith("single")]
+    assert "no interval, and no difference to adamw can be told" in single  # though there are pairs
     row = compare(collect(tmp_path)).set_index(["model", "method"]).loc["tiny", "sam"]
     assert tiny.startswith("tiny: over 2 tasks, sam has the highest mean: +12.0 points (95 % interval +")
     assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}) beside adamw, from 10 pairs of equal" in tiny

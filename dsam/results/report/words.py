@@ -13,7 +13,13 @@ def in_words(built: Tables, baseline: str = "adamw") -> list[str]:
     for model, rows in built.statistics.values.groupby("model", sort=False):
         compared = rows.dropna(subset=["low"])
         if compared.empty:
-            found.append(f"{model}: no method has runs on the same tasks and seeds as {baseline}.")
+            if rows["difference"].notna().any():
+                what = (
+                    f"with so few seeds there is no interval, and no difference to {baseline} can be told from chance"
+                )
+            else:
+                what = f"no method has runs on the same tasks and seeds as {baseline}"
+            found.append(f"{model}: {what}.")
             continue
         cost = built.cost.values[built.cost.values["model"] == model].set_index("method")
         first = compared.loc[compared["difference"].idxmax()]
