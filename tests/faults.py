@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -62,6 +63,30 @@ def kills_always() -> None:
 def kills_loading() -> None:
     """The process that loads data and models before a sweep's runs."""
     loop.total_steps = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kills_servers() -> None:
+    """The process that runs are forked from, and each that takes its place, once data and models are loaded."""
+    warm, survey, server.PATIENCE = server.warm, sweep._survey, [0.1, 0.1]
+
+    def loaded(configs):
+        costs = server_call(survey, configs)
+        server.warm = killed
+        return costs
+
+    def killed():
+        warm()
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+
+    server_call, server.call = server.call, lambda _, configs: loaded(configs)
+
+
+def calls_between_kills(kills: int) -> list[int]:
+    answers = [server.call(abs, -1)]
+    for number in range(kills):
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        answers.append(server.call(abs, -2 - number))
+    return answers
 
 
 def loading_takes_long() -> None:

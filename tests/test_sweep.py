@@ -277,6 +277,19 @@ def test_when_the_process_that_runs_are_forked_from_is_killed_they_go_on_from_an
     assert "2 runs: 2 finished" in stdout
 
 
+def test_a_server_that_was_killed_and_is_not_yet_gone_is_replaced():
+    """Its sockets close before its parent can know its end, which takes a while for a process of this size."""
+    answers, _ = warm.call("faults:calls_between_kills", 3)
+    assert answers == [1, 2, 3, 4]
+
+
+def test_runs_that_no_process_can_be_forked_for_have_failed_in_a_line_each(paths):
+    done = command("-m", *QUICK, *paths, "seed=0,1", before="faults:kills_servers")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("the process that others are forked from is killed again and again") == 4
+    assert "2 runs: 2 failed" in done.stdout
+
+
 def test_what_a_process_of_the_server_raises_comes_back():
     assert server.call(divmod, 7, 3) == (2, 1)
     with pytest.raises(UserError, match="^no such thing"):

@@ -10,12 +10,14 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
+PATIENCE = [0.01, 0.1, 1.0, 5.0]  # seconds, between one server's end, which takes a while, and the next
 PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
 
 
@@ -45,14 +47,19 @@ def _deaf():
 def start(function: Callable, *arguments, daemon: bool = False) -> BaseProcess:
     """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
     whole group, and gets SIGTERM when this process, or the server, goes. This process waits for it before it ends, but
-    for a daemon, which gets SIGTERM then."""
-    warm()  # again, should it be gone
-    with _deaf():
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_body, args=(function, arguments), daemon=daemon
-        )
-        process.start()
-    return process
+    for a daemon, which gets SIGTERM then. Raises Killed."""
+    for seconds in PATIENCE:
+        warm()  # again, should it be gone
+        with _deaf():
+            process = multiprocessing.get_context("forkserver").Process(
+                target=_body, args=(function, arguments), daemon=daemon
+            )
+            try:
+                process.start()
+                return process
+            except (EOFError, ConnectionError):  # it has been killed, and is not gone yet or went just now
+                time.sleep(seconds)
+    raise Killed("the process that others are forked from is killed again and again, probably for want of memory")
 
 
 def call(function: Callable, *arguments):

@@ -207,8 +207,14 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                 r, place = next_one
                 with contextlib.suppress(OSError):  # an earlier attempt's; where that fails, so does the run
                     (r.identity.folder / "failure.json").unlink(missing_ok=True)
-                process = server.start(_child, r.config, str(r.identity.folder), place.device, place.most)
                 r.status, r.started, r.attempts = "running", time.monotonic(), r.attempts + 1
+                try:
+                    process = server.start(_child, r.config, str(r.identity.folder), place.device, place.most)
+                except server.Killed as error:
+                    room.leave(place)
+                    r.status, r.reason = "failed", str(error)
+                    display.ended(r)
+                    continue
                 running[process.sentinel] = _Running(process, r, place)
                 display.show()
             if stop.signum:
