@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from dsam.config import Config
-from dsam.errors import OutOfMemory
-from dsam.runs import record, run
+from dsam.errors import OutOfMemory, Stopped, UserError
+from dsam.runs import provenance, record, run
 from dsam.sweeps import server, sweep
 from dsam.training import loop
 
@@ -87,6 +87,40 @@ def calls_between_kills(kills: int) -> list[int]:
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         answers.append(server.call(abs, -2 - number))
     return answers
+
+
+class Odd(Exception):
+    def __init__(self, one, other):
+        super().__init__(one)
+
+
+def _odd():
+    raise Odd("one", "other")
+
+
+def _raises(error):
+    raise error
+
+
+def answers_of_the_server() -> list:
+    answers = []
+    for asked in (
+        (divmod, 7, 3),
+        (_raises, UserError("no such thing")),
+        (_raises, Stopped(signal.SIGTERM)),
+        (_odd,),
+        (os._exit, 1),
+    ):
+        try:
+            answers.append(server.call(*asked))
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def code_differs() -> None:
+    """From the last commit, whatever is true of this checkout."""
+    provenance.git = lambda: {"commit": "0" * 40, "dirty": True, "repository": None}
 
 
 def loading_takes_long() -> None:

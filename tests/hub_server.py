@@ -7,6 +7,7 @@ asks for the token "hf_good". As the hub does, it sends large files (Parquet and
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -14,6 +15,25 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+SETTINGS = "DSAM_TESTS_HUB"  # the environment variable that holds those of a command
+
+
+def settings(url: str, folder: Path, offline: bool = False) -> dict:
+    """huggingface_hub's constants, for the hub at `url` and a cache of its own."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    places = {"HF_HUB_CACHE": f"{folder}/hub", "HF_TOKEN_PATH": f"{folder}/token"}
+    switches = {"HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_TELEMETRY": True}
+    return {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template} | places | switches
+
+
+def asked_instead() -> None:
+    """In a command from the warm process, which has read the usual settings long ago."""
+    from huggingface_hub import constants
+
+    for name, value in json.loads(os.environ[SETTINGS]).items():
+        setattr(constants, name, value)
+
 
 LARGE = (".parquet", ".safetensors", ".bin", ".h5")
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -256,11 +255,9 @@ def test_what_the_environment_says_to_wandb_renames_no_run(paths, tmp_path):
 
 def test_a_reader_that_has_seen_enough_ends_nothing(paths, tmp_path):
     arguments = ["-m", "seed=range(0,2)", "train.max_steps=2", "tracking=disabled", *paths]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "experiments" / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start(*arguments)
     process.stdout.close()
-    errors = process.stderr.read().decode()
+    errors = process.stderr.read()
     assert process.wait(timeout=120) == 0, errors
     assert "Traceback" not in errors and "BrokenPipe" not in errors
     places = [f"paths.{place}={tmp_path / place}" for place in ("tables", "figures")]

@@ -53,14 +53,8 @@ def hub(repositories, tmp_path, monkeypatch):
     """The hub as this process sees it, and an empty cache for its files."""
     server = hub_server.Hub(repositories)
     server.commits |= COMMITS
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    for name, value in hub_server.settings(server.url, tmp_path).items():
+        monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     yield server
@@ -644,10 +638,15 @@ def test_a_prepared_model_is_the_same_whatever_else_is_in_the_cache(hub, tmp_pat
 def test_a_sweep_asks_once_per_file_before_its_first_run_and_then_needs_no_hub(hub, tmp_path):
     hub.faults = [{"match": "cdn.*train", "status": 503, "times": 1}]
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": f"{tmp_path}/home", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    warm = {"before": "hub_server:asked_instead"}
+    at_the_hub, offline = (
+        {hub_server.SETTINGS: json.dumps(hub_server.settings(hub.url, tmp_path / "home", value))}
+        for value in (False, True)
+    )
     given = ["-m", "data=hub", "task=rte", "model=encoder", "model.id=acme/bert", f"model.revision={BERT}"]
     given += ["train.epochs=1", "train.max_steps=1", "tracking=disabled", "optimizer=adamw,sam", "seed=0,1"]
     given += [f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
-    plan = command(*given, "launcher.plan=true", cold=True, env=environment)
+    plan = command(*given, "launcher.plan=true", env=at_the_hub, **warm)
     assert "4 would start" in plan.stdout and hub.log == []
     done = command(*given, cold=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -657,8 +656,8 @@ def test_a_sweep_asks_once_per_file_before_its_first_run_and_then_needs_no_hub(h
     assert len(asked) == len(set(asked)) == 9
     hub.log.clear()
     more = [g.replace("seed=0,1", "seed=2") for g in given]
-    offline = command(*more, cold=True, env=environment | {"HF_HUB_OFFLINE": "1"})
-    assert offline.returncode == 0 and "2 finished" in offline.stdout and hub.log == []
+    done = command(*more, env=offline, **warm)
+    assert done.returncode == 0 and "2 finished" in done.stdout and hub.log == []
 
 
 @pytest.mark.slow
@@ -667,8 +666,9 @@ def test_wrong_data_end_a_command_with_status_2_and_one_line(own, tmp_path):
     hub_server.write_parquet(
         file, {"sentence1": ["a"], "sentence2": [None], "label": [0]}, ["entailment", "not_entailment"]
     )
-    environment = {"HF_ENDPOINT": own.url, "HF_HOME": f"{tmp_path}/home", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = command("data=hub", "task=rte", f"paths.runs={tmp_path}/runs", cold=True, env=environment)
+    instead = {hub_server.SETTINGS: json.dumps(hub_server.settings(own.url, tmp_path))}
+    place = f"paths.runs={tmp_path}/runs"
+    done = command("data=hub", "task=rte", place, env=instead, before="hub_server:asked_instead")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "rte/validation-00000-of-00001.parquet:1: column 'sentence2' holds None" in line

@@ -16,7 +16,7 @@ from conftest import ROOT, command, start
 
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
-from dsam.errors import Stopped, UserError
+from dsam.errors import UserError
 from dsam.overrides import compose_config
 from dsam.sweeps import display, server
 from dsam.sweeps import sweep as sweeps
@@ -179,12 +179,15 @@ def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths)
     assert "1 run: 1 missing. 1 would start." in done.stdout
 
 
-def test_a_plan_needs_neither_transformers_nor_scikit_learn():
-    """They take most of the time of starting, and only runs and their server use them."""
-    code = (
-        "import sys, dsam.sweeps.sweep, dsam.sweeps.choose;"
-        "print({'transformers', 'sklearn', 'scipy'} & set(sys.modules))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "unneeded"),
+    [
+        ("dsam.sweeps.sweep, dsam.sweeps.choose", {"torch", "transformers", "sklearn", "scipy"}),
+        ("dsam.results.report.make, dsam.results.verify, dsam.runs.archive", {"torch", "transformers", "sklearn"}),
+    ],
+)
+def test_what_takes_most_of_the_time_of_starting_is_imported_where_it_is_used(modules, unneeded):
+    code = f"import sys, {modules}; print({unneeded} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "set()"
 
 
@@ -266,7 +269,7 @@ def test_what_asks_reproduce_to_stop_stops_its_sweep(tmp_path, paths, signum, st
 
 
 def test_when_the_process_that_runs_are_forked_from_is_killed_they_go_on_from_another(tmp_path, paths):
-    arguments = ["task=agreement", "tracking=disabled", "train.epochs=5", *paths, "seed=0,1", "launcher.workers=2"]
+    arguments = ["task=agreement", "tracking=disabled", "train.epochs=3", *paths, "seed=0,1", "launcher.workers=2"]
     logs = lambda _: len(list((tmp_path / "runs").glob("**/metrics.jsonl"))) == 2  # noqa: E731
     sweep = begun(*arguments, until=logs)
     run = json.loads(next((tmp_path / "runs").glob("**/provenance.json")).read_text())["pid"]
@@ -291,50 +294,22 @@ def test_runs_that_no_process_can_be_forked_for_have_failed_in_a_line_each(paths
 
 
 def test_what_a_process_of_the_server_raises_comes_back():
-    assert server.call(divmod, 7, 3) == (2, 1)
-    with pytest.raises(UserError, match="^no such thing"):
-        server.call(_raises, UserError("no such thing"))
-    with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        server.call(_raises, Stopped(signal.SIGTERM))
-    with pytest.raises(RuntimeError, match="Odd.*cannot be sent"):
-        server.call(_odd)
-    with pytest.raises(server.Killed):
-        server.call(os._exit, 1)
+    answers, said = warm.call("faults:answers_of_the_server")
+    assert answers[:2] == [[2, 1], "UserError: no such thing"]
+    assert answers[2].startswith("Stopped: stopped by SIGTERM")
+    assert re.match("RuntimeError: Odd.*cannot be sent", answers[3])
+    assert answers[4].startswith("Killed: _exit was killed")
     process = warm.Command("faults:says_in_passing", [], ROOT, os.environ)
     assert process.communicate(timeout=60) == ("said in passing\n", "")
 
 
-class Odd(Exception):
-    def __init__(self, one, other):
-        super().__init__(one)
-
-
-def _odd():
-    raise Odd("one", "other")
-
-
-def _raises(error):
-    raise error
-
-
-def test_a_paper_sweep_wants_committed_code(tmp_path, monkeypatch):
-    """As typed, in a checkout of its own, since this one's state is not the test's business."""
-    copy = tmp_path / "copy"
-    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", copy], check=True)
-    places = [f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
-    script = [sys.executable, copy / "experiments/train.py", "-m", *QUICK, *places, "launcher.require_clean=true"]
-    readme = copy / "README.md"
-    readme.write_text(readme.read_text() + "changed\n")
-
-    def run(*more):
-        environment = os.environ | {"PYTHONPATH": str(copy)}
-        return subprocess.run([*script, *more], cwd=copy, env=environment, capture_output=True, text=True)
-
-    refused = run()
+def test_a_paper_sweep_wants_committed_code(tmp_path, paths, monkeypatch):
+    arguments = ["-m", *QUICK, *paths, "launcher.require_clean=true"]
+    refused = command(*arguments, before="faults:code_differs")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: files differ from the last commit, or are new")
     assert not (tmp_path / "runs").exists()
-    assert run("launcher.plan=true").returncode == 0
+    assert command(*arguments, "launcher.plan=true", before="faults:code_differs").returncode == 0
 
     monkeypatch.setattr("dsam.runs.provenance.git", lambda: {"commit": "0" * 40, "dirty": True})
     wanted, unwanted = (

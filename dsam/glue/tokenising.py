@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from ..errors import UserError
@@ -20,6 +19,7 @@ from ..task import Task
 from .split import Split
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
@@ -76,6 +76,8 @@ class Tokenised:
         input_ids, attention_mask and, if the model takes them, token_type_ids: int64, shape (B, T). labels, if known:
         int64 or float32, shape (B,).
         """
+        import torch  # here, since tables and plans only look at tasks
+
         indices = np.asarray(indices)
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
         width = longest = int(lengths.max())

@@ -9,8 +9,10 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -90,8 +92,10 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def provenance(device: torch.device, identity: dict) -> dict:
+def provenance(device: "torch.device", identity: dict) -> dict:
     """Everything that a reader needs to tell why two runs differ."""
+    import torch  # here, since tables look at versions alone
+
     return {
         "git": git(),
         "source_sha256": source_digest(),
