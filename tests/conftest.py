@@ -1,11 +1,16 @@
 """What the tests share: folders, the real command line, the real data where they lie."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import open_dict
+
+from dsam import overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT.parent / "shared" / "glue"
@@ -14,6 +19,26 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once; before torch is imported
 
 import warm  # noqa: E402
+
+
+@functools.cache
+def _composed(given: tuple[str, ...], conf: Path):
+    return _compose(list(given), conf, with_hydra=True)
+
+
+def _compose_once(given, conf, with_hydra=False, more=None):
+    if more is not None:  # a folder that tests change
+        return _compose(given, conf, with_hydra, more)
+    config = copy.deepcopy(_composed(tuple(given), conf))
+    if not with_hydra:
+        with open_dict(config):
+            del config["hydra"]
+    return config
+
+
+# Hydra takes a fifth of a second for a composition, and tests ask for thousands: in a test's own process each is made
+# once. Commands compose theirs. Before any test imports it.
+_compose, overrides.compose_config = overrides.compose_config, _compose_once
 
 
 def pytest_configure(config):

@@ -57,12 +57,7 @@ def place(tmp_path_factory):
         patch.setattr(sweep, "run_all", would_start)
         patch.setattr(server, "call", lambda function, *arguments: function(*arguments))
         patch.setattr(sys, "path", list(sys.path))
-        compose = functools.cache(lambda given, *rest, **more: overrides_compose_config(list(given), *rest, **more))
-        patch.setattr(overrides, "compose_config", lambda given, *rest, **more: compose(tuple(given), *rest, **more))
         yield Path.cwd()
-
-
-overrides_compose_config = overrides.compose_config  # a composition costs most of what these tests do; each once
 
 
 def done(act) -> Done:

@@ -176,14 +176,14 @@ def test_how_finely_batches_are_cut_is_the_devices_affair_and_not_the_runs_name(
     assert train(piece_overhead="auto").named() == train(piece_overhead=64).named()
 
 
-@pytest.mark.parametrize("diverges", [None, 7, 20])
+@pytest.mark.parametrize("diverges", [None, 7, 12])
 @pytest.mark.parametrize("name", ["plain", "sam", "looksam", "fsam", "msam"])
 def test_outcomes_read_a_step_later_are_the_same_run(monkeypatch, tmp_path, name, diverges):
     """Losses, log, evaluations, weights; where a loss is not finite: the step, the message and the weights before."""
 
     def fine_tuned(later: bool):
         monkeypatch.setattr(devices.Outcomes, "__init__", functools.partialmethod(outcomes, later=later))
-        c = config(f"paths.runs={tmp_path}", "train.max_steps=25", f"optimizer={conf.get(name, name)}")
+        c = config(f"paths.runs={tmp_path}", "train.max_steps=14", f"optimizer={conf.get(name, name)}")
         ready = run.prepare(c)
         method, log, calls = run.make_method(c, ready.network), [], 0
         checkpoints = Checkpoints(tmp_path / f"later-{later}")
