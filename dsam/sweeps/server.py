@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
 PATIENCE = [0.01, 0.1, 1.0, 5.0]  # seconds, between one server's end, which takes a while, and the next
+OVER_AND_OVER = "the process that others are forked from is killed again and again, probably for want of memory"
 PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
 
 
@@ -48,7 +49,8 @@ def start(function: Callable, *arguments, daemon: bool = False) -> BaseProcess:
     """`function(*arguments)` in a process forked from the server. It is deaf to Ctrl-C, which reaches a terminal's
     whole group, and gets SIGTERM when this process, or the server, goes. This process waits for it before it ends, but
     for a daemon, which gets SIGTERM then. Raises Killed."""
-    for seconds in PATIENCE:
+    waits = iter(PATIENCE)
+    while True:
         warm()  # again, should it be gone
         with _deaf():
             process = multiprocessing.get_context("forkserver").Process(
@@ -58,8 +60,10 @@ def start(function: Callable, *arguments, daemon: bool = False) -> BaseProcess:
                 process.start()
                 return process
             except (EOFError, ConnectionError):  # it has been killed, and is not gone yet or went just now
-                time.sleep(seconds)
-    raise Killed("the process that others are forked from is killed again and again, probably for want of memory")
+                seconds = next(waits, None)
+        if seconds is None:
+            raise Killed(OVER_AND_OVER)
+        time.sleep(seconds)
 
 
 def call(function: Callable, *arguments):
