@@ -68,6 +68,17 @@ def test_a_recipes_table_sets_each_tasks_values():
     assert config("experiment=glue_bert_base", "task=mrpc").train.epochs == 5
 
 
+def test_a_grid_gives_each_method_the_rho_of_its_own_scale():
+    def rho(*given):
+        return dict(config(*given).optimizer.options)["rho"]
+
+    grid = ["experiment=label_noise", "model.path=/model", "data.root=/data"]
+    found = {name: [rho(*grid, f"optimizer={name}", f"recipe.step={k}") for k in range(4)] for name in ("sam", "asam")}
+    assert found == {"sam": [0.005, 0.015, 0.05, 0.15], "asam": [0.1, 0.3, 1.0, 3.0]}
+    assert rho("optimizer=asam") == rho("optimizer=asam", "model.rho=0.1") == 0.5
+    assert rho(*grid, "optimizer=asam", "recipe.step=1", "optimizer.rho=2") == 2
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
