@@ -76,7 +76,7 @@ class Tokenised:
         input_ids, attention_mask and, if the model takes them, token_type_ids: int64, shape (B, T). labels, if known:
         int64 or float32, shape (B,).
         """
-        import torch  # here, since tables and plans only look at tasks
+        import torch  # here, since tables only look at tasks
 
         indices = np.asarray(indices)
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]

@@ -1,5 +1,5 @@
 """The process that runs are forked from: it has imported torch and transformers and done nothing else, so that a run
-starts at once and inherits no state. A sweep's own process needs neither, and starts in a third of the time."""
+starts at once and inherits no state. A sweep's own process takes PyTorch alone, to check the methods' options."""
 
 import contextlib
 import ctypes

@@ -212,7 +212,7 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                     process = server.start(_child, r.config, str(r.identity.folder), place.device, place.most)
                 except server.Killed as error:
                     room.leave(place)
-                    r.status, r.reason = "failed", str(error)
+                    _fail(r, str(error))
                     display.ended(r)
                     continue
                 running[process.sentinel] = _Running(process, r, place)
@@ -328,9 +328,14 @@ def _conclude(one: _Running) -> None:
         r.status = "missing"
     else:
         killed = not one.why and code is not None and (code < 0 or code in (128 + signal.SIGTERM, server.GONE))
-        r.status, r.reason = "killed" if killed else "failed", one.why or describe_exit(code)
-        with contextlib.suppress(OSError):
-            r.record.write("failure.json", {"reason": r.reason, "log": str(r.identity.folder / "log.txt")})
+        _fail(r, one.why or describe_exit(code), "killed" if killed else "failed")
+
+
+def _fail(r: Planned, reason: str, status: str = "failed") -> None:
+    """Here and in the folder of a run that has begun, where the tables look for it."""
+    r.status, r.reason = status, reason
+    with contextlib.suppress(OSError):
+        r.record.write("failure.json", {"reason": reason, "log": str(r.identity.folder / "log.txt")})
 
 
 def describe_exit(code: int | None) -> str:
