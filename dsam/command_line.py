@@ -324,10 +324,11 @@ def records(arguments: Sequence[str]) -> None:
     name, config = named(given)
     runs_dir, path = Path(config.paths.runs), Path(config.paths.records) / f"{name}.zip"
     if what == "pack":
-        held, missing = archive.pack(runs_dir, name, path)
-        print(
-            f"{path}: {counted(held, 'run')}, {path.stat().st_size / 1e6:.2f} MB; {missing} of the sweep have no result"
-        )
+        packed = archive.pack(runs_dir, name, path)
+        size = f"{path.stat().st_size / 1e6:.2f} MB"
+        print(f"{path}: {counted(packed.finished, 'run')}, {size}; {packed.missing} of the sweep have no result")
+        for note in packed.notes:
+            print(f"note: {path} {note}" if note.startswith("keeps") else f"note: {note}")
     else:
         written, there = archive.unpack(path, runs_dir)
         print(f"{runs_dir}: {counted(written, 'run')} written from {path}, {there} were there already")

@@ -13,6 +13,8 @@ from dsam.errors import UserError
 from dsam.overrides import check, compose_config
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
+from dsam.sweeps.choose import choose
+from dsam.sweeps.sweep import plan as plan_of_configs
 from dsam.training.batches import held_out
 from dsam.training.loop import best
 
@@ -88,6 +90,23 @@ def test_a_grid_chooses_by_hand_computed_means_and_reruns_with_fresh_seeds(tmp_p
     rho = winner["settings"]["rho"]
     assert sorted(again, key=str) == [("adamw", 7, None), ("adamw", 8, None), ("sam", 7, rho), ("sam", 8, rho)]
     assert not {r["id"] for r in grid["runs"]} & {r["id"] for r in chosen["runs"]}
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        (["weighting=gauss_newton"], [{"weighting": "gauss_newton"}, {"weighting": "probe"}]),
+        (["lr_factor=0.5"], [{"lr_factor": 0.5}, {}]),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_settings_that_only_one_variant_has_are_no_obstacle(paths, words, settings, turned):
+    """In either order, and each is in the settings of the variant that has it."""
+    both = [[f"optimizer.{word}" for word in words], []]
+    runs = plan_of_configs([config("optimizer=dsam", *own, *paths) for own in (both[::-1] if turned else both)])
+    for row, expected in zip(choose(runs)[1], settings[::-1] if turned else settings, strict=True):
+        assert expected.items() <= row["settings"].items()
+        assert set(row["settings"]) <= {"weighting", "lr_factor", "floor", "probes", "layers", "radius"}
 
 
 def test_fresh_seeds_must_be_fresh(paths):

@@ -31,7 +31,7 @@ def a_sweep(runs, name="study", seeds=range(3), unfinished=()):
         if seed in unfinished:
             (run / "failure.json").write_text('{"reason": "out of memory"}')
         else:
-            (run / "result.json").write_text(json.dumps({"id": folder[-16:], "score": seed, "name": "δ"}))
+            Record(run).finish({"id": folder[-16:], "score": seed, "name": "δ"})
     (runs / ".sweeps").mkdir(exist_ok=True)
     manifest = {"experiment": name, "runs": [{"folder": folder} for folder in folders]}
     (runs / ".sweeps" / f"{name}.json").write_text(json.dumps(manifest))
@@ -45,7 +45,7 @@ def files(runs):
 def test_records_come_back_byte_for_byte_and_weights_stay_behind(tmp_path):
     runs, packed, back = tmp_path / "runs", tmp_path / "records" / "study.zip", tmp_path / "back"
     a_sweep(runs, unfinished=[2])
-    assert archive.pack(runs, "study", packed) == (2, 1)
+    assert archive.pack(runs, "study", packed)[:2] == (2, 1)
     assert archive.unpack(packed, back) == (2, 0)
     assert files(back) == {name: data for name, data in files(runs).items() if "best/" not in name}
     first = packed.read_bytes()
@@ -59,7 +59,7 @@ def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
     a_sweep(tmp_path / "monday", seeds=[0, 1])
     a_sweep(tmp_path / "tuesday", seeds=[1, 2])
     archive.pack(tmp_path / "monday", "study", packed)
-    assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0)
+    assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0, [])
     archive.unpack(packed, tmp_path / "both")
     assert len(list((tmp_path / "both").glob("rte/tiny/sam/*/result.json"))) == 3
 
@@ -84,7 +84,7 @@ def test_unpacking_leaves_alone_what_is_there(tmp_path):
     runs, packed = tmp_path / "runs", tmp_path / "study.zip"
     one, two, three = a_sweep(runs)
     archive.pack(runs, "study", packed)
-    (runs / one / "result.json").write_text("mine")
+    Record(runs / one).finish({"id": one[-16:], "score": "mine"})
     (runs / two / "result.json").unlink()
     manifest = runs / ".sweeps" / "study.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": "mine"}))
@@ -111,11 +111,11 @@ def test_a_run_that_is_being_worked_on_or_came_no_further_is_left_alone(tmp_path
 def test_packing_again_keeps_a_finished_run_and_forgets_why_it_failed_before(tmp_path):
     runs, packed = tmp_path / "runs", tmp_path / "study.zip"
     one, two, _ = a_sweep(runs, unfinished=[1])
-    assert archive.pack(runs, "study", packed) == (2, 1)
+    assert archive.pack(runs, "study", packed)[:2] == (2, 1)
     (runs / one / "result.json").unlink()  # begun anew here, and not finished
     (runs / two / "failure.json").unlink()
-    (runs / two / "result.json").write_text("{}")
-    assert archive.pack(runs, "study", packed) == (3, 0)
+    Record(runs / two).finish({"id": two[-16:]})
+    assert archive.pack(runs, "study", packed)[:2] == (3, 0)
     archive.unpack(packed, tmp_path / "back")
     assert (tmp_path / "back" / one / "result.json").exists()
     assert not (tmp_path / "back" / two / "failure.json").exists()
@@ -128,8 +128,40 @@ def test_packing_without_a_run_that_is_in_the_file_keeps_it(tmp_path):
     before = packed.read_bytes()
     for folder in (one, two):
         shutil.rmtree(runs / folder)
-    assert archive.pack(runs, "study", packed) == (2, 1)
+    assert archive.pack(runs, "study", packed)[:2] == (2, 1)
     assert packed.read_bytes() == before
+
+
+def test_packing_a_part_of_a_sweep_keeps_the_whole_one_and_says_so(tmp_path):
+    """A sweep that was started again with one seed must not make what is committed a sweep of one."""
+    packed = tmp_path / "study.zip"
+    a_sweep(tmp_path / "whole", unfinished=[2])
+    archive.pack(tmp_path / "whole", "study", packed)
+    a_sweep(tmp_path / "part", seeds=[2])
+    finished, missing, (note,) = archive.pack(tmp_path / "part", "study", packed)
+    assert (finished, missing) == (3, 0)
+    assert note.startswith("keeps its sweep of 3 runs, of which the one here has 1; remove it first")
+    archive.unpack(packed, tmp_path / "back")
+    assert len(json.loads((tmp_path / "back/.sweeps/study.json").read_bytes())["runs"]) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text[:20], lambda text: text.replace("1", "2")])
+def test_a_damaged_result_is_neither_packed_nor_kept_beside_a_whole_one(tmp_path, capsys, damage):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    _, two, _ = a_sweep(runs)
+    archive.pack(runs, "study", packed)
+    whole, result = packed.read_bytes(), runs / two / "result.json"
+    good = result.read_text()
+    result.write_text(damage(good))
+    finished, missing, (note,) = archive.pack(runs, "study", packed)
+    assert (finished, missing, note) == (3, 0, f"{result} is damaged or was edited, and is not taken")
+    assert packed.read_bytes() == whole
+    fresh = tmp_path / "fresh.zip"
+    assert archive.pack(runs, "study", fresh)[:2] == (2, 1)
+    assert archive.unpack(packed, runs) == (1, 2)
+    assert result.read_text() == good
+    assert result.with_name("result.json.damaged").read_text() == damage(good)
+    assert f"set aside as result.json.damaged; {packed} has it whole" in capsys.readouterr().out
 
 
 def zipped(path, members):

@@ -131,6 +131,14 @@ def test_labels_take_equal_values_as_equal_and_unknown_ones_as_unknown():
     assert labels == ["sam (clip=none, rho=1)", "sam (clip=true, rho=2.5)", "sam (clip=?, rho=?)"]
 
 
+def test_a_setting_that_is_recorded_only_where_it_is_set_tells_runs_apart():
+    """And only those that would be called the same: what goes with another value needs no name."""
+    assert method_labels([plan(rho=1), plan(rho=1, lr_factor=0.5)]) == ["sam", "sam (lr_factor=0.5)"]
+    assert method_labels([plan("rte", rho=1), plan("mrpc", rho=1, lr_factor=0.5)]) == ["sam", "sam"]
+    forms = [plan(optimizer="dsam", weighting="gauss_newton"), plan(optimizer="dsam", weighting="probe", floor=0.1)]
+    assert method_labels(forms) == ["dsam (weighting=gauss_newton)", "dsam (weighting=probe)"]
+
+
 def count(folder):
     """In a process of its own."""
     print(len(collect(folder)))

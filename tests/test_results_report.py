@@ -135,12 +135,13 @@ def test_the_words_are_those_of_the_numbers(tmp_path):
     for method in scores:
         finish(tmp_path, plan("rte", "single", method, 0), best=scores[method])
     (single,) = [words for words in in_words(tables.build(collect(tmp_path))) if words.startswith("single")]
-    assert "no interval, and no difference to adamw can be told" in single  # though there are pairs
+    assert "no interval where a task has a single pair: adamw_2x, sam. The sign-flip test, corrected" in single
+    assert "tells none apart from adamw, and could not with so few runs: its p is at least 1." in single
     row = compare(collect(tmp_path)).set_index(["model", "method"]).loc["tiny", "sam"]
-    assert tiny.startswith("tiny: over 2 tasks, sam has the highest mean: +12.0 points (95 % interval +")
-    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}) beside adamw, from 10 pairs of equal" in tiny
+    assert tiny.startswith("tiny: over 2 tasks, sam is furthest above adamw: +12.0 points (95 % interval +")
+    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}), from 10 pairs of equal" in tiny
     assert "at 2.00 times its compute. By their intervals these differ from adamw: above it sam; below it none." in tiny
-    assert "The sign-flip test, corrected for 2 methods, says so of sam." in tiny
+    assert "By the sign-flip test, corrected for 2 methods, these differ from adamw: sam." in tiny
     assert re.search(r"adamw_2x, plain training, has \+0.4 points \(.*\) at 2.00 times the compute\.$", tiny), tiny
 
     few = tmp_path / "few"
@@ -149,7 +150,49 @@ def test_the_words_are_those_of_the_numbers(tmp_path):
         finish(few, plan("rte", "tiny", "sam", seed), best=0.6 + 0.1 * (seed - 1))
     (text,) = in_words(tables.build(collect(few)))
     assert "No method can be told from adamw: every interval contains 0." in text
-    assert text.endswith("tells none of them apart, and could not with so few runs: its p is at least 0.5.")
+    assert text.endswith("tells none apart from adamw, and could not with so few runs: its p is at least 0.5.")
+
+
+def words_of(folder, scores):
+    """The words on runs with these scores, {task: {method: [seed 0's, seed 1's, …]}}."""
+    for task, methods in scores.items():
+        for method, of_seeds in methods.items():
+            for seed, score in enumerate(of_seeds):
+                finish(folder, plan(task, "tiny", method, seed), best=score)
+    (text,) = in_words(tables.build(collect(folder)))
+    return text
+
+
+def test_the_words_leave_out_no_method_and_deny_no_number(tmp_path):
+    """A task with a single pair takes the interval away, and neither the method nor what the test says of it."""
+    whole = {task: {"adamw": [0.6] * 6, "sam": [0.7 + 0.01 * k for k in range(6)]} for task in ("rte", "mrpc")}
+    text = words_of(tmp_path / "single", whole | {"stsb": {"adamw": [0.6], "sam": [0.7]}})
+    assert "sam is furthest above adamw: +11.7 points, from 13 pairs" in text
+    assert "these differ from adamw: sam." in text and "can be told" not in text
+    figures = {name: text for name, text, _ in plots.figures(collect(tmp_path / "single"))}
+    assert "differences_tiny" not in figures  # nothing has an interval there
+    assert figures["differences_by_task_tiny"].endswith("with 95 % bootstrap interval")
+    (tmp_path / "single/stsb/tiny/sam/sam-0/result.json").unlink()
+    finish(tmp_path / "single", plan("rte", "tiny", "msam", 0), best=0.9)
+    figures = {name: text for name, text, _ in plots.figures(collect(tmp_path / "single"))}
+    assert figures["differences_tiny"].endswith("interval; none where a task has a single pair")
+
+    text = words_of(tmp_path / "below", {"rte": {"adamw": [0.70, 0.71, 0.72], "sam": [0.69, 0.69, 0.715]}})
+    assert "no method is above adamw, the nearest is sam: -1.2 points" in text
+    assert text.endswith("its p is at least 0.25.")
+
+
+def test_other_seeds_of_each_method_are_said(tmp_path):
+    """sam ran where adamw is low: its difference is the largest and its mean the least."""
+    scores = {"adamw": [0.5, 0.51, 0.52, 0.9, 0.91], "dsam": [0.55, 0.56, 0.58, 0.95, 0.97], "sam": [0.6, 0.61, 0.62]}
+    text = words_of(tmp_path, {"rte": scores})
+    assert "do not share all of these pairs (dsam 5 on 1 task, sam 3 on 1 task)" in text
+    assert "its p is at least 0.12." in text  # of dsam, which could do better than sam: 2 × 2/2^5
+    notes = tables.build(collect(tmp_path)).main.notes
+    assert any(note.startswith("tiny on rte: the methods do not have the same seeds.") for note in notes)
+    finish(tmp_path, plan("rte", "tiny", "sam", 3), best=0.9)
+    finish(tmp_path, plan("rte", "tiny", "sam", 4), best=0.9)
+    assert not any("same seeds" in note for note in tables.build(collect(tmp_path)).main.notes)
 
 
 def test_cost_is_the_ratio_on_the_same_tasks(tmp_path):

@@ -130,6 +130,13 @@ def test_effect_size_and_probability_of_improvement_by_hand():
     assert share == pytest.approx(((1 + 1 + 0.5 + 0) / 4 + 1) / 2)
 
 
+def test_equal_differences_have_no_effect_size_however_they_round():
+    """Two answers of 872 more in each of three seeds, at other levels."""
+    differences = np.array([(k + 2) / 872 - k / 872 for k in (301, 560, 790)])
+    assert np.ptp(differences) > 0  # by rounding alone
+    assert np.isnan(statistics.effect_size({"sst2": differences}))
+
+
 def test_average_ranks_use_the_tasks_that_all_have():
     means = pd.DataFrame(
         {"adamw": [0.6, 0.8, 0.7], "sam": [0.7, 0.8, None], "never": [None] * 3}, index=["rte", "mrpc", "cola"]

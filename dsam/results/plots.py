@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,17 +44,18 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if len(scored(runs, which)):
             text = f"{model}: score of every run at its {which} epoch; bars are means, dashed lines the majority answer"
             yield f"scores_{place}", text, scores(runs, which, baseline)
-        comparison = compare(runs, baseline, which).dropna(subset="low")
-        if len(comparison):
-            text = f"{model}: mean difference to {baseline}, paired by seed, with 95 % bootstrap interval"
+        comparison = compare(runs, baseline, which).dropna(subset="difference")
+        if comparison["low"].notna().any():
+            text = f"{model}: mean difference to {baseline}, paired by seed, with {_interval_note([comparison])}"
             yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
         by_task = {
             task: found
             for task, of_task in runs.groupby("task", sort=False)
-            if len(found := compare(of_task, baseline, which).dropna(subset="low"))
+            if (found := compare(of_task, baseline, which).dropna(subset="difference"))["low"].notna().any()
         }
         if len(by_task) > 1:
-            text = f"{model}: difference to {baseline} on each task, paired by seed, with 95 % bootstrap interval"
+            what = _interval_note(by_task.values())
+            text = f"{model}: difference to {baseline} on each task, paired by seed, with {what}"
             yield f"differences_by_task_{place}", text, differences_by_task(by_task, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
@@ -77,6 +78,11 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if sensitivity["mean"].notna().any():
             text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
             yield f"rho_{place}", text, rho(runs, sensitivity, baseline)
+
+
+def _interval_note(comparisons: Iterable[pd.DataFrame]) -> str:
+    single = any(comparison["low"].isna().any() for comparison in comparisons)
+    return "95 % bootstrap interval" + ("; none where a task has a single pair" if single else "")
 
 
 def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:

@@ -12,6 +12,7 @@ from dsam.errors import UserError
 
 EXACT_CELLS = 16  # up to 2^16 sign patterns are enumerated
 MINIMUM_PAIRS = 3  # fewer say nothing of the spread of a paired difference
+ROUNDING = 1e-12  # of scores, which are fractions: a spread below it is none
 STATUSES = ["diverged", "failed", "missing", "damaged"]
 Cells = Mapping[str, Sequence[float]]  # task -> one value per seed
 
@@ -131,8 +132,8 @@ def worse_than_best(scores: pd.DataFrame, level: float = 0.05) -> pd.Series:
         paired = (scores[method] - scores[means.idxmax()]).dropna().to_numpy()
         if len(paired) < MINIMUM_PAIRS:
             continue
-        if np.ptp(paired) < 1e-12:  # no spread: every seed says the same
-            worse[method] = paired[0] < -1e-12
+        if np.ptp(paired) < ROUNDING:  # every seed says the same
+            worse[method] = paired[0] < -ROUNDING
         else:
             t = paired.mean() / (paired.std(ddof=1) / np.sqrt(len(paired)))
             p = stdtr(len(paired) - 1, t)  # P(T <= t)
@@ -141,10 +142,13 @@ def worse_than_best(scores: pd.DataFrame, level: float = 0.05) -> pd.Series:
 
 
 def effect_size(differences: Cells) -> float:
-    """Cohen's d of the pooled paired differences: their mean over their standard deviation (ddof 1)."""
+    """Cohen's d of the pooled paired differences: their mean over their standard deviation (ddof 1).
+
+    NaN where they have no spread but that of rounding.
+    """
     cells = np.concatenate([*differences.values(), []])
     spread = np.std(cells, ddof=1) if len(cells) > 1 else 0
-    return float(np.mean(cells) / spread) if spread > 0 else np.nan
+    return float(np.mean(cells) / spread) if spread > ROUNDING else np.nan
 
 
 def probability_of_improvement(method: Cells, baseline: Cells) -> float:

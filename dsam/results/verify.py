@@ -231,8 +231,9 @@ def _compared(old: Path, new: Path) -> Finding:
         for name in ("weights_sha256", "evaluations"):
             if then[name] != now[name]:
                 return False, f"{what}: run again, it has other {name}: score {again}, recorded {score}"
-        return True, f"{what}: run again, it has the same weights and scores ({again:.4f})"
+        shown = "none" if again is None else f"{again:.4f}"
+        return True, f"{what}: run again, it has the same weights and scores ({shown})"
     why = f"made with another {', '.join(other)}" if other else "made on a GPU"
-    fine = score is not None and again is not None and abs(score - again) <= TOLERANCE
+    fine = score == again or (score is not None and again is not None and abs(score - again) <= TOLERANCE)
     same = "the same bits" if then["weights_sha256"] == now["weights_sha256"] else "other bits, as may be"
     return fine, f"{what}: {why}; run again, {same}: score {again}, recorded {score} (allowed: {TOLERANCE})"

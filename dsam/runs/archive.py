@@ -3,39 +3,63 @@
 import io
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ..errors import UNREADABLE_ZIP, UserError
 from ..files import write_atomically
 from . import lease, manifest
+from .record import Record
 
 RESULT = "result.json"
 FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "failure.json", RESULT)  # as they are unpacked
 
 
-def pack(runs_dir: Path, experiment: str, path: Path) -> tuple[int, int]:
+class Packed(NamedTuple):
+    """What a file of records holds after `pack`."""
+
+    finished: int
+    """Runs with a result in it."""
+    missing: int
+    """Runs of its sweep without one."""
+    notes: list[str]
+    """What was not taken as it was found, in a line each."""
+
+
+def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     """Writes the sweep's manifest and its runs' records to the zip `path`, beside the runs that are in it already.
 
-    A finished run in the file is replaced by a finished one alone. The same records give the same bytes. Returns
-    (runs with a result in the file, runs of the sweep that it has no result of).
+    Nothing that the file holds is lost: a finished run is replaced by a finished one alone, whose result is whole, and
+    the manifest by one that names none of its runs less. The same records give the same bytes.
 
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
     """
+    listed = manifest.path_in(runs_dir, experiment)
     folders = [run["folder"] for run in manifest.read(runs_dir, experiment)["runs"]]
     held = _read(path) if path.exists() else {}
+    earlier = held.get(manifest.FOLDER, {}).get(listed.name, b"")
+    notes = []
     try:
+        if set(folders) < (planned := _planned(earlier)):
+            notes.append(
+                f"keeps its sweep of {len(planned)} runs, of which the one here has {len(folders)}; remove it first to "
+                "pack these alone"
+            )
+            folders = sorted(planned)
+        else:
+            held[manifest.FOLDER] = {listed.name: listed.read_bytes()}
         for folder in folders:
             record = {name: (runs_dir / folder / name) for name in FILES if (runs_dir / folder / name).is_file()}
+            if RESULT in record and Record(runs_dir / folder).result(set_aside=False) is None:
+                notes.append(f"{record.pop(RESULT)} is damaged or was edited, and is not taken")
             if RESULT in record or (record and RESULT not in held.get(folder, {})):
                 held[folder] = {name: file.read_bytes() for name, file in record.items()}
-        listed = manifest.path_in(runs_dir, experiment)
-        held[manifest.FOLDER] = {listed.name: listed.read_bytes()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _zipped(held))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.records=DIR") from None
     finished = {folder for folder, record in held.items() if RESULT in record}
-    return len(finished), len(set(folders) - finished)
+    return Packed(len(finished), len(set(folders) - finished), notes)
 
 
 def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
@@ -43,7 +67,8 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
 
     What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless it
     cannot be read or the file's names all of its runs and more. A run's result is written last, so that one that a
-    kill left half written counts as unfinished. Returns (finished runs written, finished runs left alone).
+    kill left half written counts as unfinished; a damaged one is set aside. Returns (finished runs written, finished
+    runs left alone).
 
     Raises:
         UserError: the file is missing or damaged, or the runs cannot be written.
@@ -58,7 +83,7 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
         for folder, record in held.items():
             there = runs_dir / folder
             if folder in finished:
-                if (there / RESULT).exists() or lease.alive(lease.path_in(there)):
+                if lease.alive(lease.path_in(there)) or Record(there).result(then=f"{path} has it whole"):
                     continue
                 written.add(folder)
             elif there.exists():

@@ -28,8 +28,9 @@ class Record:
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
 
-    def result(self, set_aside: bool = True) -> dict | None:
-        """The finished run's result, or None. A file that is not one is set aside, and that is said."""
+    def result(self, set_aside: bool = True, then: str = "the run is done again") -> dict | None:
+        """The finished run's result, or None. A file that is not one is set aside, and that is said, with what then
+        happens."""
         path = self.folder / "result.json"
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ class Record:
             reason = f"cannot be read ({error})"
         if not set_aside:
             return None
-        print(f"{path} {reason}: set aside as result.json.damaged; the run is done again", flush=True)
+        print(f"{path} {reason}: set aside as result.json.damaged; {then}", flush=True)
         path.rename(path.with_name("result.json.damaged"))
         return None
 

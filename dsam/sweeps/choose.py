@@ -10,6 +10,8 @@ from ..errors import UserError
 from ..runs.identity import hyperparameters
 from .planned import Planned
 
+ABSENT = ["no such setting"]  # what no setting's value is
+
 
 def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     """For each task, model and optimizer the variant with the highest mean score, over its seeds, to choose by.
@@ -29,14 +31,15 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     rows: list[dict] = []
     for (task, model, optimizer), variants in groups.items():
         known = [hyperparameters(members[0].config) for members in variants.values()]
-        differ = [name for name in known[0] if len({json.dumps(values[name]) for values in known}) > 1]
+        names = dict.fromkeys(name for values in known for name in values)  # some are there only where they are set
+        differ = [name for name in names if len({json.dumps(values.get(name, ABSENT)) for values in known}) > 1]
         tried: list[dict] = []
         for members, values in zip(variants.values(), known, strict=True):
             scores = [s for s in map(score, members) if s is not None]
             whole = len(scores) == len(members)
             tried.append(
                 {"task": task, "model": model, "optimizer": optimizer}
-                | {"settings": {name: values[name] for name in differ}}
+                | {"settings": {name: values[name] for name in differ if name in values}}
                 | {"selection": members[0].config.selection, "runs": len(scores), "expected": len(members)}
                 | {"mean": float(np.mean(scores)) if scores else None}
                 | {"sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -15,16 +16,52 @@ from dsam.results.tables import rendering
 from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
-from dsam.task import shipped
+from dsam.task import Hub, shipped
 from dsam.text import counted, published
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
-HUB_SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
 FORMS = {".csv": "every number with all its digits", ".md": "Markdown", ".tex": "LaTeX, for booktabs", ".html": "HTML"}
 RECONSTRUCTION = (
     "δ-SAM is a reconstruction: its paper (arXiv 2112.08772) has no official code, and only its abstracts and two "
     "summaries could be read. Its figures here say nothing certain about the paper's own method."
 )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the examples of a task come from: generated here, a data set of the hub's (or files of it), or neither."""
+
+    name: str
+    builtin: bool
+    hub: Hub | None
+    noise: float = 0.0
+
+    @property
+    def glue(self) -> bool:
+        return self.hub is not None and self.hub.dataset == DATASET
+
+    def dataset(self, label: str, split: str) -> dict:
+        """The model index's entry for the split of the task that tables call `label`."""
+        if self.hub is not None:
+            title = f"GLUE {label}" if self.glue else label
+            subset = self.hub.subset or "default"
+            return {"name": title, "type": self.hub.dataset, "config": subset, "split": self.hub.split(split)}
+        kind = "dsam built-in" if self.builtin else "own"
+        return {"name": f"{kind} {label}", "type": kind.replace(" ", "-"), "config": self.name, "split": split}
+
+
+def origins(frame: pd.DataFrame, configs: dict[tuple[str, str], dict]) -> dict[str, Origin]:
+    """That of each task by its name in the tables, as its runs' configurations have it, or else this project's own."""
+    found = {}
+    for label, folder in frame.groupby("task", sort=False)["folder"].first().items():
+        name = Path(folder).parts[0]
+        config = next((config for (_, task), config in configs.items() if task == label), {})
+        task, own = config.get("task") or {}, shipped().get(name)
+        hub, builtin = (own.hub, own.builtin) if own else (None, False)
+        if "metrics" in task:  # in full, as it has been since tasks can be a user's own
+            hub, builtin = Hub.model_validate(task["hub"]) if task.get("hub") else None, bool(task.get("builtin"))
+        found[label] = Origin(name, builtin, hub, (config.get("data") or {}).get("label_noise") or 0.0)
+    return found
 
 
 def documents(
@@ -101,20 +138,23 @@ folders it makes again what follows from `cells.csv`.
 
 def _model_card(built, frame, experiment, which, facts, configs) -> str:
     runs = scored(frame, which)
-    official = [task for task in frame["task"].unique() if task in shipped() and not shipped()[task].builtin]
-    made_up = [task for task in frame["task"].unique() if task not in official]
+    tasks = origins(frame, configs)
     bases = {model: config.get("model") or {} for (model, _), config in configs.items()}
     columns = [name for name in frame.columns if name.startswith(f"{which}.") and runs[name].notna().any()]
     head = {
         "language": "en",
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "tags": [*(["glue"] if official else []), "sharpness-aware-minimization", *sorted(frame["optimizer"].unique())],
+        "tags": [
+            *(["glue"] if any(t.glue for t in tasks.values()) else []),
+            "sharpness-aware-minimization",
+            *sorted(frame["optimizer"].unique()),
+        ],
         "base_model": sorted({base["id"] for base in bases.values() if base.get("id")}),
-        "datasets": [DATASET] if official else [],
+        "datasets": sorted({task.hub.dataset for task in tasks.values() if task.hub}),
         "metrics": sorted({_hub_metric(name.split(".")[-1]) for name in columns}),
         "model-index": [
-            {"name": f"{experiment}: {model}, {method}", "results": _results(own, columns, which, official)}
+            {"name": f"{experiment}: {model}, {method}", "results": _results(own, columns, which, tasks)}
             for (model, method), own in runs.groupby(["model", "method_label"], sort=False)
         ],
     }
@@ -145,7 +185,7 @@ training in all, on: {rendering.escape_markdown(facts.text("device"))}.
 
 ## Limits
 
-{chr(10).join(f"- {line}" for line in _limits(frame, which, official, made_up))}
+{chr(10).join(f"- {line}" for line in _limits(frame, which, tasks))}
 
 ## Use
 
@@ -154,13 +194,18 @@ people: they are not for decisions about anyone.
 """
 
 
-def _limits(frame, which, official, made_up) -> list[str]:
+def _limits(frame, which, tasks: dict[str, Origin]) -> list[str]:
     lines = [selection_note(frame, which)]
-    if made_up:
-        tasks = ", ".join(made_up)
-        lines.append(f"{tasks}: generated by the project to try its pipeline; scores say nothing about language.")
-    if official:
+    if made_up := ", ".join(label for label, task in tasks.items() if task.builtin):
+        lines.append(f"{made_up}: generated by the project to try its pipeline; scores say nothing about language.")
+    if any(task.glue for task in tasks.values()):
         lines.append("Scores are on the development sets of GLUE, not on its test sets.")
+    if others := ", ".join(label for label, task in tasks.items() if not task.builtin and not task.glue):
+        lines.append(f"{others}: scores are on the splits that these tasks name for evaluation, not on test sets.")
+    for label, task in tasks.items():
+        if task.noise:
+            lines.append(f"{label}: {100 * task.noise:g} % of the training labels were spoilt on purpose, and none of "
+                         "those that are scored.")  # fmt: skip
     for limit in ("max_steps", "max_train_examples"):
         if (short := frame.get(PREFIX + limit, pd.Series(dtype=object)).dropna()).size:
             lines.append(f"{counted(len(short), 'run')} cut short by train.{limit}.")
@@ -173,7 +218,7 @@ def _limits(frame, which, official, made_up) -> list[str]:
     return lines
 
 
-def _results(runs: pd.DataFrame, columns: list[str], which: str, official: list[str]) -> list[dict]:
+def _results(runs: pd.DataFrame, columns: list[str], which: str, tasks: dict[str, Origin]) -> list[dict]:
     """The model-index entries of one model and method: by task and split each metric's mean over runs."""
     epoch = {"best": "best epoch", "last": "last epoch"}[which]
     results: dict = {}
@@ -181,15 +226,10 @@ def _results(runs: pd.DataFrame, columns: list[str], which: str, official: list[
         for column in columns:
             _, split, metric = column.split(".", 2)
             if not (values := own[column].dropna()).empty:
-                if task in official:
-                    config = {"type": DATASET, "config": task, "split": HUB_SPLITS.get(split, split)}
-                else:
-                    config = {"type": "dsam-builtin", "config": task, "split": split}
-                name = f"{'GLUE' if task in official else 'dsam built-in'} {task}"
                 entry = results.setdefault(
                     (task, split),
-                    {"task": {"type": "text-classification", "name": task}, "dataset": {"name": name} | config,
-                     "metrics": []},
+                    {"task": {"type": "text-classification", "name": task},
+                     "dataset": tasks[task].dataset(task, split), "metrics": []},
                 )  # fmt: skip
                 told = f"{metric}, {epoch}, mean of {counted(len(values), 'run')}"
                 entry["metrics"].append({"type": _hub_metric(metric), "value": float(values.mean()), "name": told})

@@ -9,51 +9,86 @@ from dsam.text import counted
 def in_words(built: Tables, baseline: str = "adamw") -> list[str]:
     """A paragraph for each model: which method is ahead of `baseline` and by how much, whether that can be told from
     chance, and at what compute."""
+    costs = built.cost.values
+    return [
+        f"{model}: {' '.join(_sentences(rows, costs[costs['model'] == model].set_index('method'), baseline))}"
+        for model, rows in built.statistics.values.groupby("model", sort=False)
+    ]
+
+
+def _sentences(rows: pd.DataFrame, cost: pd.DataFrame, baseline: str) -> list[str]:
+    compared = rows.dropna(subset=["difference"])
+    if compared.empty:
+        return [f"no method has runs on the same tasks and seeds as {baseline}."]
+    first = compared.loc[compared["difference"].idxmax()]
+    ahead = f"{first['method']} is furthest above {baseline}"
+    if first["difference"] <= 0:
+        ahead = f"no method is above {baseline}, the nearest is {first['method']}"
+    return [
+        f"over {counted(int(first['tasks']), 'task')}, {ahead}: {_points(first)}, from "
+        f"{counted(int(first['pairs']), 'pair')} of equal task and seed, at {_compute(cost, first['method'])} its "
+        "compute.",
+        *_unequal(compared, baseline),
+        *_by_interval(compared, baseline),
+        _by_test(compared, baseline),
+        *_plain(compared, cost, first, baseline),
+    ]
+
+
+def _unequal(compared: pd.DataFrame, baseline: str) -> list[str]:
+    """Differences that come from other cells are no order of the methods."""
+    if compared[["pairs", "tasks"]].drop_duplicates().shape[0] == 1:
+        return []
+    pairs = ", ".join(f"{row.method} {row.pairs} on {counted(int(row.tasks), 'task')}" for row in compared.itertuples())
+    return [f"The methods do not share all of these pairs ({pairs}), so that their differences do not order them."]
+
+
+def _by_interval(compared: pd.DataFrame, baseline: str) -> list[str]:
+    known = compared.dropna(subset=["low"])
+    unknown = compared.loc[compared["low"].isna(), "method"]
     found = []
-    for model, rows in built.statistics.values.groupby("model", sort=False):
-        compared = rows.dropna(subset=["low"])
-        if compared.empty:
-            if rows["difference"].notna().any():
-                what = (
-                    f"with so few seeds there is no interval, and no difference to {baseline} can be told from chance"
-                )
-            else:
-                what = f"no method has runs on the same tasks and seeds as {baseline}"
-            found.append(f"{model}: {what}.")
-            continue
-        cost = built.cost.values[built.cost.values["model"] == model].set_index("method")
-        first = compared.loc[compared["difference"].idxmax()]
-        told = compared[(compared["low"] > 0) | (compared["high"] < 0)]
-        plain = [name for name in compared["method"] if name.startswith(baseline)]
-        sentences = [
-            f"{model}: over {counted(int(first['tasks']), 'task')}, {first['method']} has the highest mean: "
-            f"{_points(first)} beside {baseline}, from {counted(int(first['pairs']), 'pair')} of equal task and seed, "
-            f"at {_compute(cost, first['method'])} its compute."
-        ]
-        if told.empty:
-            sentences.append(f"No method can be told from {baseline}: every interval contains 0.")
+    if len(known):
+        ahead, behind = known.loc[known["low"] > 0, "method"], known.loc[known["high"] < 0, "method"]
+        if len(ahead) or len(behind):
+            found.append(
+                f"By their intervals these differ from {baseline}: above it {', '.join(ahead) or 'none'}; below it "
+                f"{', '.join(behind) or 'none'}."
+            )
         else:
-            ahead = ", ".join(told.loc[told["low"] > 0, "method"]) or "none"
-            behind = ", ".join(told.loc[told["high"] < 0, "method"]) or "none"
-            sentences.append(f"By their intervals these differ from {baseline}: above it {ahead}; below it {behind}.")
-        if (compared["p_holm"] < 0.05).any():
-            names = ", ".join(compared.loc[compared["p_holm"] < 0.05, "method"])
-            sentences.append(f"The sign-flip test, corrected for {len(compared)} methods, says so of {names}.")
-        else:
-            corrected = min(1.0, first["smallest_p"] * len(compared))
-            could = "" if corrected < 0.05 else f", and could not with so few runs: its p is at least {corrected:.2g}"
-            many = counted(len(compared), "method")
-            sentences.append(f"The sign-flip test, corrected for {many}, tells none of them apart{could}.")
-        for name in plain if first["method"] not in plain else []:
-            row = compared.set_index("method").loc[name]
-            sentences.append(f"{name}, plain training, has {_points(row)} at {_compute(cost, name)} the compute.")
-        found.append(" ".join(sentences))
+            found.append(f"No method can be told from {baseline}: every interval contains 0.")
+    if len(unknown):
+        found.append(f"There is no interval where a task has a single pair: {', '.join(unknown)}.")
     return found
 
 
+def _by_test(compared: pd.DataFrame, baseline: str) -> str:
+    tested = compared.dropna(subset=["p_holm"])
+    below = tested.loc[tested["p_holm"] < 0.05, "method"]
+    many = counted(len(tested), "method")
+    if len(below):
+        return f"By the sign-flip test, corrected for {many}, these differ from {baseline}: {', '.join(below)}."
+    corrected = min(1.0, tested["smallest_p"].min() * len(tested))
+    could = "" if corrected < 0.05 else f", and could not with so few runs: its p is at least {corrected:.2g}"
+    return f"The sign-flip test, corrected for {many}, tells none apart from {baseline}{could}."
+
+
+def _plain(compared: pd.DataFrame, cost: pd.DataFrame, first: pd.Series, baseline: str) -> list[str]:
+    """Plain training in another form, as of twice the steps, belongs beside what is ahead."""
+    plain = [name for name in compared["method"] if name.startswith(baseline)]
+    if first["method"] in plain:
+        return []
+    rows = compared.set_index("method")
+    return [
+        f"{name}, plain training, has {_points(rows.loc[name])} at {_compute(cost, name)} the compute."
+        for name in plain
+    ]
+
+
 def _points(row: pd.Series) -> str:
-    low, high = 100 * row["low"], 100 * row["high"]
-    return f"{100 * row['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+    points = f"{100 * row['difference']:+.1f} points"
+    if pd.isna(row["low"]):
+        return points
+    return f"{points} (95 % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
 
 
 def _compute(cost: pd.DataFrame, method: str) -> str:

@@ -147,6 +147,7 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     for model, tasks in averaged.items():
         over = f"over {', '.join(tasks)}" if tasks else f"{DASH} (no task that every method has a score on)"
         notes.append(f"Average for {model}: {over}.")
+    notes += _unequal_seeds(scored(frame, which), baseline)
     pairs = scored(frame, which).groupby(["model", "task", "method_label"]).size().max()
     notes.append(_marks_note(pairs))
     notes.append(f"Compute / {baseline}: forward-backward passes of a whole run (passes per step × steps), as a ratio.")
@@ -173,6 +174,21 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     if named:
         more = f"; {len(lost) - NAMED_RUNS} more in cells.csv" if len(lost) > NAMED_RUNS else ""
         notes.append(f"Not in the means: {'; '.join(named)}{more}.")
+    return notes
+
+
+def _unequal_seeds(runs: pd.DataFrame, baseline: str) -> list[str]:
+    """A note on each model whose methods' scores come from other seeds on some task."""
+    notes = []
+    for model, own in runs.groupby("model", sort=False):
+        seeds = own.groupby(["task", "method_label"])["seed"].agg(frozenset)
+        tasks = [task for task, sets in seeds.groupby("task", sort=False) if sets.nunique() > 1]
+        if tasks:
+            notes.append(
+                f"{model} on {', '.join(tasks)}: the methods do not have the same seeds. Means and averages are over "
+                f"each one's own, marks and the difference to {baseline} over those that two share, so that one can "
+                "point where the other does not."
+            )
     return notes
 
 

@@ -1,6 +1,6 @@
 """The name of a method in tables: its optimizer, and the hyperparameters that tell its variants apart."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 
@@ -9,7 +9,8 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
 
     A hyperparameter is named where it varies among the runs of an optimizer on one task and model. One that
     follows the task or the model (a learning rate per task) is part of the recipe and isn't named, nor is the
-    seed. A run whose hyperparameters are unknown shows '?'.
+    seed. One that is recorded only where it is set is named where runs would else be called the same. A run whose
+    hyperparameters are unknown shows '?'.
     """
     values = defaultdict(set)
     for run in runs:
@@ -19,7 +20,18 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
     for (optimizer, name, _, _), seen in values.items():
         if len(seen) > 1 and name != "seed" and name not in varying[optimizer]:
             varying[optimizer].append(name)
-    return [_label(run, sorted(varying.get(run["optimizer"], ()))) for run in runs]
+    alike = defaultdict(list)
+    for run in runs:
+        if known := run["hyperparameters"]:
+            label = _label(run, sorted(varying[run["optimizer"]]))
+            alike[run["optimizer"], label, run["task"], run["model"]].append(known)
+    for (optimizer, *_), several in alike.items():
+        recorded = Counter(name for known in several for name in known)
+        varying[optimizer] += [
+            name for name, runs_with in recorded.items()
+            if runs_with < len(several) and name != "seed" and name not in varying[optimizer]
+        ]  # fmt: skip
+    return [_label(run, sorted(varying[run["optimizer"]])) for run in runs]
 
 
 def _label(run: dict, names: list[str]) -> str:
