@@ -168,8 +168,12 @@ def run_one(cfg: DictConfig) -> None:
 
     with one_line_errors():
         config = load(cfg)
-        if config.launcher.name == "slurm":
-            raise UserError("launcher=slurm takes sweeps: add -m")
+        _require_of_one(config)
+        if config.launcher.plan:
+            from .sweeps.sweep import plan
+
+            _show_plan(plan([config]), [config])
+            return
         try:
             result = run(config)
         except (UserError, Stopped, KeyboardInterrupt):
@@ -194,6 +198,40 @@ def run_one(cfg: DictConfig) -> None:
             print(f"diverged: {result['diverged']}")
 
 
+def _require_of_one(config: Config) -> None:
+    """UserError where a run without -m asks for what a sweep alone does: nothing of it is ignored in silence."""
+    from .sweeps.sweep import require_clean
+
+    launcher, fresh = config.launcher, config.fresh_seeds
+    if launcher.name == "slurm":
+        raise UserError("launcher=slurm takes sweeps: add -m")
+    for name in ("devices", "minutes", "memory_gb"):
+        if (value := getattr(launcher, name)) is not None:
+            raise UserError(f"launcher.{name}={str(value).replace(' ', '')} is for sweeps: add -m, also for one run")
+    if fresh:
+        raise UserError(
+            f"fresh_seeds={fresh} come after a sweep: add -m, or say seed=N".replace(", ", ",", len(fresh) - 1)
+        )
+    if not launcher.plan:
+        require_clean([config])
+
+
+def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> None:
+    """Prints what would run."""
+    from .sweeps import estimate
+    from .sweeps import sweep as sweeps
+    from .sweeps.planned import counts
+
+    launcher = configs[0].launcher
+    if launcher.measure:
+        estimate.measure(runs)
+    if line:
+        print(line)
+    sweeps.show_plan(runs, len(launcher.slots))
+    if parents := sweeps.plan(sweeps.parents(configs)):
+        print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
+
+
 def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
     """All runs of a multirun, then those of `fresh_seeds`. Leaves with status 1 and a list where some failed.
 
@@ -214,12 +252,13 @@ def search(found: "Search") -> None:
 
 def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     """The runs of each round, which are those of the round before and more, under a line of words."""
-    from .sweeps import choose, estimate
+    from .sweeps import choose
     from .sweeps import sweep as sweeps
-    from .sweeps.planned import counts, unfinished
+    from .sweeps.planned import unfinished
 
     failed: list[Planned] = []
     for line, configs in rounds:
+        _require_one_sweep(configs)
         runs, first = sweeps.plan(configs), configs[0]
         fresh = choose.check_fresh(configs)
         if first.launcher.plan:
@@ -240,13 +279,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         if unfinished(runs):
             break
     if first.launcher.plan:
-        if first.launcher.measure:
-            estimate.measure(runs)
-        if line:
-            print(line)
-        sweeps.show_plan(runs, len(first.launcher.slots))
-        if parents := sweeps.plan(sweeps.parents(configs)):
-            print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
+        _show_plan(runs, configs, line)
         if fresh:
             print(f"Then the best variant of each task, model and optimizer with the seeds {fresh}.")
         return
@@ -264,6 +297,24 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     if failed:
         print("the same command runs only what is missing", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _require_one_sweep(configs: list[Config]) -> None:
+    """UserError where what the whole sweep has once is another for some of its runs."""
+    first = configs[0]
+    for config in configs:
+        pairs = [
+            ("paths.runs", first.paths.runs, config.paths.runs),
+            ("fresh_seeds", first.fresh_seeds, config.fresh_seeds),
+        ]
+        if config.launcher != first.launcher:
+            of_this = config.launcher.model_dump()
+            pairs += [(f"launcher.{name}", value, of_this[name]) for name, value in first.launcher.model_dump().items()]
+        for name, one, other in pairs:
+            if one != other:
+                raise UserError(
+                    f"{name} is the whole sweep's, and here it is {one} for some runs and {other} for others"
+                )
 
 
 CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds

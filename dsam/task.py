@@ -21,6 +21,9 @@ METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spe
 GENERATED = ("agreement", "entailment", "majority", "similarity")
 """What `dsam.glue.builtin` makes."""
 
+HELD_OUT = "heldout"
+"""The split that a run with selection=heldout makes of the training set."""
+
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 SHIPPED = Path(__file__).parent.parent / "conf" / "task"
 
@@ -118,6 +121,9 @@ class Task(_Part):
         if self.builtin == bool(self.files or self.hub):
             raise ValueError("needs files or hub" if not self.builtin else "is built in: it has neither files nor hub")
         known = {*self.train, *self.evaluation, *self.test}
+        if HELD_OUT in known:
+            raise ValueError(f"'{HELD_OUT}' is what selection=heldout calls its part of the training set: name the "
+                             "split otherwise")  # fmt: skip
         for split in (*self.files, *self.rows, *(self.hub.splits if self.hub else ())):
             if split not in known:
                 raise ValueError(f"unknown split '{split}'; {did_you_mean(split, known)}")

@@ -276,6 +276,10 @@ VALUES = [
     ("launcher.memory_gb=nan", "launcher.memory_gb"),
     ("launcher.memory_gb=-2", "launcher.memory_gb"),
     ("launcher.devices=[]", "launcher.devices"),
+    ("launcher.devices=[0]", "launcher.devices=['0'] is for sweeps: add -m"),
+    ("launcher.minutes=5", "launcher.minutes=5.0 is for sweeps: add -m"),
+    ("launcher.memory_gb=8", "launcher.memory_gb=8.0 is for sweeps: add -m"),
+    ("fresh_seeds=[1,2]", "fresh_seeds=[1,2] come after a sweep: add -m"),
     ("launcher.devices=[0,0]", "launcher.devices"),
     ("launcher.devices=[-1]", "launcher.devices"),
     ("launcher.retries=-1", "launcher.retries=-1"),
@@ -416,6 +420,9 @@ SWEEPS = [
     ("device.name=cpu,tpu", "tpu"),
     ("device.threads=1,1e12", "device.threads"),
     ("launcher.workers=1,0", "launcher.workers=0"),
+    ("launcher.workers=1,2", "launcher.workers is the whole sweep's, and here it is 1 for some runs and 2"),
+    ("paths.runs=a,b", "paths.runs is the whole sweep's, and here it is a for some runs and b for others"),
+    ("seed=0,1 paths.runs=runs/${seed}", "paths.runs is the whole sweep's"),
     ("launcher=slurm launcher.pack=0", "launcher.pack=0 must be at least 1"),
     ("launcher=slurm launcher.job_minutes=1", "launcher.warning_seconds=90 is all of launcher.job_minutes"),
     ("launcher=slurm launcher.partitoin=low", "did you mean 'partition'"),
@@ -431,6 +438,13 @@ SWEEPS = [
 @pytest.mark.parametrize(("line", "word"), SWEEPS, ids=[line for line, _ in SWEEPS])
 def test_one_bad_value_among_good_ones_starts_nothing(line, word):
     assert_one_line(typed("-m", *words(line)), word)
+
+
+def test_a_plan_of_one_run_is_a_plan():
+    """Without -m as well: nothing is trained, and nothing is left."""
+    planned = typed("task=agreement", "launcher.plan=true")
+    assert (planned.status, planned.left) == (0, []), planned.err
+    assert "1 run: 1 missing. 1 would start." in planned.out
 
 
 def test_globs_choose_from_a_group():

@@ -36,6 +36,21 @@ def elsewhere(folder, **changes):
     return path
 
 
+@pytest.mark.parametrize("what", ["boot", "processes"])
+def test_a_machine_or_container_of_the_same_name_is_another(tmp_path, what):
+    """A number of a process means nothing there: its lease holds until it is old."""
+    path = elsewhere(tmp_path, **lease.here() | {what: "another"})
+    with pytest.raises(Busy):
+        Lease(tmp_path).__enter__()
+    old = path.stat().st_mtime - lease.EXPIRES - 1
+    os.utime(path, (old, old))
+    with Lease(tmp_path):
+        pass
+    elsewhere(tmp_path, host=lease.here()["host"])  # by code from before either was known
+    with Lease(tmp_path):
+        pass
+
+
 def test_another_machines_lease_expires_by_the_file_systems_time(tmp_path, monkeypatch):
     path = elsewhere(tmp_path)
     monkeypatch.setattr(time, "time", lambda: 0.0)  # whatever this machine's clock says

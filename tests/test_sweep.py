@@ -337,6 +337,12 @@ def test_runs_start_at_once_since_the_process_that_they_are_forked_from_has_impo
     assert {"torch", "transformers", "sklearn.metrics", "scipy.stats", "wandb", "dsam.runs.run"} <= set(known)
 
 
+def test_a_run_s_provenance_is_of_the_code_that_its_process_was_forked_with():
+    """Both were looked up once, before there was a run: a commit meanwhile changes nothing of what runs."""
+    module = "__import__('dsam.runs.provenance', fromlist=['git'])"
+    assert server.call(eval, f"[f.cache_info().currsize for f in ({module}.git, {module}.source_digest)]") == [1, 1]
+
+
 def test_a_lone_run_that_is_being_worked_on_is_refused(tmp_path, paths):
     from dsam.runs.lease import Lease
 

@@ -2,18 +2,24 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsam import task as tasks
+from dsam.config import CONF, Config
 from dsam.errors import UserError
 from dsam.glue import Split, load, noisy
 from dsam.glue.tokenising import Tokenised
+from dsam.overrides import compose_config
+from dsam.runs.identity import AS_SHIPPED, _settings, digest, identify
 from dsam.task import Task, get_task, shipped
 
 ODD = "He said \"no\", \t{it}\n\u2028 is 'odd'"
@@ -187,6 +193,7 @@ def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
         ({"files": {"train": [], "dev": "a.csv"}}, "at least 1"),
         ({"labels": None, "score_range": [0, float("inf")], "metrics": ["pearson"]}, "must be finite"),
         ({"builtin": True, "files": None}, "is built in, and only agreement"),
+        ({"evaluation": ["dev", "heldout"]}, "name the split otherwise"),
     ],
 )
 def test_a_description_that_cannot_be_meant_is_refused(settings, said):
@@ -216,6 +223,30 @@ def test_superglue_s_tasks_are_read_in_their_official_form(tmp_path):
 def test_every_task_of_this_project_is_described_in_its_own_file():
     for name, one in shipped().items():
         assert one.name == name and one.title
+
+
+def test_the_settings_of_this_projects_tasks_are_those_that_name_no_run():
+    """Where one is changed on purpose, its runs get other names: it stays out of AS_SHIPPED, or its line changes."""
+    assert {name: digest(_settings(one)) for name, one in shipped().items()} == AS_SHIPPED
+
+
+@pytest.mark.parametrize(
+    "key, value", [("metrics", ["accuracy"]), ("labels", ["wrong", "right"]), ("text", ["other"]), ("label", "other")]
+)
+def test_a_task_file_of_this_project_that_was_edited_gives_its_runs_other_names(tmp_path, monkeypatch, key, value):
+    def named(conf):
+        monkeypatch.setattr(tasks, "SHIPPED", conf / "task")
+        shipped.cache_clear()
+        return identify(Config.load(compose_config(["task=agreement"], conf))).id
+
+    edited = shutil.copytree(CONF, tmp_path / "conf")  # each folder is composed from once
+    file = edited / "task" / "agreement.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {key: value}))
+    try:
+        assert named(edited) != named(CONF)
+    finally:
+        monkeypatch.undo()
+        shipped.cache_clear()
 
 
 # Label noise

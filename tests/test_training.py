@@ -18,6 +18,7 @@ from test_config import config
 from dsam.config import Train
 from dsam.errors import Stopped, UserError
 from dsam.runs.identity import identify
+from dsam.runs.kept import lacks_weights
 from dsam.runs.record import Record
 from dsam.runs.run import prepare, run
 from dsam.sweeps.sweep import plan
@@ -395,6 +396,35 @@ def test_a_finished_run_that_kept_no_weights_is_trained_again_for_them(tmp_path,
     later = short(tmp_path, "checkpoint.keep_at=[25]")
     assert run(later) == result and "has no at-25/: it is trained" in capsys.readouterr().out
     assert (folder / "at-25" / "config.json").is_file() and not (folder / "again").exists()
+
+
+def test_phases_of_few_steps_share_one_and_a_diverged_run_has_those_that_it_came_to(tmp_path):
+    """Of 2 steps 25 and 50 per cent are the first: both folders are there, and the run is done."""
+    both = short(tmp_path, "train.max_steps=2", "checkpoint.keep_at=[25,50,100]")
+    run(both)
+    folder = identify(both).folder
+    weights = {name: (folder / name / "model.safetensors").read_bytes() for name in ("at-25", "at-50", "at-100")}
+    assert weights["at-25"] == weights["at-50"] != weights["at-100"]
+    assert plan([both])[0].done
+    result = {"best": {"step": 2}, "train": {"steps": 2, "examples": 1200}}
+    longer = short(tmp_path, "train.max_steps=8", "checkpoint.keep_at=[25,50,100]")
+    assert lacks_weights(longer, folder.parent / "none", result) == ["at-25"]
+
+
+def test_a_run_that_goes_on_with_other_threads_or_code_says_so(tmp_path, monkeypatch, often):
+    chosen = short(tmp_path, often)
+    with monkeypatch.context() as during:
+        stepping(during, 5, lambda n: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(chosen)
+    path = identify(chosen).folder / "provenance.json"
+    before = json.loads(path.read_text())
+    assert "earlier" not in before
+    path.write_text(json.dumps(before | {"threads": 64, "source_sha256": "other"}))
+    note = "went on from a checkpoint that was made with another source_sha256, threads"
+    assert note in run(chosen)["notes"]
+    (then,) = json.loads(path.read_text())["earlier"]
+    assert (then["threads"], then["source_sha256"], then["git"]) == (64, "other", before["git"])
 
 
 def test_weights_that_are_not_the_recorded_ones_are_kept_beside_the_run(tmp_path):

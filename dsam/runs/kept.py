@@ -43,11 +43,22 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
 
 def lacks_weights(config: Config, folder: Path, result: dict) -> list[str]:
     """The folders of weights that are asked of a finished run and that it has not kept: it was made when they were
-    not."""
-    asked = [f"at-{percent}" for percent in config.checkpoint.keep_at]
+    not. One that diverged has none of where it did not come to."""
+    asked = [name for name, step in phases(config, result["train"]["examples"]).items()
+             if step <= result["train"]["steps"]]  # fmt: skip
     if config.checkpoint.keep_weights:
         asked.append("best")
     return [name for name in asked if result["best"] and not (folder / name).is_dir()]
+
+
+def phases(config: Config, examples: int) -> dict[str, int]:
+    """The folder of each of `checkpoint.keep_at` -> the step after which it is written; few steps may share one."""
+    if not config.checkpoint.keep_at:
+        return {}
+    from ..training.loop import total_steps  # PyTorch, where it is needed
+
+    total = total_steps(config, examples)[0]
+    return {f"at-{percent}": max(1, round(percent / 100 * total)) for percent in config.checkpoint.keep_at}
 
 
 def kept_weights(config: Config) -> Path:

@@ -1,6 +1,7 @@
 """Who is working on a run: a file in its folder that expires, so that no two processes do the same run at once."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ class Lease:
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lease.{self.token}")
-        mine.write_text(json.dumps({"token": self.token, "host": platform.node(), **process(os.getpid())}))
+        mine.write_text(json.dumps({"token": self.token, **here(), **process(os.getpid())}))
         try:
             while True:
                 try:
@@ -87,7 +88,7 @@ def path_in(folder: Path) -> Path:
 def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool:
     """Whether the lease at `path` is held."""
     holder = read(path)
-    if holder.get("host") == platform.node() and "pid" in holder:
+    if "pid" in holder and {name: holder.get(name, mine) for name, mine in here().items()} == here():
         return process(holder["pid"]).get("began") == holder.get("began")
     try:
         if now is None:
@@ -101,6 +102,16 @@ def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool
         return now.stat().st_mtime - path.stat().st_mtime < expires
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+@functools.cache
+def here() -> dict:
+    """What tells where a process number means something: machines, or containers of one, may share a name."""
+    place = {"host": platform.node()}
+    with contextlib.suppress(OSError):  # Linux only
+        place["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        place["processes"] = os.readlink("/proc/self/ns/pid")
+    return place
 
 
 def read(path: Path) -> dict:

@@ -92,6 +92,18 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+OF_AN_ATTEMPT = ("source_sha256", "versions", "device", "threads")  # what may round, or compute, otherwise
+
+
+def going_on(now: dict, before: dict) -> tuple[dict, list[str]]:
+    """(`now`, the provenance of a run that goes on, with what the attempts `before` were made with where that is
+    something else, in `earlier`; the names of what is another than at the last one)."""
+    other = [name for name in OF_AN_ATTEMPT if before.get(name) != now[name]]
+    then = [{name: before.get(name) for name in ("git", *OF_AN_ATTEMPT, "started")}] if other else []
+    earlier = [*before.get("earlier", []), *then]
+    return now | ({"earlier": earlier} if earlier else {}), other
+
+
 def provenance(device: "torch.device", identity: dict) -> dict:
     """Everything that a reader needs to tell why two runs differ."""
     import torch  # here, since tables look at versions alone

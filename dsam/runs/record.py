@@ -52,10 +52,18 @@ class Record:
 
     def failure(self) -> dict | None:
         """Why the latest attempt failed, or None."""
+        return self._read("failure.json")
+
+    def provenance(self) -> dict | None:
+        """What the latest attempt was made with, or None."""
+        return self._read("provenance.json")
+
+    def _read(self, name: str) -> dict | None:
         try:
-            return json.loads((self.folder / "failure.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     def fail(self, error: BaseException) -> str:
         """Notes why the attempt failed, with the traceback in log.txt where the disk allows; returns the reason."""

@@ -21,12 +21,13 @@ from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
 from ..training.device import choose_device, fallen_back, memory_in_use, memory_said, prepare_for_gpu
 from ..training.dropout import use_fast_dropout
-from ..training.loop import State, best, fine_tune, total_steps
+from ..training.loop import State, best, fine_tune
 from ..training.padding_free import PaddingFree, padding_free
 from . import lease
 from .identity import RECORD_VERSION, Identity, hyperparameters, identify
 from .kept import kept_weights, lacks_weights
-from .provenance import provenance
+from .kept import phases as phases_of
+from .provenance import going_on, provenance
 from .record import Record
 from .tracking import Tracker
 
@@ -90,8 +91,14 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
     for note in notes:
         print(note)
 
-    record.open(config.to_dict(), provenance(device, identity.contents) | {"notes": notes})
     checkpoints = Checkpoints(record.folder / "checkpoint")
+    made_with = provenance(device, identity.contents) | {"notes": notes}
+    if (before := record.provenance()) and any(checkpoints.folder.glob("*.pt")):
+        made_with, other = going_on(made_with, before)
+        if other:
+            otherwise.append(f"went on from a checkpoint that was made with another {', '.join(other)}")
+            print(otherwise[-1])
+    record.open(config.to_dict(), made_with)
     with Tracker(config, identity.id, record.folder, identity.contents) as tracker:
 
         def log(line: dict) -> None:
@@ -102,11 +109,9 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
             if wanted:
                 models.save(network, ready.tokenizer, record.folder / name)
 
-        total = total_steps(config, trained_examples(config, data[task.train[0]]))[0]
-        phases: dict[int, Callable[[], None]] = {
-            max(1, round(percent / 100 * total)): partial(keep, f"at-{percent}", True)
-            for percent in config.checkpoint.keep_at
-        }
+        phases: dict[int, list[Callable[[], None]]] = {}
+        for name, step in phases_of(config, trained_examples(config, data[task.train[0]])).items():
+            phases.setdefault(step, []).append(partial(keep, name, True))
 
         state = fine_tune(
             config,

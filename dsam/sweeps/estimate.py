@@ -121,7 +121,7 @@ def _few_steps(config: Config) -> tuple[float, int]:
             Checkpoints(Path(folder)),
             log=lambda line: None,
             resume=lambda state: None,
-            phases={step: note for step in (first, last) if step},
+            phases={step: [note] for step in (first, last) if step},
             whole=ready.whole,
             packing=packing_of(config, ready, method)[0],
         )

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
 PATIENCE = [0.01, 0.1, 1.0, 5.0]  # seconds, between one server's end, which takes a while, and the next
 OVER_AND_OVER = "the process that others are forked from is killed again and again, probably for want of memory"
-PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb"]
+PRELOADED = ["dsam.runs.run", "sklearn.metrics", "scipy.stats", "wandb", "dsam.sweeps.imported"]
 
 
 class Killed(Exception):

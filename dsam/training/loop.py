@@ -80,7 +80,7 @@ def fine_tune(
     log: Callable[[dict], None],
     resume: Callable[[dict], None],
     on_best: Callable[[], None] = lambda: None,
-    phases: dict[int, Callable[[], None]] | None = None,
+    phases: dict[int, list[Callable[[], None]]] | None = None,
     whole: bool = False,
     packing: PaddingFree | None = None,
 ) -> State:
@@ -208,7 +208,8 @@ def fine_tune(
                 state.window.clear()
 
             if phases and state.step in phases:
-                phases[state.step]()
+                for keep in phases[state.step]:
+                    keep()
             if evaluates:
                 evaluation = evaluate(task, data, model, device, autocast)
                 evaluation = {"step": state.step, "epoch": state.step / per_epoch} | evaluation
