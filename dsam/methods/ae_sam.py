@@ -48,7 +48,7 @@ class AESAM(SAM):
         if self.mask == "fresh":
             step.forget_masks()
         with step.at(gradient, scale):
-            _, gradient = step.gradient(ascent=True, scaled=True)  # its masks are an ascent's
+            _, gradient = step.gradient(ascent=True)  # its masks are an ascent's
         return losses, gradient
 
     def _is_large(self, square: float) -> bool:

@@ -22,8 +22,9 @@ class Method:
     pass leaves; the optimizer, scheduler, clipping and scaler stay plain PyTorch.
 
     Args:
-        params: the parameters to perturb, or a module. With a module its buffers are protected too, and the
-            methods that look inside the model (exact per-example norms) can.
+        params: the parameters to train, all of which are perturbed, or a module; what is left out gets no gradient at
+            all. With a module its buffers are protected too, and the methods that look inside the model (exact
+            per-example norms) can.
         mask: "same" gives the descent the dropout masks of the ascent; "fresh" draws new ones. Either way ρ = 0
             draws the same masks as plain training.
         seed: of the method's own random draws (probes, fresh masks); it never touches PyTorch's default generator.
@@ -107,7 +108,8 @@ class Method:
         Args:
             closure: returns the batch's losses, shape (B,); or a sequence of such closures, one for each
                 micro-batch of one batch: the result is that of the undivided batch.
-            scaler: scales the final gradient only. A non-finite one is then left in `.grad` for the scaler to skip.
+            scaler: scales the losses of every pass, and `.grad` is left scaled. A gradient that is not finite is then
+                left there for the scaler to skip.
             wait: False does not wait for the device to learn whether loss and gradient are finite: nothing is raised,
                 `report["finite"]` (0-dim, bool) tells, and `.grad` holds whatever came. Who steps without having read
                 it must have the step undone on the device, as a fused optimizer does by its `found_inf`.

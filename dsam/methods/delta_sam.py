@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .examples_apart import require_examples_apart, require_own_rows
+from .examples_apart import batch_norms, require_examples_apart, require_own_gradients
 from .gradients import tf32_products
 from .layers import DoesNotFit, TopLayers
 from .one_by_one import OneByOne
@@ -67,7 +67,8 @@ class DeltaSAM(SAM):
             if self.module is None:
                 name = type(self.weighting).__name__
                 raise ValueError(f"weighting {name} looks inside the model: DeltaSAM(model, …)")
-            require_examples_apart(self.module)
+            self._norms = batch_norms(self.module)
+            require_examples_apart(self._norms)
             try:
                 PerExampleGradients(self.module, self.params)
             except Unsupported as why:
@@ -123,10 +124,10 @@ class DeltaSAM(SAM):
 
     def _found(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), Σ_i p_i g_i), in the way that goes with weighting and model."""
+        if self.weighting.exact:
+            require_examples_apart(self._norms)
         if self.weighting.exact and not self.singly:
-            assert self.module is not None
             try:
-                require_own_rows(self.module, step)
                 return self._exactly_weighted(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 self._go_singly(why)
@@ -150,7 +151,7 @@ class DeltaSAM(SAM):
                     piece = step.losses(k, ascent=True)
                 held[k] = None  # its graph is freed by the backward pass
                 loss = (piece * weights[start : start + len(piece)]).sum()
-                total, _ = step.differentiate(total, loss, step.costs[k], scaled=False)
+                total, _ = step.differentiate(total, loss, step.costs[k])
                 start += len(piece)
         assert total is not None
         return losses, step.whole(total, self.takes_rows())
@@ -159,13 +160,15 @@ class DeltaSAM(SAM):
         """As above with exact per-example quantities: one backward pass over the activations serves for the norms and
         for the weighted gradient."""
         assert self.module is not None
-        pieces, recorded = [], []
+        pieces, recorded, scale = [], [], 1.0
         for k in range(len(step)):
             gradients = PerExampleGradients(self.module, self.params)
             with gradients.record():
                 found = step.losses(k, ascent=True)
             pieces.append(found.detach())
-            gradients.backward(found)
+            scale = scale if k else step.scale_of_one(len(found))
+            gradients.backward(found, scale)
+            require_own_gradients(step, k, gradients)
             recorded.append(gradients)
             step.report["backwards"] += step.costs[k]
         losses = torch.cat(pieces)
@@ -309,7 +312,7 @@ def curvature_along_own_gradients(
         with gradients.perturbed(sign * scales):
             with there.record():
                 found = losses()
-            there.backward(found)
+            there.backward(found, gradients.scale)
         sides.append(there)
     ahead, behind = sides
     return ahead.minus(behind).squared_norms().sqrt() / (2 * step)

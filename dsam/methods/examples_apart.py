@@ -1,50 +1,57 @@
 """Whether the examples of a batch stay apart in a model, without which there is no gradient of one example."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .layer_kinds import kind_of
+from .per_example import PerExampleGradients
+from .perturbation import total_norm
 from .step import Step
-from .taps import Unsupported, hooked
+from .taps import Unsupported
+
+PROVEN = frozenset({"gradients", "square"})
+NEAR = 0.05
+"""Share of the gradients' norm that two ways to them may differ by: rounding in half precision takes less."""
 
 
-def require_examples_apart(model: nn.Module) -> None:
-    """ValueError where an example's loss depends on the other examples of its batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+
+
+def require_examples_apart(norms: list[tuple[str, nn.Module]]) -> None:
+    """ValueError where one of a model's `batch_norms` makes an example's loss depend on the others of its batch."""
+    for name, module in norms:
+        if module.training:
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) makes an example's loss depend on the batch's others: there is no "
                 "gradient of one example; use GroupNorm or LayerNorm, or put it into evaluation mode"
             )
 
 
-def require_own_rows(model: nn.Module, step: Step) -> None:
-    """Once, at the first piece with as many tokens as examples, where shapes do not tell the two apart: raises
-    Unsupported where a layer's output has as many rows as there are examples, but not one for each."""
-    for k, piece in enumerate(step.pieces if "rows" not in step.checked else ()):
-        if piece.square:
-            examples = piece.size or 1
-            of_all = _rows(model, partial(step.aside, k), examples)
-            fewer = piece.restricted(list(range(examples - 1)))
-            of_fewer = _rows(model, partial(step.aside, k, fewer), examples - 1)
-            for name, count in of_all.items():
-                if count == examples == of_fewer.get(name):
-                    raise Unsupported(f"per-example gradients: the output of '{name}' has no row for each example")
-            step.checked.add("rows")
-            return
+def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> None:
+    """Raises Unsupported where the gradients g_i that were `found` for piece k are not its examples': where Σ_i c_i g_i
+    is not what autograd gives for Σ_i c_i losses[i], in a pass at w that is no part of the step.
 
-
-def _rows(model: nn.Module, run: Callable[[], Tensor], examples: int) -> dict[str, int]:
-    """Rows of the output of each module that there are formulas for, by name."""
-    seen: dict[str, int] = {}
-
-    def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen.setdefault(name, len(output))
-
-    modules = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
-    with hooked(model, modules, note, lambda: examples), torch.no_grad():
-        run()
-    return seen
+    Looked at in a method's first step and at the first piece with as many tokens as examples, where shapes do not tell
+    the two apart: `PROVEN` is what `Method.checked` then has. Layers are called in ways that hooks do not see, and then
+    no formula is to be trusted.
+    """
+    what = PROVEN if found.square else PROVEN - {"square"}
+    if what <= step.checked:
+        return
+    params = [p for p in found.params if p.requires_grad]
+    with torch.enable_grad():
+        losses = step.aside(k, precise=False)
+        weights = torch.linspace(-1, 1, len(losses), device=losses.device, dtype=losses.dtype)
+        expected = torch.autograd.grad(losses @ weights, params, allow_unused=True)
+    sums = {id(p): value for p, value in zip(found.params, found.weighted_gradient(weights), strict=True)}
+    rest = [sums[id(p)] - (0 if g is None else g.to_dense()) for p, g in zip(params, expected, strict=True)]
+    away = total_norm(rest) / (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt()
+    if not away.isfinite():  # of gradients that are 0, or not finite: that shows nothing
+        return
+    if away > NEAR:
+        raise Unsupported(
+            f"per-example gradients: their sum is {100 * float(away):.0f} % of their norm away from the batch's "
+            "gradient: the model does not keep its examples in the first dimension, or uses a layer's weight without "
+            "calling the layer"
+        )
+    step.checked.update(what)

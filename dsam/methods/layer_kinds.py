@@ -160,6 +160,7 @@ def _is_scale(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
     if (
         weight is None
         or weight.ndim != 1
+        or weight.numel() == 1  # one number for all elements, or for an axis of one: nothing tells
         or any(p.shape != weight.shape for p in own.values())
         or any(module.children())
     ):

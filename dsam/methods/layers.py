@@ -136,6 +136,8 @@ class TopLayers:
             return with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
 
         lower = list(self.stack)[: -self.count]
+        patched = [layer for layer in lower if "forward" in vars(layer)]  # or compiled
+        theirs: dict[nn.Module, dict[str, Any]] = {layer: {"forward": vars(layer)["forward"]} for layer in patched}
         with self._first.register_forward_pre_hook(first, with_kwargs=True):
             try:
                 for layer in lower:
@@ -144,6 +146,7 @@ class TopLayers:
             finally:
                 for layer in lower:
                     vars(layer).pop("forward", None)
+                    vars(layer).update(theirs.get(layer, {}))
 
     def clear(self) -> None:
         """Lets go of what was kept."""

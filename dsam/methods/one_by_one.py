@@ -32,9 +32,10 @@ class OneByOne:
         alone = self._step.restricted([(k, [place])], self._sizes)
         with torch.enable_grad():
             loss = alone.losses(0, ascent=True).sum()
-            found, _ = alone.differentiate(None, loss, alone.costs[0], scaled=False)
+            share = 1 if self._step.scaler is None else 2.0 ** -(len(self) - 1).bit_length()  # of a mean, as scaled
+            found, _ = alone.differentiate(None, loss * share, alone.costs[0])
         pairs = zip(found, self._step.params, strict=True)
-        return torch.cat([wide(torch.zeros_like(p) if g is None else dense(g)).flatten() for g, p in pairs])  # type: ignore[arg-type]
+        return torch.cat([wide(torch.zeros_like(p) if g is None else dense(g)).flatten() for g, p in pairs]) / share  # type: ignore[arg-type]
 
     def squared_norms(self) -> Tensor:
         """‖g_i‖², shape (B,)."""

@@ -72,7 +72,7 @@ class PerExampleGradients:
     `losses[i]` must depend on example i alone (no batch norm), and the output of every module that owns a
     counted parameter must have the B examples as its leading dimension. An Embedding whose indices have
     leading dimension 1 (Hugging Face's position ids) is expanded to the batch. A leading dimension other than
-    B is an error; one that is B by chance is not noticed here (`examples_apart.require_own_rows`).
+    B is an error; one that is B by chance is not noticed here (`examples_apart.require_own_gradients`).
     A bare parameter of leading dimension 1 (ViT's position embeddings) is expanded alike while its module runs; that
     each copy reaches its own example alone is shown once, by a second backward pass, or Unsupported is raised.
     A parameter that has several uses (tied weights, a module called twice) gets all cross terms.
@@ -118,6 +118,10 @@ class PerExampleGradients:
     def clear(self) -> None:
         """Forget everything recorded, and so free its memory."""
         self._batch: int | None = None
+        self.scale = 1.0
+        """What the losses were multiplied by, and with them all that is recorded here."""
+        self.square = False
+        """Whether what was recorded may have as many tokens as examples, so that its shapes do not tell these apart."""
         self._uses: list[tuple[str, int]] = []  # module name, leading dimension of its output
         self._use_counts: Counter[int] = Counter()  # uses of each parameter, by id
         self._copies: list[tuple[Bare, Tensor]] = []  # of bare parameters
@@ -162,15 +166,16 @@ class PerExampleGradients:
             handle.remove()
 
     @torch.no_grad()
-    def backward(self, losses: Tensor) -> None:
+    def backward(self, losses: Tensor, scale: float = 1.0) -> None:
         """Compute and keep the output gradients; `losses` (B,) come from the recorded forward.
 
+        `scale`, a power of two, keeps float16 gradients from underflow, as a GradScaler does; it is in no result.
         Frees the graph. Raises ValueError if `losses` is not one-dimensional, and RuntimeError if an output's
         leading dimension is not B or if a counted parameter is used other than by calling its module.
         """
         if losses.dim() != 1:
             raise ValueError(f"per-example gradients: losses must have shape (B,), not {tuple(losses.shape)}")
-        self._batch = len(losses)
+        self._batch, self.scale = len(losses), scale
         for name, leading in self._uses:
             if leading != self.batch_size:
                 raise Unsupported(
@@ -179,7 +184,7 @@ class PerExampleGradients:
                 )
         self._check_that_all_uses_were_recorded(losses)
         with torch.enable_grad():
-            total = losses.sum()
+            total = losses.sum() if scale == 1 else losses.sum() * scale
         again = positions_apart(self._model, lambda: self._batch)  # where checkpointed layers run once more
         places = [bare.place for bare, _ in self._copies]
         unproven = len(losses) > 1 and any(which not in _proven.get(module, ()) for module, which in places)
@@ -196,7 +201,7 @@ class PerExampleGradients:
         if len(pieces) == 1:
             return pieces[0]
         whole = pieces[0].like()
-        whole._batch = sum(piece.batch_size for piece in pieces)
+        whole._batch, whole.scale = sum(piece.batch_size for piece in pieces), pieces[0].scale
         parts: dict[int, list[Rows]] = defaultdict(list)
         start = 0
         for piece in pieces:
@@ -220,7 +225,7 @@ class PerExampleGradients:
     def squared_norms(self) -> Tensor:
         """‖g_i‖² over all counted parameters together: (B,), float32 (float64 for a float64 model)."""
         with self._full_precision():
-            return self._squared_norms(self._products)
+            return self._without_scale(self._squared_norms(self._products), 2)
 
     def _squared_norms(self, of: Sequence[OuterProducts]) -> Tensor:
         total = self._zeros(self.batch_size)
@@ -248,7 +253,7 @@ class PerExampleGradients:
         Costs as much as a forward pass. Along a weighted gradient it equals `gram() @ weights`.
         """
         with self._full_precision():
-            return self._dots(direction, self._products)
+            return self._without_scale(self._dots(direction, self._products))
 
     def _dots(self, direction: Sequence[Tensor | None], of: Sequence[OuterProducts]) -> Tensor:
         total = self._zeros(self.batch_size)
@@ -281,7 +286,7 @@ class PerExampleGradients:
                     far += [part._replace(lefts={k: part.lefts[k] for k in group.keys}) for part in group.parts]
             norms += self._squared_norms(far)
             dots += self._dots(self._sums(1 / self.batch_size, far), far)
-        return norms.clamp_(min=0), dots
+        return self._without_scale(norms.clamp_(min=0), 2), self._without_scale(dots, 2)
 
     @torch.no_grad()
     def gram(self) -> Tensor:
@@ -299,7 +304,7 @@ class PerExampleGradients:
                         tied = rows.gram_with(products.left(k), products.right)
                         total[products.examples] += tied
                         total[:, products.examples] += tied.mT
-        return total
+        return self._without_scale(total, 2)
 
     @torch.no_grad()
     def weighted_gradient(self, weights: Tensor, by_rows: bool = False) -> list[Tensor]:
@@ -311,7 +316,9 @@ class PerExampleGradients:
         with self._full_precision():
             sums = self._sums(weights, self._products)
         return [
-            torch.zeros_like(p) if value is None else (value if value.is_sparse else value.view_as(p)).to(p.dtype)
+            torch.zeros_like(p)
+            if value is None
+            else self._without_scale((value if value.is_sparse else value.view_as(p)).to(p.dtype))
             for p, value in zip(self.params, whole(sums, by_rows), strict=True)
         ]
 
@@ -335,7 +342,7 @@ class PerExampleGradients:
     def minus(self, other: "PerExampleGradients") -> "PerExampleGradients":
         """The differences g_i − h_i to the gradients of another pass over the same batch, to be used like gradients."""
         difference = self.like()
-        difference._batch = self._batch
+        difference._batch, difference.scale = self._batch, self.scale
         if self._vectors.keys() != other._vectors.keys() or len(self._products) != len(other._products):
             raise ValueError("two passes over one batch ran different layers: their gradients have no difference")
         difference._vectors = {k: vector - other._vectors[k] for k, vector in self._vectors.items()}
@@ -355,7 +362,7 @@ class PerExampleGradients:
         """
         if any(len(products.right) != self.batch_size for products in self._products):
             raise RuntimeError("per-example gradients: perturb the pieces of a batch one by one")
-        scales = scales.detach().view(-1, 1, 1)
+        scales = self._without_scale(scales.detach()).view(-1, 1, 1)
         products = {k: group for group in self._products for k in group.lefts}
         scaled: dict[int, tuple[Tensor, Tensor]] = {}
         if launches_cost(scales.device):
@@ -436,14 +443,18 @@ class PerExampleGradients:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), tf32_products(half):
             yield
 
+    def _without_scale(self, value: Tensor, power: int = 1) -> Tensor:
+        return value if self.scale == 1 else value / self.scale**power
+
     def _zeros(self, *shape: int) -> Tensor:
         like = self.params[0]
         return torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
     def _read_batch_size(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        shapes = [x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+        self.square |= any(len(shape) > 1 and shape[0] == shape[1] for shape in shapes)
         if self._batch is None:
-            leading = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
-            self._batch = max(leading, default=None)
+            self._batch = max((shape[0] for shape in shapes), default=None)
 
     def _counted(self, module: nn.Module) -> list[int | None]:
         """Positions of the module's weight and bias, None for what does not count."""
@@ -455,6 +466,7 @@ class PerExampleGradients:
         if counted == [None, None] or not torch.is_grad_enabled():
             return None
         self._uses.append((name, output.shape[0] if output.dim() else 0))
+        self.square |= output.dim() > 2 and output.shape[0] == output.shape[1]
         self._use_counts.update(id(self.params[k]) for k in counted if k is not None)
         x = args[0] if args else kwargs["input"]
         if isinstance(module, Bare):
@@ -489,7 +501,7 @@ class PerExampleGradients:
         the gradient of Σ_i c_i losses[i] in the copies is c_i g_i. Raises Unsupported where it is not."""
         weights = torch.linspace(-1, 1, self.batch_size, device=losses.device, dtype=losses.dtype)
         with torch.enable_grad():
-            total = losses @ weights
+            total = losses @ (weights * self.scale)
         found = torch.autograd.grad(total, [copies for _, copies in self._copies], allow_unused=True)
         rest = {k: vector * weights[:, None] for k, vector in self._vectors.items()}
         for (bare, _), grad in zip(self._copies, found, strict=True):

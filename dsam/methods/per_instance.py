@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .examples_apart import require_examples_apart, require_own_rows
+from .examples_apart import batch_norms, require_examples_apart, require_own_gradients
 from .m_sam import GroupSAM
 from .per_example import PerExampleGradients, Unsupported
 from .perturbation import Gradients
@@ -38,7 +38,8 @@ class PerInstance(SAM):
         super().__init__(params, rho, **options)
         if self.module is None:
             raise ValueError("PerInstance looks inside the model: PerInstance(model, …), or GroupSAM(params, m=1)")
-        require_examples_apart(self.module)
+        self._norms = batch_norms(self.module)
+        require_examples_apart(self._norms)
         self.singly = False
         try:
             PerExampleGradients(self.module, self.params)
@@ -58,10 +59,9 @@ class PerInstance(SAM):
         return super().graphable and not self.singly
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        require_examples_apart(self._norms)
         if not self.singly:
-            assert self.module is not None
             try:
-                require_own_rows(self.module, step)
                 return self._at_once(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 self._go_singly(why)
@@ -84,7 +84,8 @@ class PerInstance(SAM):
             """Inside, each example of piece k is at its own w + ρ g_i/‖g_i‖."""
             with gradients.record():
                 found = step.losses(k, ascent=True)
-            gradients.backward(found)
+            gradients.backward(found, step.scale_of_one(len(found)))
+            require_own_gradients(step, k, gradients)
             step.report["backwards"] += step.costs[k]
             losses.append(found.detach())
             norms.append(gradients.squared_norms().sqrt())

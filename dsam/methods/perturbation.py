@@ -18,6 +18,9 @@ def total_norm(tensors: Gradients) -> Tensor:
     present = [t.values() if t.is_sparse else t for t in tensors if t is not None]
     if not present:
         return torch.zeros(())
+    if any(t.dtype.itemsize < 4 for t in present):  # whose norm would be rounded, and of float16 soon infinite
+        norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in present]
+        return of_all_shards(torch.stack(norms).norm())
     return of_all_shards(torch.nn.utils.get_total_norm(present))
 
 

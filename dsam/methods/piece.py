@@ -57,12 +57,6 @@ class Piece:
         return self.closure.inputs["input_ids"]
 
     @property
-    def square(self) -> bool:
-        """Whether it is known to have as many tokens as examples, and more than one."""
-        ids = getattr(self.closure, "inputs", {}).get("input_ids")
-        return self.restrictable and ids is not None and ids.ndim == 2 and 1 < ids.shape[0] == ids.shape[1]
-
-    @property
     def autocast(self) -> torch.dtype | None:
         return getattr(self.closure, "autocast", None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteGradient
 from .gradients import add, owned, sparse_gradient, whole
 from .perturbation import Gradients, perturbed, total_norm
-from .piece import Closure, Piece, pieces_of
+from .piece import Closure, pieces_of
 
 if TYPE_CHECKING:
     from .base import Method
@@ -51,7 +51,9 @@ class Step:
         self.pieces = pieces_of(closures)
         self.params, self.module = method.params, method.module
         self.mask, self.random, self.host_generator = method.mask, method.random, method.host_generator
-        self.scaler, self.checked, self.wait = scaler, method.checked, wait or scaler is not None
+        # One that is not enabled neither scales nor skips: it is none.
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.checked, self.wait = method.checked, wait or self.scaler is not None
         self.finite: Tensor | None = None  # whether all was, of what nobody waited for
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
@@ -74,14 +76,13 @@ class Step:
         with self.passing(k, share), self._masks_of(k, ascent):
             return self.pieces[k].losses(precise)
 
-    def aside(self, k: int, instead: Piece | None = None) -> Tensor:
-        """Losses of piece k, or of what is run in its stead, as a pass that is no part of the step: not counted, and
-        nothing drawn or moved by it."""
+    def aside(self, k: int, precise: bool = True) -> Tensor:
+        """Losses of piece k as a pass that is no part of the step: not counted, and nothing drawn or moved by it."""
         state = self._masks[k]
         if state is None:
             state = self.random.get()
         with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state):
-            return (instead or self.pieces[k]).losses(precise=True)
+            return self.pieces[k].losses(precise)
 
     def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
         """Losses of all pieces without their graphs."""
@@ -165,7 +166,6 @@ class Step:
         self,
         *,
         ascent: bool = False,
-        scaled: bool | None = None,
         weights: Tensor | None = None,
         only: Sequence[bool] | None = None,
         by_rows: bool = False,
@@ -175,7 +175,6 @@ class Step:
 
         Args:
             ascent: see `losses`.
-            scaled: whether it goes through the scaler; by default a descent's does.
             weights: (B,): of the weighted sum in place of the mean.
             only: for which parameters; the others' gradient is None.
             by_rows: that of the word embeddings may stay sparse, coalesced: `total_norm` and `at` take it.
@@ -184,7 +183,6 @@ class Step:
         seen: list[Tensor] = []
         total: list[Tensor | None] | None = None
         size, start = self.size, 0
-        through = not ascent if scaled is None else scaled
         with self.summing(by_rows):
             for k in range(len(self)):
                 with around(k) if around is not None else nullcontext():
@@ -197,7 +195,7 @@ class Step:
                     else:
                         loss = losses.sum() if size is None else losses.sum() / size
                     start += len(losses)
-                    total, _ = self.differentiate(total, loss, self.costs[k], only=only, scaled=through)
+                    total, _ = self.differentiate(total, loss, self.costs[k], only=only)
         if total is None:  # of several processes' examples none fell to this one
             found, total = torch.zeros(0, device=self.params[0].device), [None] * len(self.params)
         else:
@@ -220,13 +218,12 @@ class Step:
         *,
         also: Sequence[Tensor] = (),
         only: Sequence[bool] | None = None,
-        scaled: bool = True,
     ) -> tuple[list[Tensor | None], list[Tensor]]:
         """(`total` plus the gradient of the scalar `loss`, its gradients in `also`); counts so many backward passes."""
         self.report["backwards"] += passes
         chosen = [p for p, wanted in zip(self.params, only, strict=True) if wanted] if only is not None else self.params
         scale = None
-        if scaled and self.scaler is not None:
+        if self.scaler is not None:  # an ascent's gradients underflow as a descent's do
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
         try:
@@ -249,6 +246,10 @@ class Step:
     def grad(self, loss: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradients of the scalar `loss` in these leaves."""
         return torch.autograd.grad(loss, of, allow_unused=True)
+
+    def scale_of_one(self, examples: int) -> float:
+        """What to multiply single losses by, a power of two: the scaler's, for a mean over so many; 1 without one."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale() / 2 ** (examples - 1).bit_length()
 
     @property
     def size(self) -> int | None:

@@ -81,7 +81,7 @@ def hooked(
 
 def uses_in_graph(losses: Tensor) -> Counter[int]:
     """How often each parameter, by id, is used on the way to the losses. RuntimeError where a checkpoint hides it."""
-    # Each use of a weight is one edge to it in autograd's graph (fewer where autocast shares a cast).
+    # Each use of a weight is one edge to it in autograd's graph, or to the cast of it that autocast shares among them.
     edges: Counter[int] = Counter()
     seen, stack = {losses.grad_fn}, [losses.grad_fn]
     while stack:
@@ -95,8 +95,10 @@ def uses_in_graph(losses: Tensor) -> Counter[int]:
                 following = following.next_functions[place][0]
             if following is None:
                 continue
-            if hasattr(following, "variable"):
-                edges[id(following.variable)] += 1
+            cast = following.next_functions[0][0] if following.name() == "ToCopyBackward0" else None
+            leaf = cast if cast is not None and hasattr(cast, "variable") else following
+            if hasattr(leaf, "variable"):
+                edges[id(leaf.variable)] += 1
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)
