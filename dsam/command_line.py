@@ -252,6 +252,7 @@ def search(found: "Search") -> None:
 
 def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     """The runs of each round, which are those of the round before and more, under a line of words."""
+    from .runs import manifest
     from .sweeps import choose
     from .sweeps import sweep as sweeps
     from .sweeps.planned import unfinished
@@ -274,7 +275,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
             run_all = slurm.run_all
         if line:
             print(line)
-        name, command = first.experiment or "sweep", " ".join(sys.argv)
+        name, command = first.experiment or manifest.UNNAMED, " ".join(sys.argv)
         failed = sweeps.work(runs, name, command, run_all)
         if unfinished(runs):
             break
@@ -289,9 +290,9 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         chosen, rows = choose.choose(runs)
         print(choose.described(rows))
         if chosen and fresh:
-            print(f"the chosen variants with the seeds {fresh}, as experiment {name}{CHOSEN}:")
+            print(f"the chosen variants with the seeds {fresh}, as experiment {name}{manifest.CHOSEN}:")
             again = sweeps.plan(choose.reseeded(chosen, fresh))
-            failed += sweeps.work(again, name + CHOSEN, command, run_all, rows)
+            failed += sweeps.work(again, name + manifest.CHOSEN, command, run_all, rows)
     for r in failed:
         print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
     if failed:
@@ -317,19 +318,16 @@ def _require_one_sweep(configs: list[Config]) -> None:
                 )
 
 
-CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds
-
-
 def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
     """The name of the experiment whose runs are meant, and the configuration that says where they lie."""
     from . import overrides
+    from .runs import manifest
 
     given = flags(arguments)
     more = overrides.own_folder(given.config_dir)
     names = [a.split("=", 1)[1] for a in given.overrides if a.startswith("experiment=")]
-    name = names[-1] if names else "sweep"
-    wanted = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in given.overrides]
-    wanted = [a for a in wanted if a not in ("experiment=sweep", "experiment=null")]
+    name = names[-1] if names else manifest.UNNAMED
+    wanted = manifest.configurations_of(given.overrides)
     wanted = [a for a in overrides.check(wanted, CONF, more) if a.startswith(("experiment=", "paths."))]
     config = overrides.compose_config(wanted, CONF, more=more)
     config.paths = coerced(OmegaConf.to_container(config.paths), Paths, "paths").model_dump()  # ~ as a run takes it
@@ -341,9 +339,9 @@ def chosen(arguments: Sequence[str]) -> list[str] | None:
     from .runs import manifest
 
     name, config = named(arguments)
-    if not manifest.path_in(Path(config.paths.runs), f"{name}{CHOSEN}").exists():
+    if not manifest.path_in(Path(config.paths.runs), f"{name}{manifest.CHOSEN}").exists():
         return None
-    return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{CHOSEN}"]
+    return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{manifest.CHOSEN}"]
 
 
 def paper(arguments: Sequence[str]) -> None:
@@ -391,7 +389,8 @@ def verify(arguments: Sequence[str]) -> None:
     from .results import verify as verification
 
     parser = Parser(prog="verify.py", description="Whether an experiment's tables are what its runs say.")
-    parser.add_argument("overrides", nargs="*", help="experiment=NAME, paths.runs=DIR, paths.tables=DIR")
+    parser.add_argument("overrides", nargs="*", help="experiment=NAME, paths.runs=DIR, paths.tables=DIR; and for runs "
+                        "of another machine that are trained again data.root=DIR, model.path=DIR")  # fmt: skip
     parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own configurations")
     parser.add_argument("--rerun", type=int, default=1, metavar="N", help="train so many runs again (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="chooses which")
@@ -400,10 +399,11 @@ def verify(arguments: Sequence[str]) -> None:
         raise UserError(f"--rerun {given.rerun} must be at least 0")
     own = ["--config-dir", given.config_dir] if given.config_dir else []
     name, config = named([*own, *given.overrides])
+    places = dict(o.split("=", 1) for o in given.overrides if o.startswith(("data.root=", "model.path=")))
+    again = verification.Again(given.rerun, given.seed, config.paths.cache, places)
+    tables, records = Path(config.paths.tables), Path(config.paths.records)
     differences = 0
-    for fine, line in verification.check(name, Path(config.paths.runs), Path(config.paths.tables),
-                                         given.rerun, given.seed, config.paths.cache,
-                                         Path(config.paths.records)):  # fmt: skip
+    for fine, line in verification.check(name, Path(config.paths.runs), tables, again, records):
         differences += not fine
         print(line if fine else f"differs: {line}", flush=True)
     if differences:

@@ -19,6 +19,7 @@ from wandb_file import records
 
 from dsam.config import CONF, Config
 from dsam.overrides import compose_config
+from dsam.runs import export as export_of
 from dsam.runs.tracking import PATIENCE, Tracker, flat
 
 pytestmark = pytest.mark.slow
@@ -177,6 +178,15 @@ def test_a_broken_wandb_folder_loses_nothing(copy, tmp_path):
     shutil.rmtree(copy / "wandb")
     assert export(copy, "--into", tmp_path / "out").returncode == 0
     check_all_is_there(exported(tmp_path / "out", copy), copy)
+
+
+def test_a_sweep_s_runs_with_fresh_seeds_and_one_of_no_experiment_are_found_by_name(copy, tmp_path):
+    runs = copy.parents[3]
+    (runs / ".sweeps").mkdir(exist_ok=True)
+    for name in ("label_noise_chosen", "sweep"):
+        listed = {"runs": [{"folder": str(copy.relative_to(runs))}, {"folder": "a/b/c/d"}]}
+        (runs / ".sweeps" / f"{name}.json").write_text(json.dumps(listed))
+        assert export_of.choose([f"experiment={name}", f"paths.runs={runs}"]) == ([copy], runs)
 
 
 def test_a_damaged_run_is_named_and_the_others_are_exported(copy, tmp_path):

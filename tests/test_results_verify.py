@@ -17,6 +17,7 @@ from dsam.results.tables import build as tables
 from dsam.runs import manifest
 from dsam.runs.record import seal
 from dsam.sweeps import sweep
+from dsam.training import model as models
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +47,10 @@ def copied(trained, tmp_path):
     return tmp_path
 
 
-def found(folder, rerun=0):
+def found(folder, rerun=0, **places):
     """(the lines that are as they should be, those that aren't)"""
-    lines = list(verify.check("sweep", folder / "runs", folder / "tables", rerun, 0, str(folder / "cache")))
+    again = verify.Again(rerun, 0, str(folder / "cache"), places)
+    lines = list(verify.check("sweep", folder / "runs", folder / "tables", again))
     return [line for fine, line in lines if fine], [line for fine, line in lines if not fine]
 
 
@@ -179,6 +181,44 @@ def test_a_rerun_that_would_be_another_run_says_why(copied):
     config.write_text(config.read_text().replace("max_steps: 2", "max_steps: 3"))
     wrong = found(copied, rerun=2)[1]
     assert any("with this code and data it is another run: train" in line for line in wrong)
+
+
+def test_a_run_of_another_machine_is_made_again_with_data_and_model_where_they_are_here(tmp_path):
+    """By their bytes they are the same: the run has its name, and its weights."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    tiny = Config.load(compose_config(["task=agreement"], CONF))
+    tokenizer = models.load_tokenizer(tiny.model)
+    models.save(models.build(tiny, 2, tokenizer), tokenizer, model)
+    (data / "RTE").mkdir(parents=True)
+    rows = [f"{k}\tthe cat sees the dog\tthe dog is seen\t{('entailment', 'not_entailment')[k % 2]}" for k in range(8)]
+    for split in ("train", "dev"):
+        (data / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    given = ["task=rte", "model=encoder", f"model.path={model}", "data=local", f"data.root={data}"]
+    given += ["tracking=disabled", "train.max_steps=1", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    runs = sweep.plan([Config.load(compose_config(given, CONF))])
+    manifest.write([r.config for r in runs], [r.identity for r in runs], "sweep", "train.py")
+    assert sweep.run_all(runs, Launcher()) == []
+    write(tmp_path)
+    for place in (model, data):
+        place.rename(place.with_name(f"{place.name} here"))
+    (line,) = found(tmp_path, rerun=1)[1]
+    assert "cannot be run again" in line and "data.root=DIR and model.path=DIR say where they are here" in line
+    here = {"data.root": f"{data} here", "model.path": f"{model} here"}
+    right, wrong = found(tmp_path, rerun=1, **here)
+    assert wrong == [] and "the same weights and scores" in right[-1]
+
+
+def test_a_finished_run_without_a_score_is_compared(copied):
+    """As a correlation is that was undefined at every evaluation."""
+    path = a_run(copied)
+    other = copied / "other" / path.parent.name
+    result = json.loads(path.read_text()) | {"best": None}
+    shutil.copytree(path.parent, other)
+    for place in (path.parent, other):
+        (place / "result.json").write_text(json.dumps(result))
+    assert verify._compared(path.parent, other) == (
+        True, f"{'/'.join(path.parent.parts[-4:])}: run again, it has the same weights and scores (none)"
+    )  # fmt: skip
 
 
 def test_nothing_to_verify_is_a_mistake_that_says_what_to_do(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from dsam.glue import Split, load, noisy
 from dsam.glue.tokenising import Tokenised
 from dsam.overrides import compose_config
 from dsam.runs.identity import AS_SHIPPED, _settings, digest, identify
+from dsam.runs.run import prepare
 from dsam.task import Task, get_task, shipped
 
 ODD = "He said \"no\", \t{it}\n\u2028 is 'odd'"
@@ -80,6 +82,33 @@ def test_any_text_comes_back(tmp_path, file, pairs):
     rows = read(tmp_path, task(files={"train": file, "dev": file}))
     back = list(zip(rows.sentence1, rows.sentence2, [("no", "yes")[i] for i in rows.labels], strict=True))
     assert back == pairs
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "hub",
+            "task 'mine' names no data set of the hub for data=hub: add it to its file, or use data=local data.root=",
+        ),
+        ("builtin", "task 'mine' is not built in: use data=local"),
+    ],
+)
+def test_a_source_that_a_task_does_not_name_is_refused(tmp_path, source, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(task(), source, tmp_path)
+    with pytest.raises(UserError, match="'agreement' is built in, data=local does not have it"):
+        load(get_task("agreement"), "local", tmp_path)
+
+
+def test_the_small_model_s_spelling_of_other_tasks_words_is_noted(tmp_path):
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "dev.csv", ROWS)
+    built_in = Config.load(compose_config(["task=agreement", f"paths.cache={tmp_path}/cache"], CONF))
+    local = {"source": "local", "root": str(tmp_path)}
+    given = built_in.to_dict() | {"task": task().model_dump(), "data": built_in.to_dict()["data"] | local}
+    assert any("letter by letter" in note for note in prepare(Config.load(given)).notes)
+    assert not any("letter by letter" in note for note in prepare(built_in).notes)
 
 
 def test_a_text_is_put_together_from_columns_and_a_single_text_has_no_pair(tmp_path):

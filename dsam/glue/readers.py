@@ -91,7 +91,13 @@ def _check(task: Task, source: str, splits: Sequence[str] | None) -> tuple[str, 
                 f"task '{task.name}' is not built in: use data=local data.root=DIR or data=hub "
                 f"(data=builtin has the tasks {own})"
             )
-        raise UserError(f"task '{task.name}' is built in, data={source} does not have it: use data=builtin")
+        if task.builtin:
+            raise UserError(f"task '{task.name}' is built in, data={source} does not have it: use data=builtin")
+        what = {"local": "files", "hub": "data set of the hub"}[source]
+        other = {"local": "hub", "hub": "local data.root=DIR"}[source]
+        raise UserError(
+            f"task '{task.name}' names no {what} for data={source}: add it to its file, or use data={other}"
+        )
     if splits is None:
         return tuple(dict.fromkeys(task.train + task.evaluation))
     for split in splits:

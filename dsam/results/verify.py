@@ -5,7 +5,8 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -29,16 +30,21 @@ MACHINE = ("versions", "device", "device_type", "threads", "platform", "host")
 TOLERANCE = 0.02  # of a score on another machine: rounding differs there, and training lets it grow
 
 
+@dataclass(frozen=True)
+class Again:
+    """Which runs are trained again: so many, as `seed` chooses."""
+
+    runs: int
+    seed: int
+    cache: str
+    places: Mapping[str, str] = field(default_factory=dict)
+    """data.root and model.path where they are not where the runs found them."""
+
+
 def check(
-    experiment: str,
-    runs_dir: Path,
-    tables_dir: Path,
-    rerun: int,
-    seed: int,
-    cache: str,
-    records_dir: Path = Path("results/records"),
+    experiment: str, runs_dir: Path, tables_dir: Path, again: Again, records_dir: Path = Path("results/records")
 ) -> Iterator[Finding]:
-    """Every finding about <tables_dir>/<experiment> and the runs behind it; `seed` chooses the `rerun` runs.
+    """Every finding about <tables_dir>/<experiment> and the runs behind it.
 
     Without run folders, those that <records_dir>/<experiment>.zip holds.
 
@@ -52,7 +58,7 @@ def check(
         with tempfile.TemporaryDirectory() as scratch:
             written, _ = archive.unpack(packed, Path(scratch))
             yield True, f"no runs of '{experiment}' under '{runs_dir}': the {written} of {packed} are checked"
-            yield from check(experiment, Path(scratch), tables_dir, rerun, seed, cache, records_dir)
+            yield from check(experiment, Path(scratch), tables_dir, again, records_dir)
         return
     if not manifest.path_in(runs_dir, experiment).is_file():
         yield True, f"no runs of '{experiment}' under '{runs_dir}': only what follows from cells.csv can be checked"
@@ -61,7 +67,7 @@ def check(
     frame = collect(runs_dir, experiment)
     yield from _records(frame, runs_dir)
     yield from _tables(frame, experiment, runs_dir, folder)
-    yield from _again(frame, runs_dir, rerun, seed, cache)
+    yield from _again(frame, runs_dir, again)
 
 
 def _records(frame: pd.DataFrame, runs_dir: Path) -> Iterator[Finding]:
@@ -174,18 +180,19 @@ def _csv(table: Table) -> str:
     return table.values.to_csv(index=False, lineterminator="\n")
 
 
-def _again(frame: pd.DataFrame, runs_dir: Path, count: int, seed: int, cache: str) -> Iterator[Finding]:
-    """Trains `count` of the finished runs again, in a folder that is thrown away."""
+def _again(frame: pd.DataFrame, runs_dir: Path, again: Again) -> Iterator[Finding]:
+    """Trains some of the finished runs again, in a folder that is thrown away."""
     finished = sorted(frame.loc[frame["status"] == "finished", "folder"])
-    chosen = random.Random(seed).sample(finished, min(count, len(finished)))
+    chosen = random.Random(again.seed).sample(finished, min(again.runs, len(finished)))
     with tempfile.TemporaryDirectory() as scratch:
         for folder in chosen:
             try:
-                config = _same(runs_dir / folder, scratch, cache)
+                config = _same(runs_dir / folder, scratch, again)
                 original = json.loads((runs_dir / folder / "provenance.json").read_text(encoding="utf-8"))
                 new = identify(config)
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-                yield False, f"{folder}: cannot be run again: {error}; --rerun 0 leaves that out"
+                ways = "data.root=DIR and model.path=DIR say where they are here, --rerun 0 leaves that out"
+                yield False, f"{folder}: cannot be run again: {error}; {ways}"
                 continue
             if new.id != Path(folder).name:
                 then, now = original["identity"], new.contents
@@ -199,7 +206,7 @@ def _again(frame: pd.DataFrame, runs_dir: Path, count: int, seed: int, cache: st
             yield _compared(runs_dir / folder, new.folder)
 
 
-def _same(folder: Path, scratch: str, cache: str) -> Config:
+def _same(folder: Path, scratch: str, again: Again) -> Config:
     """The configuration of a run, to be run again below `scratch` with as many threads."""
     threads = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["threads"]
 
@@ -208,7 +215,11 @@ def _same(folder: Path, scratch: str, cache: str) -> Config:
             given.pop(ours, None)
         given["tracking"] = {"mode": "disabled"}
         given["device"] = given["device"] | {"threads": threads}
-        given["paths"] = {"runs": scratch, "cache": cache}
+        given["paths"] = {"runs": scratch, "cache": again.cache}
+        for place, there in again.places.items():
+            group, name = place.split(".")
+            if given[group].get(name):
+                given[group] = given[group] | {name: there}
         if given.get("parent"):
             given["parent"] = moved(given["parent"]) | {"checkpoint": {"keep_weights": True}}
         return given

@@ -89,9 +89,11 @@ def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], 
     """The run folders that `given` names, and paths.runs. Raises UserError where there are none."""
     settings = [text for text in given if "=" in text and not Path(text).is_dir()]
     paths = [Path(text) for text in given if text not in settings]
-    wanted = [s for s in check(settings, CONF, more) if s.startswith(("experiment=", "paths."))]
+    names = [s.split("=", 1)[1] for s in settings if s.startswith("experiment=")]
+    wanted = [
+        s for s in check(manifest.configurations_of(settings), CONF, more) if s.startswith(("experiment=", "paths."))
+    ]
     runs = Path(compose_config(wanted, CONF, more=more).paths.runs).expanduser()
-    names = [s.split("=", 1)[1] for s in wanted if s.startswith("experiment=")]
     if paths:
         if names:
             raise UserError(f"give either run folders or experiment={names[-1]}, not both")

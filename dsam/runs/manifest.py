@@ -11,10 +11,18 @@ from ..files import write_atomically
 from .identity import Identity, hyperparameters
 
 FOLDER = ".sweeps"
+CHOSEN = "_chosen"  # what follows the name of a sweep in that of its runs with fresh seeds
+UNNAMED = "sweep"  # of no experiment
 
 
 def path_in(runs_dir: Path, name: str) -> Path:
     return runs_dir / FOLDER / f"{name}.json"
+
+
+def configurations_of(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the experiment, if any, whose file the sweep that they name came from."""
+    own = [a.removesuffix(CHOSEN) if a.startswith("experiment=") else a for a in arguments]
+    return [a for a in own if a not in (f"experiment={UNNAMED}", "experiment=null")]
 
 
 def names(runs_dir: Path) -> list[str]:

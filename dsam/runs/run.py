@@ -177,6 +177,10 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     else:
         prepare_for_gpu(network, torch.bfloat16 if config.train.precision == "bfloat16" else None)
     data, notes = load_data(config, tokenizer)
+    if not (config.model.path or config.model.id or task.builtin):
+        name = config.model.name
+        notes = [*notes, f"model={name} is made for the built-in tasks: it starts from scratch, and spells other words "
+                         "letter by letter; model=encoder model.path=DIR takes one that was trained"]  # fmt: skip
     whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
     return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes], whole)
 

@@ -102,7 +102,7 @@ def memory_said(device: torch.device) -> Iterator[None]:
         except (RuntimeError, AssertionError):  # CUDA has not started
             had = ""
         raise OutOfMemory(
-            f"{device} is out of memory{had}: take train.micro_batch_size=8, which leaves the numbers as they are, "
+            f"{device} is out of memory{had}: take train.micro_batch_size=8, whose gradient is the whole batch's, "
             "or fewer runs at once (launcher.per_device=1)"
         ) from error
 
