@@ -19,6 +19,7 @@ import dsam
 from dsam.config import CONF, Config, Train
 from dsam.errors import OutOfMemory
 from dsam.methods import METHODS
+from dsam.methods.examples_apart import PROVEN
 from dsam.methods.outer_products import Rows
 from dsam.methods.weighting import WEIGHTINGS
 from dsam.overrides import compose_config
@@ -86,6 +87,7 @@ def test_a_step_and_a_resume_on_another_device(monkeypatch, case, lengths, label
     method = METHODS[name](model, **options)
     if name == "looksam":  # the step after a resume is one that reuses
         method.k = 3
+    method.checked |= PROVEN  # in its first step, which waits for that; here nothing is computed
     params = list(model.parameters())
     optimizer = torch.optim.SGD(params, lr=1e-3, foreach=True)
     closures = [dsam.ExampleLosses(model, batch(labels, tokens), autocast) for tokens in lengths]

@@ -1,5 +1,7 @@
 """Whether the examples of a batch stay apart in a model, without which there is no gradient of one example."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -45,12 +47,12 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
         expected = torch.autograd.grad(losses @ weights, params, allow_unused=True)
     sums = {id(p): value for p, value in zip(found.params, found.weighted_gradient(weights), strict=True)}
     rest = [sums[id(p)] - (0 if g is None else g.to_dense()) for p, g in zip(params, expected, strict=True)]
-    away = total_norm(rest) / (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt()
-    if not away.isfinite():  # of gradients that are 0, or not finite: that shows nothing
+    away = float(total_norm(rest) / (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt())
+    if not math.isfinite(away):  # of gradients that are 0, or not finite: that shows nothing
         return
     if away > NEAR:
         raise Unsupported(
-            f"per-example gradients: their sum is {100 * float(away):.0f} % of their norm away from the batch's "
+            f"per-example gradients: their sum is {100 * away:.0f} % of their norm away from the batch's "
             "gradient: the model does not keep its examples in the first dimension, or uses a layer's weight without "
             "calling the layer"
         )
