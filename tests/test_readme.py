@@ -201,8 +201,26 @@ def test_the_rows_of_a_grid_at_noise_0_2_are_its_records():
             wrong, right = (100 * last["memorised"][which]["accuracy"] for which in ("flipped", "clean"))
             rows.append(f"| {method} |{rho} | {scores} | {100 * last['score']:.1f} | {wrong:.0f} | {right:.0f} |")
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("### Half as many wrong labels")[1]
-    lines = [" ".join(line.replace("**", "").split()) for line in page.split("\n### ")[0].splitlines()]
+    page = page.split("\nThe seeds of what was chosen")[0]
+    lines = [" ".join(line.replace("**", "").split()) for line in page.splitlines()]
     assert sorted(line for line in lines if re.match(r"\| (adamw|sam|dsam|per)", line)) == sorted(rows)
+
+
+def test_the_seeds_at_noise_0_2_are_those_of_the_tables():
+    """Also the number of seeds of each method, as long as some have more than others."""
+    folder, task = ROOT / "results" / "tables" / "label_noise_20_chosen", "sst2 noise 0.2"
+    tables = [pd.read_csv(folder / f"{name}.csv").set_index("method") for name in ("main", "last_epoch")]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("The seeds of what was chosen")[1]
+    lines = [" ".join(line.replace("**", "").split()) for line in page.split("\n### ")[0].splitlines()]
+    for method in tables[0].index[tables[0][f"{task} count"] > 0]:
+        cells = [str(int(tables[0].loc[method, f"{task} count"]))]
+        for table in tables:
+            row = table.loc[method]
+            cells.append(f"{100 * row[f'{task} mean']:.2f} ± {100 * row[f'{task} sd']:.2f}")
+            difference = [100 * row[name] for name in ("difference", "low", "high")]
+            cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if method != "adamw" else "")
+        expected = f"| {method} | {' | '.join(cells)} |".replace("  ", " ")
+        assert expected in lines, expected
 
 
 def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
