@@ -44,9 +44,11 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
     with torch.enable_grad():
         losses = step.aside(k, precise=False)
         weights = torch.linspace(-1, 1, len(losses), device=losses.device, dtype=losses.dtype)
-        expected = torch.autograd.grad(losses @ weights, params, allow_unused=True)
+        expected = torch.autograd.grad(losses @ weights * found.scale, params, allow_unused=True)
     sums = {id(p): value for p, value in zip(found.params, found.weighted_gradient(weights), strict=True)}
-    rest = [sums[id(p)] - (0 if g is None else g.to_dense()) for p, g in zip(params, expected, strict=True)]
+    rest = [
+        sums[id(p)] - (0 if g is None else g.to_dense() / found.scale) for p, g in zip(params, expected, strict=True)
+    ]
     away = float(total_norm(rest) / (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt())
     if not math.isfinite(away):  # of gradients that are 0, or not finite: that shows nothing
         return
