@@ -334,6 +334,13 @@ def on_device(config: Config, name: str) -> Config:
     return config.model_copy(update={"device": Device(**device)})
 
 
+def without_tf32(config: Config) -> Config:
+    """The configuration in float32 where it asks for TF32: to measure by, not to train, and on any device."""
+    if config.train.precision != "tf32":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": "float32"})})
+
+
 # Checks of single settings that need more than their type
 
 

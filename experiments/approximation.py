@@ -2,8 +2,8 @@
 
 python experiments/approximation.py --tasks cola rte mrpc sst2 --model-path DIR --data-root DIR
 
-Resumable: the same command measures only what measurements.csv, and of each weighting's extra time times.csv, does not
-hold. Writes summary.md and a figure beside them.
+Resumable: the same command measures only what measurements.csv, and of each weighting's extra time times.csv, in --out
+does not hold. Writes summary.md and a figure beside them; with --summary-only nothing else.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from dsam.command_line import one_line_errors
 from dsam.config import CONF, Config
 from dsam.errors import Parser, UserError
 from dsam.overrides import check, compose_config
+from dsam.task import shipped
 
 
 def arguments() -> argparse.Namespace:
@@ -36,7 +37,8 @@ def arguments() -> argparse.Namespace:
         "--looked-at", nargs="+", default=[], metavar="TASK=N", help="its first N batches served to choose candidates"
     )
     parser.add_argument("--no-times", action="store_true", help="do not measure each weighting's extra time")
-    parser.add_argument("--out", type=Path, default=Path("results/approximation"))
+    parser.add_argument("--summary-only", action="store_true", help="measure nothing: summary and figure of --out anew")
+    parser.add_argument("--out", type=Path, default=Path("results/oracle"), help="[%(default)s]")
     parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
     return parser.parse_intermixed_args()
 
@@ -49,8 +51,12 @@ def main() -> None:
         or not all(0 <= p <= 100 for p in given.phases)
     ):
         raise UserError("batches and batch size must be at least 1, every rho above 0, every phase from 0 to 100")
+    # What stands behind --looked-at may be the settings that follow it.
+    tasks = {*given.tasks, *shipped()}
+    settings = [pair for pair in given.looked_at if "=" in pair and pair.partition("=")[0] not in tasks]
+    pairs = [pair for pair in given.looked_at if pair not in settings]
     try:
-        looked_at = {task: int(count) for task, count in (pair.split("=") for pair in given.looked_at)}
+        looked_at = {task: int(count) for task, count in (pair.split("=") for pair in pairs)}
     except ValueError:
         raise UserError(f"--looked-at {' '.join(given.looked_at)}: give TASK=N, e.g. cola=10 rte=17") from None
     common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
@@ -58,14 +64,15 @@ def main() -> None:
         common += ["model=minilm", f"model.path={given.model_path}"]
     if given.data_root:
         common += ["data=local", f"data.root={given.data_root}"]
-    common += [f"paths.runs={given.out / 'runs'}", *given.settings]
-    configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
-    measurements = given.out / "measurements.csv"
-    study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-    timed = None if given.no_times else given.out / "times.csv"
-    if timed is not None:
-        times.measure(configs, given.batch_size, timed)
-    for path in summary.write(measurements, given.out, looked_at, timed):
+    common += [f"paths.runs={given.out / 'runs'}", *settings, *given.settings]
+    measurements, timed = given.out / "measurements.csv", given.out / "times.csv"
+    if not given.summary_only:
+        configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
+        study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
+        if not given.no_times:
+            times.measure(configs, given.batch_size, timed)
+    extra = timed if timed.exists() and not given.no_times else None
+    for path in summary.write(measurements, given.out, looked_at, extra):
         print(path)
 
 

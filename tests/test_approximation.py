@@ -1,18 +1,28 @@
 """The oracle against the per-instance method and double backward; the study as a user runs it."""
 
+import shutil
+from types import SimpleNamespace
+
+import encoders
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_one
 
 from dsam import SAM, ExampleLosses, GroupSAM
-from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat
-from dsam.approximation.summary import MEASURES, as_markdown, confirmation, interval, overview, summarise
+from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat, trimmed
+from dsam.approximation.study import WEIGHTINGS, Cell, append, batch_of, finished_cells
+from dsam.approximation.summary import MEASURES, as_markdown, confirmation, figure, interval, overview, summarise
+from dsam.config import CONF, Config, Train
+from dsam.errors import UserError
+from dsam.glue import Tokenised
 from dsam.methods import make_weighting
+from dsam.overrides import compose_config
+from dsam.runs.identity import identify
 
 RHOS = [1e-3, 0.05]
 
@@ -93,6 +103,41 @@ def test_no_weights_beat_those_in_hindsight_at_what_they_fit(seed, size):
     assert error(step) <= min(map(error, others)) + 1e-6
 
 
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_parts_lose_padding_on_either_side_and_no_words(pad_left):
+    """Llama's places are relative, so that the same words have the same losses whatever padding stands where."""
+    made, given = encoders.model("llama").eval(), encoders.batch(6, 9)
+    short = given["attention_mask"].clone()
+    short[:3, 4:] = 0
+    ids = torch.where(short == 1, given["input_ids"], 1)
+    if pad_left:
+        order = torch.argsort(short, dim=1, stable=True)  # padding first, the words in their order
+        short, ids = short.gather(1, order), ids.gather(1, order)
+    closure = ExampleLosses(made, {"input_ids": ids, "attention_mask": short, "labels": given["labels"]})
+    parts = [[0, 2], [1], [3, 4, 5]]
+    for part in parts:
+        assert trimmed(closure, part).inputs["attention_mask"].sum() == short[part].sum()
+    assert trimmed(closure, parts[0]).inputs["input_ids"].shape == (2, 4)
+    weightings = {"uniform": make_weighting("uniform"), "gap": make_weighting("gap")}
+    whole, cut = (Oracle(closure, [0.05], into).measure(weightings) for into in (None, parts))
+    for a, b in zip(whole, cut, strict=True):
+        assert {k: v for k, v in a.items() if k != "weighting"} == pytest.approx(
+            {k: v for k, v in b.items() if k != "weighting"}, rel=1e-6
+        )
+
+
+def test_a_model_whose_outputs_depend_on_padding_is_not_cut():
+    lengths = np.array([2, 3, 9, 9])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    examples = Tokenised(np.arange(lengths.sum(), dtype=np.int32), offsets, None, np.array([0, 1, 0, 1]), 1, 0, False)
+    train = Train(epochs=1, batch_size=4, lr=1e-3, piece_overhead=1)
+    for whole in (False, True):
+        ready = SimpleNamespace(network=None, device=torch.device("cpu"), whole=whole)
+        parts = batch_of(Cell("t", 0, 0), ready, examples, 4, train)[1]
+        assert (parts is None) == whole
+    assert Oracle(ExampleLosses(bert(), batch()), RHOS, None).parts[0].inputs["input_ids"].shape[0] == B
+
+
 def test_one_example_is_its_own_batch():
     alone = Oracle(ExampleLosses(bert(), batch(n=1)), [0.05])
     (row,) = alone.measure({"uniform": make_weighting("uniform")})
@@ -149,6 +194,61 @@ def test_the_confirmation_leaves_out_what_was_looked_at():
     assert row["nearer"] == 2
 
 
+def study_of(tmp_path, *settings):
+    common = ["task=agreement", "tracking=disabled", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    return [Config.load(compose_config([*common, *settings], CONF))]
+
+
+def test_a_file_is_gone_on_with_only_as_it_was_begun(tmp_path):
+    """Nothing is handed back as measured that was measured with other weights, radii or batches."""
+    path, configs = tmp_path / "measurements.csv", study_of(tmp_path)
+    made = {"task": "agreement", "phase": 25, "run": identify(configs[0]).id, "seed": 0, "batch_size": 4}
+    for number in range(2):
+        names = [*WEIGHTINGS, *(HINDSIGHT if number < 1 else [])]
+        append(path, [made | {"batch": number, "rho": r, "weighting": n} for n in names for r in (0.01, 1 / 3)])
+    found = finished_cells(path, configs, [1 / 3, 0.01], 4, 1)
+    assert found == {Cell("agreement", 25, 0), Cell("agreement", 25, 1)}
+    assert finished_cells(path, configs, [1 / 3, 0.01], 4, 0) == found  # has more than is asked
+    assert finished_cells(tmp_path / "none.csv", configs, [0.01], 4, 1) == set()
+    for asked, message in (
+        ((configs, [0.01], 4, 1), r"agreement measured with rho 0\.01, 0\.333333, and this is 0\.01: set --out DIR"),
+        ((configs, [1 / 3, 0.01], 8, 1), "batch_size 4, and this is 8"),
+        ((configs, [1 / 3, 0.01], 4, 2), r"batch 1, without hindsight \(direction\)"),
+        ((study_of(tmp_path, "seed=7"), [1 / 3, 0.01], 4, 1), f"run {made['run']}, and this is "),
+        ((study_of(tmp_path, "train.lr=2e-3"), [1 / 3, 0.01], 4, 1), "measured with run"),
+        ((study_of(tmp_path, "data.label_noise=0.4"), [1 / 3, 0.01], 4, 1), "without label noise"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            finished_cells(path, *asked)
+        assert "\n" not in str(error.value)
+    assert finished_cells(path, study_of(tmp_path, "task=entailment"), [0.5], 8, 1) == set()  # a task more
+    committed = ROOT / "results" / "approximation" / "measurements.csv"
+    with pytest.raises(UserError, match="does not say whose weights"):
+        finished_cells(committed, configs, [0.01], 4, 1)
+
+
+def test_every_phase_has_its_mark():
+    rows = [
+        {"task": "t", "phase": p, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.5 + b)}
+        for p in range(0, 100, 12)
+        for b in range(2)
+        for w in ("uniform", "gap")
+    ]
+    assert len(figure(summarise(pd.DataFrame(rows))).axes[0].containers) == 9
+
+
+@pytest.mark.slow
+def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
+    there = ROOT / "results" / "approximation"
+    for name in ("measurements.csv", "times.csv"):
+        shutil.copy(there / name, tmp_path)
+    looked = ["--looked-at", "cola=10", "rte=17", "mrpc=10"]
+    done = command("--summary-only", "--out", str(tmp_path), *looked, script="approximation.py")
+    assert done.returncode == 0, done.stderr
+    for name in ("summary.md", "summary.csv"):
+        assert (tmp_path / name).read_bytes() == (there / name).read_bytes()
+
+
 @pytest.mark.slow
 def test_the_study_measures_once_and_goes_on(tmp_path):
     arguments = [
@@ -183,6 +283,11 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
     assert set(table["batch"]) == {0, 1}
     assert (table.groupby("batch")["weighting"].nunique() >= 12).all()
     assert "| uniform" in (tmp_path / "out" / "summary.md").read_text()
+    # A setting behind --looked-at is a setting: another seed is another fine-tuning, and not what the file holds.
+    other = command(*arguments, "--batches", "2", "--looked-at", "agreement=1", "seed=1", *settings,
+                    script="approximation.py")  # fmt: skip
+    assert (other.returncode, len(other.stderr.strip().splitlines())) == (2, 1) and "measured with run" in other.stderr
+    assert (tmp_path / "out" / "measurements.csv").read_text() == after
     wrong = command(*arguments, "--batches", "0", script="approximation.py")
     assert wrong.returncode == 2
     assert len(wrong.stderr.strip().splitlines()) == 1

@@ -5,20 +5,23 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import warm
 from conftest import command
 from transformers import BertConfig, BertForSequenceClassification
 
+from dsam import SAM
 from dsam.benchmark import norms, padding, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
 from dsam.methods import ExampleLosses
 from dsam.overrides import compose_config
 from dsam.runs.run import prepare
+from dsam.training.backward import Backward
 from dsam.training.batches import epoch_order
 
 pytestmark = pytest.mark.slow
@@ -85,6 +88,34 @@ def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
     assert list(rows["one pass"]) == list(norms.WAYS)
     assert rows["/ backward"][0] == 1 and (rows["/ backward"] > 0).all()
     assert (rows["memory / backward"] < 3).all()
+
+
+def test_norms_take_a_regression_too(config):
+    score = Config.load(compose_config(["task=similarity", "model=tiny", "train.batch_size=4",
+                                        f"paths.cache={config.paths.cache}"], CONF))  # fmt: skip
+    model, batch = norms._setting(score, 8)
+    for way in norms.WAYS:
+        norms._once(model, batch, way)
+    assert batch["labels"].is_floating_point()
+
+
+def test_batches_are_cut_as_a_run_on_that_device_cuts_them(config, monkeypatch):
+    ready = prepare(config)
+    examples = ready.data["train"]
+    order = np.argsort(examples.lengths)[[0, 1, 2, 3, -4, -3, -2, -1]]  # half short, half long
+    train = config.train.model_copy(update={"piece_overhead": 1})
+    on_cpu = config.model_copy(update={"train": train})
+    assert len(next(steps.batches(ready, on_cpu, order, None))) > 1
+    (one,) = next(steps.batches(replace(ready, whole=True), on_cpu, order, None))
+    assert len(one) == 8
+    auto = config.model_copy(update={"train": train.model_copy(update={"piece_overhead": "auto"})})
+    monkeypatch.setattr(steps, "to", lambda batch, device: batch)
+    for device in ("cpu", "cuda"):
+        there = torch.device(device)
+        (found,) = steps.batches(replace(ready, device=there), auto, order, None)
+        made = Backward(auto, examples, ready.network, SAM(ready.network), torch.device("cpu"))
+        made.device = there
+        assert [len(closure) for closure in found] == [len(part) for part in made.parts(order)]
 
 
 def test_scaling_rows_are_what_they_say(config, monkeypatch):

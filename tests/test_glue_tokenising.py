@@ -120,6 +120,18 @@ def test_the_cache_is_used_until_data_tokenizer_or_length_change(tmp_path, token
     assert run() == 0
 
 
+def test_settings_that_change_tokens_have_their_own_cache(tmp_path):
+    """Which end is cut and what becomes of special tokens in a text do not stand in the serialized tokenizer."""
+    rows, found = pairs(("the dog is old", "cars [SEP] the bus was near a plane .")), []
+    for options in ({}, {"truncation_side": "left"}, {"split_special_tokens": True}):
+        made = BertTokenizerFast(str(builtin.VOCABULARY), **options)
+        shared, own = (tokenise(PAIR, {"dev": rows}, made, 9, folder, "k")["dev"] for folder in
+                       (tmp_path / "shared", tmp_path / str(options)))  # fmt: skip
+        assert shared.input_ids.tolist() == own.input_ids.tolist()
+        found.append(own.input_ids.tolist())
+    assert found[0] != found[1]
+
+
 def test_other_text_under_the_same_key_is_never_answered_from_the_cache(tmp_path, tokenizer):
     tokenise(PAIR, {"dev": ROWS}, tokenizer, 32, tmp_path, "k")
     other = pairs(("the dog", "a bus"), ("cars", "x"), ("y", "z"))

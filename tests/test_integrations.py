@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from dsam import SAM, DeltaSAM, NonFiniteGradient, Plain
+from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, NonFiniteGradient, Plain
 from dsam.integrations.transformers import SharpnessAwareTrainer
 
 LR = 1e-2
@@ -271,11 +271,72 @@ def test_a_gradient_that_is_not_finite_ends_training_with_the_weights_as_they_we
     assert_same(model, network(), **EXACT)
 
 
+class Dense(ExampleLosses):
+    """As the Trainer's, which δ-SAM draws probes for in the rows of words that do not occur too."""
+
+    words = None
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_goes_and_equals_a_loop_by_hand(tmp_path, name):
+    ours = trained(Ours, tmp_path, steps=2, method=name)
+    model, data = network(), examples()
+    method, optimizer = METHODS[name](model, seed=5), torch.optim.SGD(model.train().parameters(), lr=LR)
+    seen = []
+    for step in range(2):
+        batch = [data[32 * step + i] for i in range(32)]
+        seen.append(
+            float(method.backward(Dense(model, {k: torch.stack([e[k] for e in batch]) for k in batch[0]})))
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses_logged(ours) == pytest.approx(seen, abs=1e-6)
+    assert_same(ours.model, model, **CLOSE)
+    assert moved(ours.model) > 1e-3
+
+
+def test_own_losses_go_with_methods_that_compare_outputs(tmp_path):
+    def doubled(outputs, labels):
+        return 2 * nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    options = {"method": "rdrop", "method_options": {"alpha": 0.0}}
+    one, two = (trained(Ours, tmp_path, steps=1, losses=f, **options) for f in (None, doubled))
+    assert losses_logged(two) == pytest.approx([2 * x for x in losses_logged(one)], rel=1e-5)
+
+
+def test_an_example_without_a_label_is_no_loss_of_zero(tmp_path):
+    data = [example | {"labels": torch.tensor(-100 if i % 2 else 1)} for i, example in enumerate(examples())]
+    with pytest.raises(IndexError, match="Target -100 is out of bounds"):
+        trained(Ours, tmp_path, data=data, steps=1, method="sam")
+
+
+def test_a_checkpoint_of_another_method_or_of_more_processes_is_not_gone_on_with(tmp_path):
+    def run(method, resume=None, steps=3):
+        args = {"save_strategy": "steps", "save_steps": 2}
+        return trained(Ours, tmp_path / "run", steps=steps, method=method, args=args, resume=resume)
+
+    run("fsam")
+    there = tmp_path / "run" / "checkpoint-2"
+    for other in ("plain", "msam"):
+        with pytest.raises(
+            ValueError, match=r"is the state of FSAM and this training's method is \w+: resume with FSAM"
+        ):
+            run(other, str(there))
+    old = torch.load(there / "dsam_method.pt", weights_only=True)
+    torch.save({k: v for k, v in old.items() if k != "method"}, there / "dsam_method.pt")  # as it was written before
+    assert run("fsam", str(there)).state.global_step == 3
+    (there / "dsam_method.pt").rename(there / "dsam_method_0.pt")
+    with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_0.pt\)"):
+        run("fsam", str(there))
+
+
 def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
     for options, args, message in (
         ({"method": "dsam"}, {}, "unknown method 'dsam'; did you mean"),
         ({"method": "sam", "ascent": "both"}, {}, "ascent must be 'global' or 'local'"),
         ({"method": lambda m: SAM(m), "method_options": {"rho": 1.0}}, {}, "method_options"),
+        ({"method": SAM(network())}, {}, "method is a SAM that was made already: pass its class, or a function"),
+        ({"method": "sam", "method_options": {"rh": 1.0}}, {}, "method_options: .* 'rh'"),
         ({"compute_loss_func": lambda *a, **k: None}, {}, "pass losses="),
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({}, {"optim": "adalomo"}, "steps inside the backward pass"),

@@ -1,5 +1,6 @@
 """Classifiers of many families as a run builds them: their lengths, padding, marks of a pair's sentences."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,71 @@ def test_a_decoder_without_a_word_for_padding_takes_its_tokenizers(tmp_path):
     torch.testing.assert_close(both, each, rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_whose_padding_is_not_its_tokenizers_is_refused(tmp_path):
+    """It would take a padding token of the shorter row for its last word. An encoder does not look."""
+    folder = folder_of(tmp_path / "llama", "llama", pad_token_id=0)
+    given = of(folder, "train.max_length=32")
+    message = r"config.json has pad_token_id 0 and its tokenizer pads with 1 \('<pad>'\), .* write 1 into"
+    with pytest.raises(UserError, match=message):
+        build(given, 2, load_tokenizer(given.model))
+    bert = of(folder_of(tmp_path / "bert", "bert", pad_token_id=0), "train.max_length=32")
+    assert build(bert, 2, load_tokenizer(bert.model)).config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(("family", "key"), [("bert", "num_hidden_layers"), ("gpt2", "n_layer"), ("xlm", "n_layers")])
+def test_more_layers_than_the_configuration_has_are_refused(family, key, tmp_path):
+    folder = folder_of(tmp_path, family)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {key: 1}))
+    given = of(folder, "train.max_length=24")
+    with pytest.raises(UserError, match=r"do not fit the configuration: \d+ of layers it has not"):
+        build(given, 2, load_tokenizer(given.model))
+
+
+def test_a_decoder_that_a_classifier_has_not_is_no_mistake(tmp_path):
+    folder = folder_of(tmp_path, "funnel")
+    whole = transformers.FunnelModel(transformers.AutoConfig.from_pretrained(folder))
+    transformers.FunnelForMaskedLM(whole.config).save_pretrained(folder)
+    given = of(folder, "train.max_length=24")
+    assert build(given, 2, load_tokenizer(given.model)).config.num_labels == 2
+
+
+def test_weights_in_several_old_files_are_read(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, own in parts.items():
+        torch.save({name: weights[name] for name in own}, folder / file)
+    places = {name: file for file, own in parts.items() for name in own}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors").unlink()
+    given = of(folder, "train.max_length=24")
+    assert torch.equal(build(given, 2, load_tokenizer(given.model)).state_dict()[names[0]], weights[names[0]])
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has an adapter beside its weights \(adapter_config.json\): merge it"):
+        prepare(of(folder, "train.max_length=24"))
+
+
+def test_sentences_without_a_mark_between_them_are_said(tmp_path):
+    bare = plain_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    said = "puts no mark between the two sentences"
+    for name, tokenizer, task, expected in (
+        ("bare", bare, "entailment", True),
+        ("single", bare, "agreement", False),
+        ("marked", plain_tokenizer(), "entailment", False),
+    ):
+        folder = folder_of(tmp_path / name, "llama", tokenizer)
+        assert (
+            any(said in note for note in prepare(of(folder, "train.max_length=32", f"task={task}")).notes) == expected
+        )
+
+
 def test_what_fails_with_two_rows_only_fails_before_the_run(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, "gpt2")
     given = of(folder, "train.max_length=32")
@@ -122,7 +188,8 @@ def test_the_second_sentence_of_a_pair_is_marked(family, tmp_path):
 
 
 def test_marks_go_to_no_model_that_has_none_for_them(tmp_path):
-    """RoBERTa has one type, MPNet none, GPT-2 would look them up as words; BERT's own tokenizer stays as it is."""
+    """RoBERTa has one type, MPNet none, GPT-2 would look them up as words; BERT's own tokenizer stays as it is,
+    and serves a RoBERTa of two types."""
     for family in ("roberta", "mpnet", "gpt2", "modernbert"):
         types = {"type_vocab_size": 1} if family == "roberta" else {}
         folder = folder_of(tmp_path / family, family, unigram(AlbertTokenizer, "<pad>", "[CLS]", "[SEP]"), **types)
@@ -130,6 +197,9 @@ def test_marks_go_to_no_model_that_has_none_for_them(tmp_path):
     bert = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])})
     names = ["input_ids", "token_type_ids", "attention_mask"]
     assert load_tokenizer(of(folder_of(tmp_path / "bert", "bert", bert)).model).model_input_names == names
+    for types, expected in ((2, names), (1, ["input_ids", "attention_mask"])):
+        roberta = folder_of(tmp_path / f"roberta-{types}", "roberta", bert, type_vocab_size=types)
+        assert load_tokenizer(of(roberta).model).model_input_names == expected
     without = load_tokenizer(of(folder_of(tmp_path / "distilbert", "distilbert", bert)).model).model_input_names
     assert without == ["input_ids", "attention_mask"]
 
@@ -195,6 +265,17 @@ def test_a_kept_folder_is_read_back_by_transformers_and_by_a_run_that_starts_fro
     started = network.base_model.state_dict()
     found = network.base_model.__class__.from_pretrained(kept).state_dict()
     assert all(torch.equal(started[name], found[name]) for name in started)
+
+
+def test_transformers_marks_the_pairs_of_a_kept_folder_as_the_run_did(tmp_path):
+    tokenizer = unigram(AlbertTokenizer, "<pad>", "[CLS]", "[SEP]")
+    options = ["task=entailment", "train.max_steps=1", "train.max_length=24", "tracking=disabled"]
+    given = of(folder_of(tmp_path / "model", "albert", tokenizer), *options, "checkpoint.keep_weights=true")
+    run(given)
+    kept = identify(given).folder / "best"
+    pair = ("one two", "three")
+    plain = transformers.AutoTokenizer.from_pretrained(kept)(*pair)
+    assert dict(plain) == dict(load_tokenizer(given.model)(*pair)) and 1 in plain["token_type_ids"]
 
 
 BIASES = {"xlnet": ("r_w_bias", "r_r_bias", "r_s_bias"), "funnel": ("r_w_bias", "r_r_bias", "r_s_bias")}

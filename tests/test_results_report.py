@@ -403,6 +403,10 @@ def test_nothing_published_beside_other_tasks_or_a_part_of_the_data(tmp_path):
     finish(tmp_path, plan("rte", "minilm"))
     notes = tables.build(collect(tmp_path)).beside_published.notes
     assert "There are no published figures for minilm: those of other models are shown." in notes
+    assert not any("nine tenths" in note for note in notes)
+    finish(tmp_path, plan("rte", "minilm", "sam", selection="heldout"))
+    notes = tables.build(collect(tmp_path)).beside_published.notes
+    assert any(note.startswith("Those of sam were trained on nine tenths of the training set") for note in notes)
 
 
 DOCUMENT = r"""\documentclass{article}

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import command
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -15,6 +17,7 @@ from dsam import ExampleLosses
 from dsam.errors import UserError
 from dsam.sharpness import Objective, filter_normalised, line, plane, rises, top_eigenvalues, trace
 from dsam.sharpness.measure import main
+from dsam.sharpness.surface import plane_figure
 
 
 def network(seed=0):
@@ -253,6 +256,34 @@ def test_the_same_command_gives_the_same_numbers_and_best_weights_have_their_own
     assert a | {"seconds": 0} == b | {"seconds": 0}
     assert a["weights"] == "best"
     assert not (tmp_path / "a" / "plane.png").exists()
+
+
+@pytest.mark.slow
+def test_a_tf32_run_is_measured_in_float32_wherever(run, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(run, there, ignore=shutil.ignore_patterns("sharpness"))
+    settings = (there / "config.yaml").read_text()
+    (there / "config.yaml").write_text(settings.replace("precision: float32", "precision: tf32"))
+    for made in (run, there):
+        main([str(made), *QUICK, "--grid", "0", "--line", "0", "--device", "cpu", "--out", str(tmp_path / made.name)])
+    a, b = (json.loads((tmp_path / made.name / "sharpness.json").read_text()) for made in (run, there))
+    assert a["eigenvalues"] == b["eigenvalues"] and a["rise"] == b["rise"]
+
+
+@pytest.mark.slow
+def test_numbers_stay_where_a_figure_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device; set --out DIR"):
+        main([str(run), *QUICK, "--grid", "0", "--probes", "0", "--eigenvalues", "0", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "sharpness.json").read_text())["loss"] > 0
+
+
+@pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf]])
+def test_a_loss_that_is_not_finite_is_left_blank(losses, tmp_path):
+    plane_figure([-1.0, 1.0], np.reshape(losses, (2, 2)), "far").savefig(tmp_path / "plane.png")
 
 
 @pytest.mark.slow

@@ -273,10 +273,10 @@ def with_used_words(closure: ExampleLosses) -> ExampleLosses:
 
 
 def trimmed(closure: ExampleLosses, indices: Sequence[int]) -> ExampleLosses:
-    """Some of the examples, padded to the longest of them."""
+    """Some of the examples, without the columns that are padding in all of them, on whichever side these stand."""
     part = closure.subset(list(indices))
-    length = int(part.inputs["attention_mask"].sum(1).max())
-    batch = {name: value[:, :length] for name, value in part.inputs.items()} | {"labels": part.labels}
+    used = part.inputs["attention_mask"].any(0)
+    batch = {name: value[:, used] for name, value in part.inputs.items()} | {"labels": part.labels}
     return ExampleLosses(part.model, batch, part.autocast)
 
 

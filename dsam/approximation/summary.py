@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap
 
+from .study import read_rows
+
 MEASURES = (
     "cosine",
     "error",
@@ -151,7 +153,7 @@ def figure(summary: pd.DataFrame) -> Figure:
                     fmt="os^D"[k % 4],
                     ms=3,
                     lw=1,
-                    color=COLOURS[k],
+                    color=COLOURS[k % len(COLOURS)],
                     label=f"{phase} %",
                 )
             ax.axvline(0, color="0.4", lw=0.8)
@@ -176,13 +178,13 @@ def write(
     With `looked_at` ({task: batches that candidates were chosen by}) the rest is shown apart, as a confirmation; with
     `times` (a CSV) every weighting has its extra time beside SAM's.
     """
-    measured = pd.read_csv(measurements)
-    summary = summarise(measured)
+    table = read_rows(measurements)
+    summary = summarise(table)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]
     summary.to_csv(paths[0], index=False, float_format="%.6g")
-    confirmed = confirmation(measured, looked_at) if looked_at else None
-    extra = pd.read_csv(times) if times is not None else None
+    confirmed = confirmation(table, looked_at) if looked_at else None
+    extra = read_rows(times) if times is not None else None
     paths[1].write_text(as_markdown(summary, confirmed, extra), encoding="utf-8")
     drawn = figure(summary)
     drawn.savefig(paths[2], dpi=160)

@@ -12,30 +12,33 @@ import torch
 from ..config import Config
 from ..files import write_atomically
 from ..methods import SAM, DeltaSAM
+from ..runs.identity import identify
 from ..runs.run import prepare
-from .study import WEIGHTINGS, Cell, batch_of
+from .study import WEIGHTINGS, Cell, batch_of, read_rows
 
 ROUNDS, BATCHES = 3, 2
 
 
 def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
-    """Times the tasks that `path` does not hold yet, dropout on, and writes its rows: task, weighting, seconds (the
-    median over rounds of the mean over batches), and extra, the share by which they exceed SAM's."""
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame({"task": []})
+    """Times the tasks that `path` does not hold for these runs and batches, dropout on, and writes its rows: task, run,
+    batch_size, weighting, seconds (the median over rounds of the mean over batches), and extra, the share by which they
+    exceed SAM's."""
+    done = read_rows(path) if path.exists() else pd.DataFrame()
     for config in configs:
-        if config.task.name not in set(done["task"]):
-            rows = pd.DataFrame(of_task(config, batch_size))
-            done = pd.concat([done, rows]) if len(done) else rows
+        made = {"task": config.task.name, "run": identify(config).id, "batch_size": batch_size}
+        of_this = done["task"] == made["task"] if len(done) else pd.Series(dtype=bool)
+        if not len(done) or not (done.reindex(columns=list(made))[of_this] == pd.Series(made)).all(axis=1).any():
+            rows = pd.DataFrame([made | row for row in of_task(config, batch_size)])
+            done = pd.concat([done[~of_this], rows]) if len(done) else rows
             write_atomically(path, done.to_csv(index=False, float_format="%.4g"))
 
 
 def of_task(config: Config, batch_size: int) -> list[dict]:
-    """One alternating run over all weightings, after a round that does not count."""
+    """weighting, seconds, extra: one alternating run over all weightings, after a round that does not count."""
     ready = prepare(config)
     model, examples = ready.network.train(), ready.data[ready.task.train[0]]
     closures = [
-        batch_of(Cell(config.task.name, 0, k), model, examples, ready.device, batch_size, config.train)[0]
-        for k in range(BATCHES)
+        batch_of(Cell(config.task.name, 0, k), ready, examples, batch_size, config.train)[0] for k in range(BATCHES)
     ]
     methods = {
         label: SAM(model) if name == "uniform" else DeltaSAM(model, weighting=name, **options)
@@ -56,7 +59,4 @@ def of_task(config: Config, batch_size: int) -> list[dict]:
                 seconds[label].append((time.perf_counter() - began) / len(closures))
     medians = {label: statistics.median(values) for label, values in seconds.items()}
     sam = medians["uniform"]
-    return [
-        {"task": config.task.name, "weighting": label, "seconds": spent, "extra": spent / sam - 1}
-        for label, spent in medians.items()
-    ]
+    return [{"weighting": label, "seconds": spent, "extra": spent / sam - 1} for label, spent in medians.items()]

@@ -49,7 +49,8 @@ def _setting(config: Config, length: int) -> tuple[nn.Module, dict]:
     generator = torch.Generator().manual_seed(0)
     shape = (config.train.batch_size, length)
     ids = torch.randint(len(ready.tokenizer) // 2, len(ready.tokenizer), shape, generator=generator)
-    labels = torch.randint(2, shape[:1], generator=generator)
+    labels = torch.randint(max(2, ready.task.num_labels), shape[:1], generator=generator)
+    labels = labels.float() if ready.task.regression else labels
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return ready.network.train(), {name: value.to(ready.device) for name, value in batch.items()}
 

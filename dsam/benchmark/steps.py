@@ -68,8 +68,10 @@ def batches(
     if train.padding == "free":
         raise UserError("train.padding=free is timed by --what padding and --what throughput")
     for k in range(0, len(order), train.batch_size):
-        parts = pieces(order[k : k + train.batch_size], examples.lengths, train)
-        yield [ExampleLosses(ready.network, to(examples.batch(part), ready.device), autocast) for part in parts]
+        batch = order[k : k + train.batch_size]
+        width = int(examples.lengths[batch].max()) if ready.whole else 1
+        parts = pieces(batch, examples.lengths, train, ready.device, by_length=not ready.whole)
+        yield [ExampleLosses(ready.network, to(examples.batch(part, width), ready.device), autocast) for part in parts]
 
 
 def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, list[list[ExampleLosses]]]:
@@ -82,7 +84,7 @@ def batches_of(config: Config, count: int) -> tuple[nn.Module, torch.device, lis
 
 
 class Stepper:
-    """A method's training step: backward, clipping, AdamW.
+    """A method's training step: backward, clipping, AdamW, each waited for, without a run's CUDA graphs.
 
     Steppers of one model may share an `optimizer`, whose state is twice the weights.
     """

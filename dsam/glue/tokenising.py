@@ -133,9 +133,8 @@ def tokenise(
     except OSError as error:
         raise UserError(f"cannot write the cache {folder}: {error.strerror or error}; set paths.cache=DIR") from None
     types = "token_type_ids" in tokenizer.model_input_names
-    name = hashlib.sha256(
-        json.dumps([FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length]).encode()
-    ).hexdigest()[:32]
+    made = [FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length, *_called_with(tokenizer)]
+    name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
     padding = (tokenizer.pad_token_id, tokenizer.pad_token_type_id, tokenizer.padding_side == "left")
     result = {}
     for split, rows in splits.items():
@@ -176,6 +175,14 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _called_with(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What of its settings, beside the serialized tokenizer, changes the tokens, where it is not as usual."""
+    return [
+        *(["truncates on the left"] if tokenizer.truncation_side == "left" else []),
+        *(["splits special tokens"] if tokenizer.split_special_tokens else []),
+    ]
 
 
 def _rows_digest(rows: Split) -> str:

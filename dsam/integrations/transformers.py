@@ -9,6 +9,7 @@ trainer.train()
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import did_you_mean
-from ..methods import METHODS, Method, example_losses
+from ..methods import METHODS, ExampleLosses, Method, example_losses
 from .distributed import Distributed
 
 METHOD_STATE = "dsam_method{rank}.pt"
-"""In a checkpoint's folder: the method's state; with several processes one file for each."""
+"""In a checkpoint's folder: the method's state and name; with several processes one file for each."""
+
+NAME = "method"
+"""Its key in there."""
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 """(the model's output, labels (B, …)) -> per-example losses (B,)."""
@@ -49,10 +53,12 @@ class SharpnessAwareMixin:
         losses: (outputs, labels) -> per-example losses (B,), by default `classifier_losses`.
         ascent: with several processes "global" or "local", see `dsam.integrations.distributed.Distributed`.
 
-    Checkpoints also hold the method's state, and `train(resume_from_checkpoint=…)` goes on bit for bit.
+    Checkpoints also hold the method's state, and `train(resume_from_checkpoint=…)` goes on bit for bit, with the same
+    method and as many processes.
 
     Raises:
-        ValueError: an unknown method, or a setting that would not do what it says here: DataParallel (start one
+        ValueError: an unknown method or option, a checkpoint of another method or of another number of processes, or a
+            setting that would not do what it says here: DataParallel (start one
             process per GPU with torchrun), FSDP, DeepSpeed, an overridden `compute_loss`, `compute_loss_func`, label
             smoothing without `losses`, an optimizer that steps inside the backward pass.
         NonFiniteGradient: out of `train`; the step was not taken. With fp16 the scaler skips the step instead.
@@ -71,6 +77,10 @@ class SharpnessAwareMixin:
             if method not in METHODS:
                 raise ValueError(f"unknown method '{method}'; {did_you_mean(method, METHODS)}")
             method = METHODS[method]
+        if isinstance(method, Method):
+            raise ValueError(
+                f"method is a {type(method).__name__} that was made already: pass its class, or a function of the model"
+            )
         if ascent not in ("global", "local"):
             raise ValueError(f"ascent must be 'global' or 'local', got {ascent!r}")
         if method_options and not isinstance(method, type):
@@ -97,22 +107,52 @@ class SharpnessAwareMixin:
         self._example_losses, self._ascent = losses or classifier_losses, ascent
         self.method: Method | Distributed | None = None
         self._pending: list[_TrainerLosses] = []
+        if self.model is not None and isinstance(method, type):
+            self._made(self.model)  # a wrong option now, not when training begins
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    def _made(self, model: nn.Module) -> Method:
         options = {}
         if isinstance(self._make_method, type):
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
             options = {"seed": seed} | self._method_options
-        self.method = self._make_method(self.model, **options)
+        try:
+            return self._make_method(model, **options)
+        except TypeError as error:
+            if not options:
+                raise
+            raise ValueError(f"method_options: {error}") from None
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.method = self._made(self.model)
         if self.accelerator.num_processes > 1:
             self.method = Distributed(self.method, model, ascent=self._ascent)
         self._pending = []
         if resume_from_checkpoint is not None:
-            path = self._method_path(resume_from_checkpoint)
-            if os.path.isfile(path):  # else it is the checkpoint of another trainer, which only has the weights
-                self.method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self._resume_method(resume_from_checkpoint)
         return model, train_dataloader
+
+    def _resume_method(self, folder: str) -> None:
+        path = self._method_path(folder)
+        if not os.path.isfile(path):
+            others = sorted(Path(folder).glob(METHOD_STATE.format(rank="*")))
+            if not others:  # the checkpoint of another trainer, which only has the weights
+                return
+            raise ValueError(
+                f"{folder} has the method's state of another number of processes ({others[0].name}): resume with as "
+                f"many, or remove {METHOD_STATE.format(rank='*')} there to begin its state anew"
+            )
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        name, own = saved.pop(NAME, None), self._method_name()
+        if name not in (None, own):  # None: an earlier version wrote it
+            raise ValueError(
+                f"{path} is the state of {name} and this training's method is {own}: resume with {name}, or remove "
+                "the file to begin anew"
+            )
+        self.method.load_state_dict(saved)
+
+    def _method_name(self) -> str:
+        return type(self.method.method if isinstance(self.method, Distributed) else self.method).__name__
 
     def get_batch_samples(self, *args, **kwargs):
         self._pending = []  # of a batch that the data ended before it was whole
@@ -139,7 +179,7 @@ class SharpnessAwareMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self.method.state_dict(), self._method_path(output_dir))
+        torch.save(self.method.state_dict() | {NAME: self._method_name()}, self._method_path(output_dir))
 
     def _method_path(self, folder: str) -> str:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
@@ -150,35 +190,47 @@ class SharpnessAwareTrainer(SharpnessAwareMixin, Trainer):
     """`Trainer` with a method; see `SharpnessAwareMixin`."""
 
 
-class _TrainerLosses:
+class _TrainerLosses(ExampleLosses):
     """The closure of one micro-batch."""
+
+    words = None
+    """The Trainer and what it wraps the model in expect dense gradients."""
 
     def __init__(self, trainer: SharpnessAwareMixin, model: nn.Module, batch: Mapping[str, Any]):
         if "labels" not in batch:
             raise ValueError(f"the batch has no 'labels', only {', '.join(batch)}")
-        self.trainer, self.model = trainer, model
-        self.inputs = {name: value for name, value in batch.items() if name != "labels"}
-        self.labels = batch["labels"]
         # Accelerate puts autocast into the model's forward: a caller's own autocast, or none, changes nothing there.
         native = trainer.accelerator.native_amp
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self.autocast = types.get(trainer.accelerator.mixed_precision) if native else None
-
-        self.logits: Tensor | None = None  # of the latest call: some weightings read them
+        super().__init__(model, batch, types.get(trainer.accelerator.mixed_precision) if native else None)
+        self.trainer = trainer
 
     def __call__(self) -> Tensor:
-        return self._losses(self.model(**self.inputs))
+        return self._losses_by(self.model(**self.inputs))
 
     def in_float32(self) -> Tensor:
-        network = self.trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        network = self.network
         with torch.autocast(self.labels.device.type, enabled=False):
             outputs = getattr(network, "_original_forward", network)(**self.inputs)
-        return self._losses(outputs)
+        return self._losses_by(outputs)
 
-    def _losses(self, outputs: Any) -> Tensor:
+    def _losses_by(self, outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", None)
         self.logits = None if logits is None else logits.detach()
         return self.trainer._example_losses(outputs, self.labels)
+
+    def _losses_of(self, output: Any, logits: Tensor) -> Tensor:
+        if logits.ndim != 2:
+            raise ValueError(
+                f"{type(self.trainer.method).__name__} compares outputs of shape (B, C), and the model's logits have "
+                f"the shape {tuple(logits.shape)}: take another method"
+            )
+        output.logits = logits
+        return self.trainer._example_losses(output, self.labels)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def subset(self, indices: list[int]) -> "_TrainerLosses":
         batch = {n: v[indices] if isinstance(v, Tensor) else v for n, v in self.inputs.items()}

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from .compiled import is_compiled
 from .gradients import wide
 
+NO_LABEL = torch.iinfo(torch.int64).min
+"""Left out of losses: what is no label that anyone gives."""
+
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Losses (B,) in at least float32: cross-entropy for integer labels (B,), squared error for floats; logits (B, C).
 
     Raises ValueError for integer labels of a model with one output, which is a regression, and for an empty batch.
+    Labels that are no class are PyTorch's error, −100 too: a loss of 0 for it would count in the batch's mean.
     """
     if not len(labels):
         raise ValueError("the batch is empty: it has no losses")
@@ -27,7 +31,7 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     logits = wide(logits)
     if labels.is_floating_point():
         return (logits.reshape(len(labels)) - labels.to(logits.dtype)).square()
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
 
 
 class ExampleLosses:
@@ -90,8 +94,13 @@ class ExampleLosses:
 
     def _embeddings(self) -> nn.Embedding:
         """The module that a Hugging Face model looks its words up with."""
-        find: Any = self.model.get_input_embeddings
+        find: Any = self.network.get_input_embeddings
         return find()
+
+    @property
+    def network(self) -> nn.Module:
+        """The Hugging Face model itself."""
+        return self.model
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
@@ -130,18 +139,23 @@ class ExampleLosses:
             for lookup in self._lookups() if noise is not None else []:
                 hooks.enter_context(lookup.register_forward_hook(add, with_kwargs=True))
             with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
-                logits = wide(self.model(**self.inputs).logits)
+                output = self.model(**self.inputs)
         if noise is not None and not called:
             raise ValueError(
-                f"{type(self.model).__name__} looks its words up elsewhere than in get_input_embeddings(): methods "
+                f"{type(self.network).__name__} looks its words up elsewhere than in get_input_embeddings(): methods "
                 "with noise on the embeddings (r3f, freelb, smart) do not go with it"
             )
+        logits = wide(output.logits)
         self.logits = logits.detach()
-        return example_losses(logits, self.labels), logits
+        return self._losses_of(output, logits), logits
+
+    def _losses_of(self, output: Any, logits: Tensor) -> Tensor:
+        """(B,) of what the model put out; `logits`: its own, in at least float32."""
+        return example_losses(logits, self.labels)
 
     def _lookups(self) -> list[nn.Embedding]:
         """The modules that look the given words up: all with that table, of an encoder and a decoder the encoder's."""
-        table, where = self._embeddings().weight, self.model
+        table, where = self._embeddings().weight, self.network
         if getattr(getattr(where, "config", None), "is_encoder_decoder", False):
             where = where.get_encoder()  # type: ignore[operator]  # a Hugging Face model's
         return [m for m in where.modules() if isinstance(m, nn.Embedding) and m.weight is table]
@@ -159,6 +173,6 @@ class ExampleLosses:
         if ids.shape[:1] == given.shape[:1] and torch.equal(ids[:, : given.shape[1]], given):
             return False  # and more, behind them
         raise ValueError(
-            f"{type(self.model).__name__} looks up other words than its input_ids: methods with noise on the "
+            f"{type(self.network).__name__} looks up other words than its input_ids: methods with noise on the "
             "embeddings (r3f, freelb, smart) do not go with it"
         )

@@ -201,7 +201,15 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[
         shares = {task.train[0]: source.label_noise, "heldout": source.heldout_noise}
         spoilt = {split: share for split, share in shares.items() if share and split in data}
         data |= {split: glue.noisy(task, data[split], share, source.noise_seed) for split, share in spoilt.items()}
-    return data, splits.notes
+    return data, [*splits.notes, *_unmarked(task, data[task.train[0]], tokenizer)]
+
+
+def _unmarked(task: Task, examples: glue.Tokenised, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """A note where nothing tells a pair's sentences apart: GPT-2's tokenizer puts them one behind the other."""
+    more = tokenizer.num_special_tokens_to_add(pair=True) - tokenizer.num_special_tokens_to_add(pair=False)
+    if len(task.text) < 2 or more or (examples.token_type_ids is not None and examples.token_type_ids.any()):
+        return []
+    return ["the tokenizer puts no mark between the two sentences of a row: the model cannot tell where one ends"]
 
 
 def make_method(config: Config, network: PreTrainedModel) -> Method:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
-from ..config import Config, on_device
+from ..config import Config, on_device, without_tf32
 from ..errors import Parser, UserError
 from ..files import for_json, write_atomically
 from ..methods import ExampleLosses
@@ -77,11 +77,14 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
     found, figures = measure(config, options)
     found = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed")}} | found
-    for name, figure in figures.items():
-        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-            figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)
-    write_atomically(out / "sharpness.json", json.dumps(for_json(found), indent=2) + "\n")
     print(summary(found))
+    try:
+        write_atomically(out / "sharpness.json", json.dumps(for_json(found), indent=2) + "\n")
+        for name, figure in figures.items():
+            for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+                figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
     print(out)
 
 
@@ -103,7 +106,7 @@ def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.To
 def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
     """(what sharpness.json holds, {file name: figure})."""
     started = time.monotonic()
-    device = choose_device(config)
+    device = choose_device(without_tf32(config))
     network, examples = load(config, device)
     params = [p for p in network.parameters() if p.requires_grad]
     size = sum(p.numel() for p in params)

@@ -79,7 +79,8 @@ def plane_figure(steps: Sequence[float], losses: np.ndarray, title: str) -> Figu
     """Contours of the loss; levels grow by a factor where it spans more than one order of magnitude."""
     figure = Figure(figsize=(4.2, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    low, high = float(np.nanmin(losses)), float(np.nanmax(losses))
+    losses = np.ma.masked_invalid(losses)  # left blank: far out a model's loss may not be finite
+    low, high = (float(losses.min()), float(losses.max())) if losses.count() else (0.0, 1.0)
     wide = low > 0 and high > 10 * low
     levels = np.geomspace(low, high, 14) if wide else np.linspace(low, max(high, low + 1e-9), 14)
     filled = axes.contourf(steps, steps, losses, levels, cmap="cividis", norm=LogNorm(low, high) if wide else None)

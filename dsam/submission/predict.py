@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from .. import glue
+from ..config import without_tf32
 from ..errors import UserError
 from ..task import get_task
 from ..training import model as models
@@ -75,9 +76,10 @@ def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: 
         UserError: weights that cannot be read, or do not give the run's development score.
     """
     run, task = prepared.run, get_task(prepared.run.task)
-    device = choose_device(run.config)
-    network = models.build(run.config, task.num_labels, prepared.tokenizer).to(device)
-    autocast = torch.bfloat16 if run.config.train.precision == "bfloat16" else None
+    config = without_tf32(run.config)
+    device = choose_device(config)
+    network = models.build(config, task.num_labels, prepared.tokenizer).to(device)
+    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
 
     def predictions(name: str, split: str) -> np.ndarray:
         return predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]

@@ -57,12 +57,12 @@ def _mark_sentences(tokenizer: PreTrainedTokenizerFast, architecture: PreTrained
         return
     names = list(tokenizer.model_input_names)
     takes = "token_type_ids" in inspect.signature(kind.forward).parameters
-    if "token_type_ids" in names:
-        if not takes:
-            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
-        return
     marks = set(tokenizer("one", "two", return_token_type_ids=True)["token_type_ids"])
     known = math.inf if architecture.model_type == "xlnet" else getattr(architecture, "type_vocab_size", None) or 0
+    if "token_type_ids" in names:
+        if not takes or (0 < known <= max(marks)):  # DeBERTa, with 0, looks none up; a RoBERTa may have but one
+            tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+        return
     if takes and len(marks) > 1 and max(marks) < known:
         tokenizer.model_input_names = [*names, "token_type_ids"]
 
@@ -104,7 +104,7 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         mismatched = [n[0] if isinstance(n, tuple) else n for n in loaded["mismatched_keys"]]
         mismatched = [n for n in mismatched if n.startswith(prefix)]
         # Heads and poolers that the classifier does not use are no mistake; layers are.
-        surplus = [n for n in loaded["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", n)]
+        surplus = _surplus(loaded["unexpected_keys"], network)
         for names, what in ((missing, "missing"), (mismatched, "of another shape"), (surplus, "of layers it has not")):
             if names:
                 raise UserError(
@@ -126,13 +126,40 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
     if positions and train.max_length > positions:
         raise UserError(f"train.max_length={train.max_length} is above the model's {positions} positions")
     _try(config, network, tokenizer, num_labels)
+    _require_same_padding(config, network, tokenizer)
     return network
+
+
+def _surplus(names: Sequence[str], network: PreTrainedModel) -> list[str]:
+    """Those of a file's weights that are of a stack of layers which the network has, and have no place in it.
+
+    What a stack that it has not would take (a decoder's, that of Funnel's whole model) is no mistake.
+    """
+    stacks: dict[str, set[str]] = {}
+    for name in network.state_dict():
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+            stacks.setdefault(name[: number.start()], set()).add(number.group())
+    found = []
+    for name in names:
+        for whole in (name, f"{network.base_model_prefix}.{name}"):
+            if (first := re.search(r"(?<=\.)\d+(?=\.)", whole)) is None:
+                continue
+            stack = whole[: first.start()]
+            # Of a layer that is there only where it is called one: old files of GPT-2's kind have their masks there.
+            if stack in stacks and (first.group() not in stacks[stack] or re.search(r"\blayers?\.$", stack)):
+                found.append(name)
+                break
+    return found
 
 
 def save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Keeps both as a model folder that transformers reads back by itself."""
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # transformers leaves out what was said after loading: which inputs a pair's second sentence is marked by.
+    path = folder / "tokenizer_config.json"
+    names = {"model_input_names": list(tokenizer.model_input_names)}
+    write_atomically(path, json.dumps(json.loads(path.read_text(encoding="utf-8")) | names, indent=2) + "\n")
     given = network.config
     if AutoConfig.from_pretrained(folder, local_files_only=True).num_labels != given.num_labels:
         # transformers leaves out what it has as its default, two labels, though BART's own default is three.
@@ -178,6 +205,29 @@ def _try(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenize
     if logits.shape != (len(rows[0]), num_labels):
         raise UserError(f"model {model.path or model.id or model.name} gives outputs of shape {tuple(logits.shape)}")
     network.train(was_training)
+
+
+@torch.no_grad()
+def _require_same_padding(config: Config, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """That a head which finds a row's last word by `pad_token_id` knows the tokenizer's padding. Raises UserError."""
+    own, tokenizers = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
+    if own is None or tokenizers is None or own == tokenizers:
+        return
+    inputs = _padded(tokenizer, ROWS, config.train.max_length)
+    was_training = network.training
+    logits = network.eval()(**inputs).logits
+    network.config.pad_token_id = tokenizers
+    try:
+        others = network(**inputs).logits
+    finally:
+        network.config.pad_token_id = own
+        network.train(was_training)
+    if not torch.equal(logits, others):
+        raise UserError(
+            f"model {config.model.path or config.model.id}: its config.json has pad_token_id {own} and its tokenizer "
+            f"pads with {tokenizers} ('{tokenizer.pad_token}'), by which {type(network).__name__} finds a row's last "
+            f"word: write {tokenizers} into the config.json of a copy of it"
+        )
 
 
 @torch.no_grad()

@@ -12,10 +12,15 @@ from ..config import Model
 from ..errors import UserError
 from ..glue.builtin import VOCABULARY
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""In the order in which transformers looks for them."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 PARTS = (("configuration", ("config.json",)), ("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES))
 """What a model consists of, and the files of which one must be there."""
+ADAPTER = "adapter_config.json"
 READ_FROM_HUB = (
     *("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "bpe.codes", "*.model", "*.tiktoken"),
@@ -78,3 +83,8 @@ def _check(model: str, names: list[str]) -> None:
     for what, one_of in PARTS:
         if not set(one_of) & set(names):
             raise UserError(f"{model} has no {what} ({' or '.join(one_of)})")
+    if ADAPTER in names:  # with peft installed transformers would put it in and freeze everything else
+        raise UserError(
+            f"{model} has an adapter beside its weights ({ADAPTER}): merge it into them (peft's merge_and_unload) or "
+            "take it away"
+        )

@@ -16,7 +16,7 @@ from dsam.results.tables import rendering
 from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
-from dsam.task import Hub, shipped
+from dsam.task import HELD_OUT, Hub, shipped
 from dsam.text import counted, published
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
@@ -140,7 +140,12 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
     runs = scored(frame, which)
     tasks = origins(frame, configs)
     bases = {model: config.get("model") or {} for (model, _), config in configs.items()}
-    columns = [name for name in frame.columns if name.startswith(f"{which}.") and runs[name].notna().any()]
+    columns = [
+        name
+        for name in frame.columns
+        # The held-out part is none of the data set's splits, and its labels may be spoilt.
+        if name.startswith(f"{which}.") and name.split(".")[1] != HELD_OUT and runs[name].notna().any()
+    ]
     head = {
         "language": "en",
         "library_name": "transformers",

@@ -8,7 +8,7 @@ import pandas as pd
 from dsam.results.statistics import methods, scored
 from dsam.results.tables.formatting import DASH, percent
 from dsam.results.tables.rendering import Table
-from dsam.results.tables.settings import PREFIX, selection_note
+from dsam.results.tables.settings import PREFIX, held_out_note, selection_note
 from dsam.task import shipped
 
 REFERENCE = Path(__file__).parents[3] / "results" / "reference"
@@ -24,7 +24,8 @@ def reference() -> pd.DataFrame:
 def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Table | None:
     """A row per method here, and below them one per model published; a column per task and metric that both have.
 
-    Only runs on the whole of an official GLUE task count. A model's published figures are those whose name begins
+    Only runs on the whole of an official GLUE task count, or on all of it but the part that they chose their epoch by,
+    which a note says. A model's published figures are those whose name begins
     with its own (bert_base: bert-base-uncased); if there are none, those of all models. None if nothing is beside.
     """
     official = [name for name, task in shipped().items() if "builtin" not in task.sources]
@@ -63,6 +64,7 @@ def beside_published(frame: pd.DataFrame, which: str = "best", baseline: str = "
         selection_note(runs, which),
         f"Here: mean over the finished runs, {which} epoch. Published: other code, recipe and versions, and "
         "no runs behind the figures, so that no difference to them can be tested.",
+        *held_out_note(runs),
         *(f"There are no published figures for {model}: those of other models are shown." for model in alone),
         *(f"[{k}] {model}: {_origin(published, model)}" for k, model in enumerate(theirs.index, 1)),
     ]

@@ -6,6 +6,7 @@ from dsam.results.statistics import methods
 from dsam.results.tables.formatting import DASH, percent
 from dsam.results.tables.labels import value_text, without
 from dsam.results.tables.rendering import Table
+from dsam.task import HELD_OUT
 
 PREFIX = "hyperparameters."
 SELECTION = f"{PREFIX}selection"
@@ -40,6 +41,16 @@ def selection_note(frame: pd.DataFrame, which: str = "best") -> str:
     if len(chosen) < 2:
         return RULES[which, chosen.index[0] if len(chosen) else "dev"]
     return " ".join(f"{', '.join(labels)}: {RULES[which, name]}" for name, labels in chosen.items())
+
+
+def held_out_note(runs: pd.DataFrame) -> list[str]:
+    """That runs which chose on a part of the training set were not trained on it, where there are such."""
+    rule = runs.get(SELECTION, pd.Series(index=runs.index, dtype=object))
+    labels = runs.loc[rule == HELD_OUT, "method_label"].unique()
+    if not len(labels):
+        return []
+    which = "The runs here" if (rule == HELD_OUT).all() else f"Those of {', '.join(labels)}"
+    return [f"{which} were trained on nine tenths of the training set or a little more: the rest chose their epoch."]
 
 
 def chosen_table(rows: list[dict]) -> Table | None:
