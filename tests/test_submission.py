@@ -182,6 +182,19 @@ def test_runs_json_says_which_run_each_file_is_from_and_ax_is_scored(made, root,
     assert json.loads((runs["mnli"] / "ax.json").read_text()) == files["AX.tsv"]
 
 
+def test_a_tf32_run_answers_in_float32_wherever(runs, small, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(runs["rte"], there)
+    settings = (there / "config.yaml").read_text()
+    (there / "config.yaml").write_text(settings.replace("precision: float32", "precision: tf32"))
+    files = []
+    for folder in (runs["rte"], there):
+        out = tmp_path / folder.name
+        main(["--runs", str(folder), "--fill-majority", "--device", "cpu", "--out", str(out / "out")])
+        files.append((out / "out" / "RTE.tsv").read_text())
+    assert files[0] == files[1] and "tf32" in (there / "config.yaml").read_text()
+
+
 def test_without_labels_ax_has_answers_and_no_score(made, root, runs, small, tmp_path, capsys):
     other = tmp_path / "glue"
     shutil.copytree(root, other)
