@@ -59,9 +59,15 @@ def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
     a_sweep(tmp_path / "monday", seeds=[0, 1])
     a_sweep(tmp_path / "tuesday", seeds=[1, 2])
     archive.pack(tmp_path / "monday", "study", packed)
-    assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0, [])
+    note = "names 1 run of its own beside the 2 here; remove it first to pack these alone"
+    assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0, [note])
     archive.unpack(packed, tmp_path / "both")
     assert len(list((tmp_path / "both").glob("rte/tiny/sam/*/result.json"))) == 3
+    named = [run["folder"][-1] for run in json.loads((tmp_path / "both/.sweeps/study.json").read_bytes())["runs"]]
+    assert named == ["0", "1", "2"]
+    first = packed.read_bytes()
+    assert archive.pack(tmp_path / "both", "study", packed) == (3, 0, [])
+    assert packed.read_bytes() == first
 
 
 @pytest.mark.parametrize("here, after", [([0], [0, 1, 2]), ([0, 1, 2], [2, 1, 0]), ([0, 3], [0, 3])])

@@ -1,12 +1,14 @@
 """The records of an experiment's runs in one file that can be committed: what its tables are made of, no weights."""
 
 import io
+import json
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import UNREADABLE_ZIP, UserError
 from ..files import write_atomically
+from ..text import counted
 from . import lease, manifest
 from .record import Record
 
@@ -29,7 +31,7 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     """Writes the sweep's manifest and its runs' records to the zip `path`, beside the runs that are in it already.
 
     Nothing that the file holds is lost: a finished run is replaced by a finished one alone, whose result is whole, and
-    the manifest by one that names none of its runs less. The same records give the same bytes.
+    the runs that the manifest names join those of this sweep. The same records give the same bytes.
 
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
@@ -40,12 +42,22 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     earlier = held.get(manifest.FOLDER, {}).get(listed.name, b"")
     notes = []
     try:
-        if set(folders) < (planned := _planned(earlier)):
+        here = set(folders)
+        if here < (planned := _planned(earlier).keys()):
             notes.append(
                 f"keeps its sweep of {len(planned)} runs, of which the one here has {len(folders)}; remove it first to "
                 "pack these alone"
             )
             folders = sorted(planned)
+        elif planned - here:  # another part of one study: other seeds, another machine's model
+            both = _planned(earlier) | _planned(listed.read_bytes())
+            notes.append(
+                f"names {counted(len(planned - here), 'run')} of its own beside the {len(here)} here; remove it first "
+                "to pack these alone"
+            )
+            joined = manifest.parsed(listed.read_bytes()) | {"runs": list(both.values())}
+            held[manifest.FOLDER] = {listed.name: json.dumps(joined, indent=1).encode()}
+            folders = sorted(both)
         else:
             held[manifest.FOLDER] = {listed.name: listed.read_bytes()}
         for folder in folders:
@@ -95,19 +107,19 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
         for name, contents in sweeps.items():
             (runs_dir / manifest.FOLDER).mkdir(parents=True, exist_ok=True)
             there = runs_dir / manifest.FOLDER / name
-            if not there.exists() or _planned(there.read_bytes()) < _planned(contents):
+            if not there.exists() or _planned(there.read_bytes()).keys() < _planned(contents).keys():
                 write_atomically(there, contents)
     except OSError as error:
         raise UserError(f"cannot write {runs_dir}: {error.strerror or error}; set paths.runs=DIR") from None
     return len(written), len(finished - written)
 
 
-def _planned(contents: bytes) -> set[str]:
-    """The folders of the runs that a sweep's manifest names; none where it cannot be read."""
+def _planned(contents: bytes) -> dict[str, dict]:
+    """Folder -> what a sweep's manifest says of the run there; empty where it cannot be read."""
     try:
-        return {run["folder"] for run in manifest.parsed(contents)["runs"]}
+        return {run["folder"]: run for run in manifest.parsed(contents)["runs"]}
     except (ValueError, KeyError, TypeError):
-        return set()
+        return {}
 
 
 def _zipped(held: dict[str, dict[str, bytes]]) -> bytes:
