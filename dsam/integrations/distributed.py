@@ -35,7 +35,8 @@ class Distributed:
         ascent: "global": one perturbation for all ranks, from the gradient (and δ-SAM's weights, normalised) over
             the joint batch; equals one process with that batch, but that δ-SAM's probes are other draws of the same
             law there (one process draws only the rows of words that its batch has). "local": each rank ascends on
-            its own batch and only the final gradients are averaged: SAM with m = the rank's batch, and one reduction less.
+            its own batch and only the final gradients are averaged: SAM with m = the rank's batch, and one reduction
+            less.
         group: the process group, by default all processes.
 
     Raises:
