@@ -59,6 +59,8 @@ def main() -> None:
         looked_at = {task: int(count) for task, count in (pair.split("=") for pair in pairs)}
     except ValueError:
         raise UserError(f"--looked-at {' '.join(given.looked_at)}: give TASK=N, e.g. cola=10 rte=17") from None
+    if given.summary_only and (wrong := [*settings, *given.settings]):
+        raise UserError(f"--summary-only measures nothing: {' '.join(wrong)} has no effect")
     common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
     if given.model_path:
         common += ["model=minilm", f"model.path={given.model_path}"]

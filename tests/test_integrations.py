@@ -1,10 +1,12 @@
 """Methods under the real Hugging Face `Trainer`, against the stock Trainer and loops written by hand."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import warm
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, NonFiniteGradient, Plain
 from dsam.integrations.transformers import SharpnessAwareTrainer
@@ -285,9 +288,7 @@ def test_every_method_goes_and_equals_a_loop_by_hand(tmp_path, name):
     seen = []
     for step in range(2):
         batch = [data[32 * step + i] for i in range(32)]
-        seen.append(
-            float(method.backward(Dense(model, {k: torch.stack([e[k] for e in batch]) for k in batch[0]})))
-        )
+        seen.append(float(method.backward(Dense(model, {k: torch.stack([e[k] for e in batch]) for k in batch[0]}))))
         optimizer.step()
         optimizer.zero_grad()
     assert losses_logged(ours) == pytest.approx(seen, abs=1e-6)
@@ -328,6 +329,63 @@ def test_a_checkpoint_of_another_method_or_of_more_processes_is_not_gone_on_with
     (there / "dsam_method.pt").rename(there / "dsam_method_0.pt")
     with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_0.pt\)"):
         run("fsam", str(there))
+    for rank in (1, 2, 3):
+        shutil.copy(there / "dsam_method_0.pt", there / f"dsam_method_{rank}.pt")
+    trainer = Ours(network(), arguments(tmp_path), train_dataset=examples(), method="fsam")
+    trainer.method = METHODS["fsam"](trainer.model)
+    for processes, rank in ((2, 0), (2, 1), (8, 0), (8, 7), (4, 3)):  # all ranks alike: one that waits waits for ever
+        trainer.args = SimpleNamespace(world_size=processes, process_index=rank)
+        if processes == 4:
+            trainer._resume_method(str(there))
+            continue
+        with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_0.pt, .*_3.pt\)"):
+            trainer._resume_method(str(there))
+
+
+def test_a_trainer_that_only_evaluates_needs_nothing_to_train(tmp_path):
+    frozen = network().requires_grad_(False)
+    trainer = Ours(frozen, arguments(tmp_path), train_dataset=examples(), method="per_instance")
+    assert trainer.evaluate(examples(8))["eval_loss"] > 0
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        trainer.train()
+
+
+class Wrapped(nn.Module):
+    """A model that is none of Hugging Face's, and knows of no words."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network(dropout=0.1)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_only_noise_on_words_needs_words(tmp_path):
+    assert trained(Ours, tmp_path, model=Wrapped(), steps=1, method="rdrop").state.global_step == 1
+    with pytest.raises(ValueError, match=r"Wrapped has no get_input_embeddings\(\): methods with noise"):
+        trained(Ours, tmp_path, model=Wrapped(), steps=1, method="r3f")
+
+
+def test_outputs_of_a_shape_that_cannot_be_compared_are_refused(tmp_path):
+    """FreeLB compares none."""
+
+    class EveryToken(Wrapped):
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids, attention_mask, labels=None):
+            hidden = self.inner.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return SequenceClassifierOutput(logits=self.inner.classifier(hidden))
+
+    def losses(outputs, labels):
+        return nn.functional.cross_entropy(outputs.logits.mean(1), labels, reduction="none")
+
+    made = {"losses": losses, "steps": 1}
+    assert trained(Ours, tmp_path, model=EveryToken(), method="freelb", **made).state.global_step == 1
+    for method in ("rdrop", "smart", "r3f"):
+        with pytest.raises(ValueError, match=r"the logits have the shape \(32, 10, 3\)"):
+            trained(Ours, tmp_path, model=EveryToken(), method=method, **made)
 
 
 def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
@@ -336,7 +394,7 @@ def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
         ({"method": "sam", "ascent": "both"}, {}, "ascent must be 'global' or 'local'"),
         ({"method": lambda m: SAM(m), "method_options": {"rho": 1.0}}, {}, "method_options"),
         ({"method": SAM(network())}, {}, "method is a SAM that was made already: pass its class, or a function"),
-        ({"method": "sam", "method_options": {"rh": 1.0}}, {}, "method_options: .* 'rh'"),
+        ({"method": "sam", "method_options": {"rh": 1.0}}, {}, "method_options of SAM: .* 'rh'"),
         ({"compute_loss_func": lambda *a, **k: None}, {}, "pass losses="),
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({}, {"optim": "adalomo"}, "steps inside the backward pass"),

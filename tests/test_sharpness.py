@@ -276,12 +276,17 @@ def test_numbers_stay_where_a_figure_cannot_be_written(run, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
+    quick = [str(run), *QUICK, "--grid", "0", "--probes", "0", "--eigenvalues", "0", "--out"]
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device; set --out DIR"):
-        main([str(run), *QUICK, "--grid", "0", "--probes", "0", "--eigenvalues", "0", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "sharpness.json").read_text())["loss"] > 0
+        main([*quick, str(tmp_path / "full")])
+    monkeypatch.setattr("dsam.sharpness.measure.line_figure", lambda *_: 1 / 0)  # as one that cannot be drawn
+    with pytest.raises(ZeroDivisionError):
+        main([*quick, str(tmp_path / "undrawn")])
+    for place in ("full", "undrawn"):
+        assert json.loads((tmp_path / place / "sharpness.json").read_text())["loss"] > 0
 
 
-@pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf]])
+@pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf], [1e8] * 4])
 def test_a_loss_that_is_not_finite_is_left_blank(losses, tmp_path):
     plane_figure([-1.0, 1.0], np.reshape(losses, (2, 2)), "far").savefig(tmp_path / "plane.png")
 

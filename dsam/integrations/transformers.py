@@ -8,6 +8,7 @@ trainer.train()
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,19 +109,24 @@ class SharpnessAwareMixin:
         self.method: Method | Distributed | None = None
         self._pending: list[_TrainerLosses] = []
         if self.model is not None and isinstance(method, type):
-            self._made(self.model)  # a wrong option now, not when training begins
+            self._check_options(method)
 
     def _made(self, model: nn.Module) -> Method:
         options = {}
         if isinstance(self._make_method, type):
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
             options = {"seed": seed} | self._method_options
+        return self._make_method(model, **options)
+
+    def _check_options(self, method: type[Method]) -> None:
+        """ValueError for an option that the method does not have: now, not when training begins."""
         try:
-            return self._make_method(model, **options)
+            with warnings.catch_warnings(action="ignore"):
+                self._made(self.model)
         except TypeError as error:
-            if not options:
-                raise
-            raise ValueError(f"method_options: {error}") from None
+            raise ValueError(f"method_options of {method.__name__}: {error}") from None
+        except Exception:  # what does not go yet (all is frozen) may do when training begins
+            pass
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -133,15 +139,16 @@ class SharpnessAwareMixin:
         return model, train_dataloader
 
     def _resume_method(self, folder: str) -> None:
-        path = self._method_path(folder)
-        if not os.path.isfile(path):
-            others = sorted(Path(folder).glob(METHOD_STATE.format(rank="*")))
-            if not others:  # the checkpoint of another trainer, which only has the weights
-                return
+        there = {path.name for path in Path(folder).glob(METHOD_STATE.format(rank="*"))}
+        if not there:  # the checkpoint of another trainer, which only has the weights
+            return
+        ranks = [f"_{rank}" for rank in range(self.args.world_size)] if self.args.world_size > 1 else [""]
+        if there != {METHOD_STATE.format(rank=rank) for rank in ranks}:  # the same on every rank
             raise ValueError(
-                f"{folder} has the method's state of another number of processes ({others[0].name}): resume with as "
-                f"many, or remove {METHOD_STATE.format(rank='*')} there to begin its state anew"
+                f"{folder} has the method's state of another number of processes ({', '.join(sorted(there))}): resume "
+                f"with as many, or remove {METHOD_STATE.format(rank='*')} there to begin its state anew"
             )
+        path = self._method_path(folder)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         name, own = saved.pop(NAME, None), self._method_name()
         if name not in (None, own):  # None: an earlier version wrote it
@@ -220,11 +227,6 @@ class _TrainerLosses(ExampleLosses):
         return self.trainer._example_losses(outputs, self.labels)
 
     def _losses_of(self, output: Any, logits: Tensor) -> Tensor:
-        if logits.ndim != 2:
-            raise ValueError(
-                f"{type(self.trainer.method).__name__} compares outputs of shape (B, C), and the model's logits have "
-                f"the shape {tuple(logits.shape)}: take another method"
-            )
         output.logits = logits
         return self.trainer._example_losses(output, self.labels)
 

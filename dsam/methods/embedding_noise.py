@@ -71,6 +71,7 @@ def add_to_report(step: Step, name: str, value: Tensor) -> None:
 
 def divergence(a: Tensor, b: Tensor) -> Tensor:
     """KL(a‖b) + KL(b‖a) of two sets of logits (B, C), shape (B,); for one output (a regression) (a − b)²."""
+    _require_two_axes(a)
     if a.shape[-1] == 1:
         return (a - b).square().squeeze(-1)
     p, q = F.log_softmax(a, -1), F.log_softmax(b, -1)
@@ -79,8 +80,14 @@ def divergence(a: Tensor, b: Tensor) -> Tensor:
 
 def one_sided(a: Tensor, b: Tensor) -> Tensor:
     """KL(a‖b) of two sets of logits (B, C), shape (B,)."""
+    _require_two_axes(a)
     p, q = F.log_softmax(a, -1), F.log_softmax(b, -1)
     return (p.exp() * (p - q)).sum(-1)
+
+
+def _require_two_axes(logits: Tensor) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"outputs of shape (B, C) are compared, and the logits have the shape {tuple(logits.shape)}")
 
 
 def over_examples(norms: Tensor) -> Tensor:

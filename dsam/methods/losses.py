@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .compiled import is_compiled
 from .gradients import wide
 
+NOISE = "methods with noise on the embeddings (r3f, freelb, smart)"
 NO_LABEL = torch.iinfo(torch.int64).min
 """Left out of losses: what is no label that anyone gives."""
 
@@ -94,7 +95,10 @@ class ExampleLosses:
 
     def _embeddings(self) -> nn.Embedding:
         """The module that a Hugging Face model looks its words up with."""
-        find: Any = self.network.get_input_embeddings
+        find: Any = getattr(self.network, "get_input_embeddings", None)
+        if find is None or "input_ids" not in self.inputs:
+            lacking = "get_input_embeddings()" if find is None else "input_ids"
+            raise ValueError(f"{type(self.network).__name__} has no {lacking}: {NOISE} do not go with it")
         return find()
 
     @property
@@ -105,8 +109,8 @@ class ExampleLosses:
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
         """(B, T, d) of what `model.get_input_embeddings()` puts out."""
-        ids = self.inputs["input_ids"]
-        return (*ids.shape, self._embeddings().weight.shape[1])
+        width = self._embeddings().weight.shape[1]
+        return (*self.inputs["input_ids"].shape, width)
 
     @property
     def token_mask(self) -> Tensor:
@@ -142,8 +146,8 @@ class ExampleLosses:
                 output = self.model(**self.inputs)
         if noise is not None and not called:
             raise ValueError(
-                f"{type(self.network).__name__} looks its words up elsewhere than in get_input_embeddings(): methods "
-                "with noise on the embeddings (r3f, freelb, smart) do not go with it"
+                f"{type(self.network).__name__} looks its words up elsewhere than in get_input_embeddings(): {NOISE} "
+                "do not go with it"
             )
         logits = wide(output.logits)
         self.logits = logits.detach()
@@ -173,6 +177,5 @@ class ExampleLosses:
         if ids.shape[:1] == given.shape[:1] and torch.equal(ids[:, : given.shape[1]], given):
             return False  # and more, behind them
         raise ValueError(
-            f"{type(self.network).__name__} looks up other words than its input_ids: methods with noise on the "
-            "embeddings (r3f, freelb, smart) do not go with it"
+            f"{type(self.network).__name__} looks up other words than its input_ids: {NOISE} do not go with it"
         )

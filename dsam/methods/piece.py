@@ -1,7 +1,7 @@
 """What a closure may offer besides its losses, asked for in one place."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ Closure = Callable[[], Tensor]
 """Runs the model on one (micro-)batch and returns its per-example losses, shape (B,)."""
 
 
-@runtime_checkable
 class Outputs(Protocol):
-    """What the methods that compare a model's outputs need of a closure; `ExampleLosses` has it."""
+    """What the methods that compare a model's outputs need of a closure, as `ExampleLosses` has it; noise on the
+    embeddings needs the first two."""
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]: ...
@@ -68,7 +68,7 @@ class Piece:
 
     @property
     def outputs(self) -> Outputs | None:
-        return self.closure if isinstance(self.closure, Outputs) else None
+        return self.closure if callable(getattr(self.closure, "outputs", None)) and self.size is not None else None
 
     @property
     def restrictable(self) -> bool:

@@ -4,11 +4,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .. import glue
@@ -75,12 +77,13 @@ def main(arguments: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
-    found, figures = measure(config, options)
+    found, drawn = measure(config, options)
     found = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed")}} | found
     print(summary(found))
     try:
         write_atomically(out / "sharpness.json", json.dumps(for_json(found), indent=2) + "\n")
-        for name, figure in figures.items():
+        for name, draw in drawn.items():
+            figure = draw()
             for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 figure.savefig(out / f"{name}.{suffix}", dpi=200, metadata=metadata)
     except OSError as error:
@@ -104,7 +107,7 @@ def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.To
 
 
 def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
-    """(what sharpness.json holds, {file name: figure})."""
+    """(what sharpness.json holds, {file name: what draws its figure})."""
     started = time.monotonic()
     device = choose_device(without_tf32(config))
     network, examples = load(config, device)
@@ -125,7 +128,7 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
     products = (EXPECTED_PRODUCTS if options.eigenvalues else 0) + options.probes
     total = 4 * (whole_batches + len(chosen)) + (4 + 6 * products + points) * len(batches)
     title = f"{config.task_label}, {config.model.name}, {config.optimizer.name}, seed {config.seed}"
-    figures = {}
+    drawn: dict[str, Callable[[], Figure]] = {}
     with Stages(title, total) as stages:
         stages.enter("loss")
         objective = Objective(closures(batches), params, stages.passed)
@@ -192,16 +195,16 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
                     direction = torch._foreach_mul(list(direction), scale)
                 panels[label] = (steps.tolist(), line(objective, direction, steps).tolist())
             found["surface"]["lines"] = {k: {"steps": s, "losses": v} for k, (s, v) in panels.items()}
-            figures["line"] = line_figure(panels, title)
+            drawn["line"] = partial(line_figure, panels, title)
         if options.grid:
             stages.enter("plane")
             steps = np.linspace(-options.range, options.range, options.grid)
             losses = plane(objective, first, second, steps)
             found["surface"]["plane"] = {"steps": steps.tolist(), "losses": losses.tolist()}
-            figures["plane"] = plane_figure(steps, losses, title)
+            drawn["plane"] = partial(plane_figure, steps, losses, title)
     found["seconds"] = round(time.monotonic() - started, 1)
     found["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "device": str(device)}
-    return found, figures
+    return found, drawn
 
 
 def mean_and_error(values: torch.Tensor) -> dict:

@@ -82,7 +82,7 @@ def plane_figure(steps: Sequence[float], losses: np.ndarray, title: str) -> Figu
     losses = np.ma.masked_invalid(losses)  # left blank: far out a model's loss may not be finite
     low, high = (float(losses.min()), float(losses.max())) if losses.count() else (0.0, 1.0)
     wide = low > 0 and high > 10 * low
-    levels = np.geomspace(low, high, 14) if wide else np.linspace(low, max(high, low + 1e-9), 14)
+    levels = np.geomspace(low, high, 14) if wide else np.linspace(low, max(high, low + 1e-9 * max(1, abs(low))), 14)
     filled = axes.contourf(steps, steps, losses, levels, cmap="cividis", norm=LogNorm(low, high) if wide else None)
     colours = ["white"] * 3 + ["black"] * 3  # each on its own shade of the map
     lines = axes.contour(steps, steps, losses, levels[1:-1:2], colors=colours, linewidths=0.6)

@@ -58,7 +58,7 @@ def folder_of(model: Model) -> Path:
         return check_folder(model.path)
     assert model.id and model.revision
     name = f"model {model.id} at {model.revision}"
-    return hub.snapshot("model", model.id, model.revision, functools.partial(_needed, name))[0]
+    return _without_adapter(hub.snapshot("model", model.id, model.revision, functools.partial(_needed, name))[0], name)
 
 
 def _needed(model: str, names: Iterable[str]) -> list[str]:
@@ -76,6 +76,16 @@ def check_folder(path: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder")
     _check(f"model.path={path}", [file.name for file in folder.iterdir() if file.is_file()])
+    return _without_adapter(folder, f"model.path={path}")
+
+
+def _without_adapter(folder: Path, model: str) -> Path:
+    """The folder. UserError where transformers, with peft installed, would put an adapter in and freeze all else."""
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"{model}: {folder} has an adapter beside its weights ({ADAPTER}): merge it into them (peft's "
+            "merge_and_unload), or take it away"
+        )
     return folder
 
 
@@ -83,8 +93,3 @@ def _check(model: str, names: list[str]) -> None:
     for what, one_of in PARTS:
         if not set(one_of) & set(names):
             raise UserError(f"{model} has no {what} ({' or '.join(one_of)})")
-    if ADAPTER in names:  # with peft installed transformers would put it in and freeze everything else
-        raise UserError(
-            f"{model} has an adapter beside its weights ({ADAPTER}): merge it into them (peft's merge_and_unload) or "
-            "take it away"
-        )
