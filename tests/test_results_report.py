@@ -469,6 +469,15 @@ def test_differences_by_task_are_each_task_s_own(runs_dir):
         assert drawn and all(drawn[rows[m]] == pytest.approx(100 * paired[m]) for m in rows if rows[m] in drawn)
 
 
+def test_places_without_a_task_are_blank_and_each_column_has_its_numbers():
+    one = pd.DataFrame({"method": ["sam"], "difference": [0.01], "low": [0.0], "high": [0.02]})
+    drawn = plots.differences_by_task({f"task {k}": one for k in range(5)}, ["adamw", "sam"], "adamw")
+    drawn.draw_without_rendering()
+    assert [axes.axison for axes in drawn.axes] == [True] * 5 + [False] * 3
+    shown = [any(t.get_visible() and t.get_text() for t in axes.get_xticklabels()) for axes in drawn.axes[:5]]
+    assert shown == [False, True, True, True, True]
+
+
 def test_figures_of_one_run_and_of_many_methods(tmp_path):
     finish(tmp_path, plan(), best=None)
     assert [name for name, _, _ in plots.figures(collect(tmp_path))] == ["curves_tiny", "loss_tiny"]

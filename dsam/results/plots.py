@@ -139,13 +139,14 @@ def differences_by_task(comparisons: dict[str, pd.DataFrame], order: list[str], 
     lines = math.ceil(len(comparisons) / columns)
     size = (1.2 + 2.2 * columns, lines * (1.0 + 0.3 * len(rows)))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes, (task, comparison) in zip(panels, comparisons.items(), strict=False):
         _plain(axes)
         axes.set_title(task, fontsize=9)
         _difference_rows(axes, comparison, rows, order)
-    for axes in list(panels)[len(comparisons) :]:
-        axes.set_axis_off()
+    for place in range(len(comparisons), len(panels)):
+        panels[place].set_axis_off()
+        panels[place - columns].tick_params(labelbottom=True)  # which the one below would have had
     figure.supxlabel(f"difference to {baseline} (points, 95 % interval)", fontsize=9)
     return figure
 
