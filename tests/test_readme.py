@@ -223,6 +223,36 @@ def test_the_seeds_at_noise_0_2_are_those_of_the_tables():
         assert expected in lines, expected
 
 
+def test_what_is_said_of_noise_0_2_is_what_the_tables_say():
+    folder = ROOT / "results" / "tables" / "label_noise_20_chosen"
+    tables = [pd.read_csv(folder / f"{name}.csv").set_index("method") for name in ("main", "last_epoch")]
+    text = " ".join((README + (ROOT / "docs" / "results.md").read_text(encoding="utf-8")).replace("−", "-").split())
+    figures = r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)"
+    said = re.findall(
+        rf"20 % flipped SAM gains {figures} at the epoch that a held-out part chooses and {figures}", text
+    )
+    row = [100 * float(table.loc["sam", name]) for table in tables for name in ("difference", "low", "high")]
+    assert len(said) == 2
+    assert all(abs(float(x) - value) <= 0.051 for found in said for x, value in zip(found, row, strict=True))
+    last = {}
+    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_20_chosen.zip") as held:
+        for name in held.namelist():
+            if name.endswith("result.json"):
+                result = json.loads(held.read(name))
+                last[result["optimizer"], result["seed"]] = result["evaluations"][-1]["score"]
+    assert "are above AdamW in each of the five seeds" in text
+    assert all(last[method, seed] > last["adamw", seed] for method in ("sam", "dsam", "per_instance")
+               for seed in range(1, 6))  # fmt: skip
+
+
+def test_what_is_said_of_the_levels_together_is_what_their_table_says():
+    table = pd.read_csv(ROOT / "results" / "tables" / "label_noise_levels" / "main.csv").set_index("method")
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    said = re.search(r"are above AdamW with p = ([\d.]+), ([\d.]+) and ([\d.]+) after Holm's correction", page)
+    shown = [f"{table.loc[method, 'p_holm']:.3f}" for method in ("sam", "dsam", "per_instance")]
+    assert list(said.groups()) == shown and (table.loc[["sam", "dsam", "per_instance"], "low"] > 0).all()
+
+
 def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
     measured = pd.read_csv(ROOT / "results" / "approximation_noise" / "measurements.csv")
     measured = measured[measured["rho"] == 0.01]
