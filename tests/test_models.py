@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_config import composed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AlbertTokenizer, PreTrainedTokenizerFast, XLNetTokenizer
@@ -124,6 +124,17 @@ def test_a_decoder_that_a_classifier_has_not_is_no_mistake(tmp_path):
     folder = folder_of(tmp_path, "funnel")
     whole = transformers.FunnelModel(transformers.AutoConfig.from_pretrained(folder))
     transformers.FunnelForMaskedLM(whole.config).save_pretrained(folder)
+    given = of(folder, "train.max_length=24")
+    assert build(given, 2, load_tokenizer(given.model)).config.num_labels == 2
+
+
+def test_a_head_of_another_make_is_no_mistake(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    weights = {
+        name.replace("classifier.", "classifier.0."): w for name, w in load_file(folder / "model.safetensors").items()
+    }
+    assert "classifier.0.weight" in weights
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     given = of(folder, "train.max_length=24")
     assert build(given, 2, load_tokenizer(given.model)).config.num_labels == 2
 

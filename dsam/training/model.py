@@ -135,18 +135,15 @@ def _surplus(names: Sequence[str], network: PreTrainedModel) -> list[str]:
 
     What a stack that it has not would take (a decoder's, that of Funnel's whole model) is no mistake.
     """
-    stacks: dict[str, set[str]] = {}
-    for name in network.state_dict():
-        for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
-            stacks.setdefault(name[: number.start()], set()).add(number.group())
+    stacks = {name: set(m._modules) for name, m in network.named_modules() if isinstance(m, nn.ModuleList)}
     found = []
     for name in names:
         for whole in (name, f"{network.base_model_prefix}.{name}"):
             if (first := re.search(r"(?<=\.)\d+(?=\.)", whole)) is None:
                 continue
-            stack = whole[: first.start()]
+            stack = whole[: first.start() - 1]
             # Of a layer that is there only where it is called one: old files of GPT-2's kind have their masks there.
-            if stack in stacks and (first.group() not in stacks[stack] or re.search(r"\blayers?\.$", stack)):
+            if stack in stacks and (first.group() not in stacks[stack] or re.search(r"\blayers?$", stack)):
                 found.append(name)
                 break
     return found
