@@ -241,6 +241,11 @@ def test_what_is_said_of_noise_0_2_is_what_the_tables_say():
                 result = json.loads(held.read(name))
                 last[result["optimizer"], result["seed"]] = result["evaluations"][-1]["score"]
     assert "are above AdamW in each of the five seeds" in text
+    same_cost = pd.read_csv(folder / "equal_compute.csv").set_index("method")
+    said = re.search(rf"is SAM's {figures}, δ-SAM's {figures} and per-instance perturbation's {figures}", text).groups()
+    rows = [100 * float(same_cost.loc[method, name]) for method in ("sam", "dsam", "per_instance")
+            for name in ("difference", "low", "high")]  # fmt: skip
+    assert all(abs(float(x) - value) <= 0.051 for x, value in zip(said, rows, strict=True))
     assert all(last[method, seed] > last["adamw", seed] for method in ("sam", "dsam", "per_instance")
                for seed in range(1, 6))  # fmt: skip
 
