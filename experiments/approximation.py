@@ -20,6 +20,9 @@ from dsam.errors import Parser, UserError
 from dsam.overrides import check, compose_config
 from dsam.task import shipped
 
+MEASURING = ("tasks", "model_path", "data_root", "phases", "rho", "batches", "batch_size", "headroom")
+"""Arguments that say what to measure."""
+
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
@@ -40,7 +43,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--summary-only", action="store_true", help="measure nothing: summary and figure of --out anew")
     parser.add_argument("--out", type=Path, default=Path("results/oracle"), help="[%(default)s]")
     parser.add_argument("settings", nargs="*", help="further settings of the fine-tuning, e.g. train.lr=1e-4 seed=1")
-    return parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args()
+    idle = [name for name in MEASURING if getattr(given, name) != parser.get_default(name)]
+    if given.summary_only and idle:
+        raise UserError(f"--summary-only measures nothing: --{idle[0].replace('_', '-')} has no effect")
+    return given
 
 
 def main() -> None:

@@ -249,6 +249,8 @@ def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
         assert (tmp_path / name).read_bytes() == (there / name).read_bytes()
     wrong = command("--summary-only", "--out", str(tmp_path), "--looked-at", "colaa=10", script="approximation.py")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --summary-only measures nothing: colaa=10 has no effect\n")
+    wrong = command("--summary-only", "--out", str(tmp_path), "--rho", "0.3", script="approximation.py")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --summary-only measures nothing: --rho has no effect\n")
 
 
 @pytest.mark.slow

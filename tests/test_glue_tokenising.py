@@ -129,7 +129,7 @@ def test_settings_that_change_tokens_have_their_own_cache(tmp_path):
                        (tmp_path / "shared", tmp_path / str(options)))  # fmt: skip
         assert shared.input_ids.tolist() == own.input_ids.tolist()
         found.append(own.input_ids.tolist())
-    assert found[0] != found[1]
+    assert len(set(map(tuple, found))) == 3
 
 
 def test_other_text_under_the_same_key_is_never_answered_from_the_cache(tmp_path, tokenizer):

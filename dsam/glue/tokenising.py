@@ -133,7 +133,7 @@ def tokenise(
     except OSError as error:
         raise UserError(f"cannot write the cache {folder}: {error.strerror or error}; set paths.cache=DIR") from None
     types = "token_type_ids" in tokenizer.model_input_names
-    made = [FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length, *_called_with(tokenizer)]
+    made = [FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length, *_unusual_settings(tokenizer)]
     name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
     padding = (tokenizer.pad_token_id, tokenizer.pad_token_type_id, tokenizer.padding_side == "left")
     result = {}
@@ -177,7 +177,7 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _called_with(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _unusual_settings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What of its settings, beside the serialized tokenizer, changes the tokens, where it is not as usual."""
     return [
         *(["truncates on the left"] if tokenizer.truncation_side == "left" else []),

@@ -25,7 +25,7 @@ from .distributed import Distributed
 METHOD_STATE = "dsam_method{rank}.pt"
 """In a checkpoint's folder: the method's state and name; with several processes one file for each."""
 
-NAME = "method"
+METHOD_NAME = "method"
 """Its key in there."""
 
 LossFunction = Callable[[Any, Tensor], Tensor]
@@ -150,11 +150,11 @@ class SharpnessAwareMixin:
             )
         path = self._method_path(folder)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        name, own = saved.pop(NAME, None), self._method_name()
+        name, own = saved.pop(METHOD_NAME, None), self._method_name()
         if name not in (None, own):  # None: an earlier version wrote it
             raise ValueError(
                 f"{path} is the state of {name} and this training's method is {own}: resume with {name}, or remove "
-                "the file to begin anew"
+                f"{METHOD_STATE.format(rank='*')} there to begin anew"
             )
         self.method.load_state_dict(saved)
 
@@ -186,7 +186,7 @@ class SharpnessAwareMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self.method.state_dict() | {NAME: self._method_name()}, self._method_path(output_dir))
+        torch.save(self.method.state_dict() | {METHOD_NAME: self._method_name()}, self._method_path(output_dir))
 
     def _method_path(self, folder: str) -> str:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
