@@ -33,13 +33,14 @@ def described(error: Exception) -> str:
 
 
 def published(command: Sequence[str]) -> str:
-    """A command line for others: folders of this machine are DIR, and a script is named from the project's root."""
+    """Words of a command line for others: folders of this machine are DIR, and a script is named from the project's
+    root."""
 
     def word(given: str) -> str:
         name, sign, value = given.partition("=")
         if not sign:
             name, value = "", given
-        if not value.lstrip("'\"").startswith(("/", "~")):
+        if not value.lstrip("'\"").startswith(("/", "~")) or value == "/":
             return given
         return f"{name}{sign}" + ("/".join(value.split("/")[-2:]) if value.endswith(".py") else "DIR")
 

@@ -2,13 +2,13 @@
 
 python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=local data.root=DIR
 
-Settings are those of train.py (device.threads, train.precision, …). Writes results/benchmark/steps.json
-and .md. Instead of the methods: --what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms
-exact per-example gradient norms beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over
-batch, length and model shapes (random weights; no task or model needed; a figure as well), --what shares where the
-time goes beside the passes, --what packing how many runs an hour the device does, by how many at once, --what
-padding AdamW's and SAM's steps by how their batches are padded, --what checkpoints what one takes of a training. Each
-writes results/<what>.json and .md, as the figures come.
+Settings are those of train.py (device.threads, train.precision, …). Writes results/speed/steps.json and .md (what the
+project measured itself lies in results/benchmark). Instead of the methods: --what throughput times plain fine-tuning
+beside Hugging Face's Trainer, --what norms exact per-example gradient norms beside a backward pass, at full length,
+--what scaling AdamW's and SAM's steps over batch, length and model shapes (random weights; no task or model needed; a
+figure as well), --what shares where the time goes beside the passes, --what packing how many runs an hour the device
+does, by how many at once, --what padding AdamW's and SAM's steps by how their batches are padded, --what checkpoints
+what one takes of a training. Each writes results/speed/<what>.json and .md, as the figures come.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help="batches of an epoch, the same for all methods")
     parser.add_argument("--rounds", type=int, default=5, help="times that each method takes them all")
     parser.add_argument("--what", choices=list(MEASURES), default="steps")
-    parser.add_argument("--out", type=Path, help="default: results/benchmark/<what>.json")
+    parser.add_argument("--out", type=Path, help="default: results/speed/<what>.json")
     parser.add_argument("settings", nargs="*", help="settings as for train.py; task may be a list: task=rte,cola")
     given = parser.parse_intermixed_args()
     # --methods takes what follows it; settings hold a =, which no method's name does.
@@ -79,7 +79,7 @@ def main() -> None:
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]
-    out = given.out or Path("results") / "benchmark" / f"{given.what}.json"
+    out = given.out or Path("results") / "speed" / f"{given.what}.json"
     measured: dict[str, list] = {}
     for task in tasks[-1] if tasks else ["agreement"]:
         config = Config.load(compose_config(check([f"task={task}", *rest], CONF), CONF))

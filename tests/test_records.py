@@ -1,13 +1,15 @@
 """`make pack` and `make unpack`: an experiment's records go through one committed file and come back as they were."""
 
 import json
+import re
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import command
+import yaml
+from conftest import ROOT, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +54,41 @@ def test_records_come_back_byte_for_byte_and_weights_stay_behind(tmp_path):
     shutil.copytree(back, tmp_path / "elsewhere")  # other times of the files
     archive.pack(tmp_path / "elsewhere", "study", packed)
     assert packed.read_bytes() == first
+
+
+def test_no_folder_of_this_machine_is_packed(tmp_path):
+    runs, packed = tmp_path / "my runs", tmp_path / "study.zip"
+    one, two = a_sweep(runs, seeds=[0, 1], unfinished=[1])
+    config = {
+        "task": {"title": "and / or", "files": {"train": "RTE/train.tsv"}},
+        "model": {"path": str(tmp_path / "my model"), "rho": 0.05, "id": "o/δ"},
+        "data": {"root": "~/glue"},
+        "paths": {"runs": str(runs), "tables": "results/tables"},
+        "parent": {"model": {"path": str(tmp_path)}},
+        "launcher": {"setup": [f"source {tmp_path}/env"]},
+    }
+    (runs / one / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    identity = {"options": {"prompt": str(tmp_path)}}  # hashed: as it is
+    line = [f"{tmp_path}/experiments/train.py", "experiment=study", f"model.path={tmp_path}/m", "task=rte"]
+    made = {"command": " ".join(line), "device": "AMD", "identity": identity}
+    (runs / one / "provenance.json").write_text(json.dumps(made, indent=1) + "\n")
+    (runs / two / "failure.json").write_text(json.dumps({"reason": f"OSError: no {tmp_path}/x", "log": str(runs)}))
+    manifest = runs / ".sweeps" / "study.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": " ".join(line)}))
+    archive.pack(runs, "study", packed)
+    archive.unpack(packed, tmp_path / "back")
+    back = tmp_path / "back"
+    config["model"]["path"] = config["parent"]["model"]["path"] = config["data"]["root"] = "DIR"
+    config["paths"]["runs"], config["launcher"]["setup"] = "DIR", ["source DIR"]
+    assert (back / one / "config.yaml").read_text() == yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    line[0], line[2] = "experiments/train.py", "model.path=DIR"
+    assert json.loads((back / one / "provenance.json").read_text()) == made | {"command": " ".join(line)}
+    assert json.loads((back / two / "failure.json").read_text()) == {"reason": "OSError: no DIR", "log": "DIR"}
+    assert json.loads((back / ".sweeps" / "study.json").read_text())["command"] == " ".join(line)
+    assert Record(back / one).result() == Record(runs / one).result() is not None
+    once = packed.read_bytes()
+    archive.pack(back, "study", packed)
+    assert packed.read_bytes() == once
 
 
 def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
@@ -245,3 +282,12 @@ def test_the_command_line(tmp_path):
     ):
         done = command(*wrong, *places[:1], script="records.py")
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_no_committed_file_of_records_names_a_place_on_a_machine():
+    files = sorted((ROOT / "results" / "records").glob("*.zip"))
+    assert files
+    for file in files:
+        with zipfile.ZipFile(file) as packed:
+            for name in packed.namelist():
+                assert not re.search(rb"(?<![\w.)/:])[/~]/?\w+/\w", packed.read(name)), f"{file.name}: {name}"

@@ -4,11 +4,13 @@ import io
 import json
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from ..errors import UNREADABLE_ZIP, UserError
 from ..files import write_atomically
-from ..text import counted
+from ..text import counted, published
 from . import lease, manifest
 from .record import Record
 
@@ -31,7 +33,8 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     """Writes the sweep's manifest and its runs' records to the zip `path`, beside the runs that are in it already.
 
     Nothing that the file holds is lost: a finished run is replaced by a finished one alone, whose result is whole, and
-    the runs that the manifest names join those of this sweep. The same records give the same bytes.
+    the runs that the manifest names join those of this sweep. The same records give the same bytes. Folders of the
+    machine that ran are DIR in it.
 
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
@@ -67,7 +70,7 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
             if RESULT in record or (record and RESULT not in held.get(folder, {})):
                 held[folder] = {name: file.read_bytes() for name, file in record.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _zipped(held))
+        write_atomically(path, _zipped({folder: _for_others(files) for folder, files in held.items()}))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; set paths.records=DIR") from None
     finished = {folder for folder, record in held.items() if RESULT in record}
@@ -120,6 +123,37 @@ def _planned(contents: bytes) -> dict[str, dict]:
         return {run["folder"]: run for run in manifest.parsed(contents)["runs"]}
     except (ValueError, KeyError, TypeError):
         return {}
+
+
+def _for_others(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with DIR for folders of this machine, which whoever takes the records has not and need not know."""
+
+    def masked(value: Any) -> Any:
+        if isinstance(value, dict):  # what names the run stays as it was hashed
+            return {key: there if key == "identity" else masked(there) for key, there in value.items()}
+        if isinstance(value, list):
+            return [masked(part) for part in value]
+        if not isinstance(value, str):
+            return value
+        place = value.startswith("/") and len(value) > 1 and ".py " not in value  # a folder, not a command
+        return "DIR" if place else published(value.split(" "))
+
+    public = dict(files)
+    for name, contents in files.items():
+        if name in (RESULT, "metrics.jsonl"):  # the first is sealed; neither names a folder
+            continue
+        try:
+            if name.endswith(".yaml"):
+                there = yaml.safe_load(contents)
+                text = yaml.safe_dump(masked(there), sort_keys=False, allow_unicode=True)
+            else:
+                there = json.loads(contents)
+                text = json.dumps(masked(there), indent=1, ensure_ascii=False) + "\n" * contents.endswith(b"\n")
+            if masked(there) != there:
+                public[name] = text.encode()
+        except (ValueError, yaml.YAMLError):
+            continue  # damaged: as it is
+    return public
 
 
 def _zipped(held: dict[str, dict[str, bytes]]) -> bytes:
