@@ -262,6 +262,8 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         _require_one_sweep(configs)
         runs, first = sweeps.plan(configs), configs[0]
         fresh = choose.check_fresh(configs)
+        if fresh or line:
+            choose.check_comparable(configs)
         if first.launcher.plan:
             if unfinished(runs):  # the next round's hang on their scores
                 break
@@ -381,6 +383,11 @@ def records(arguments: Sequence[str]) -> None:
     else:
         written, there = archive.unpack(path, runs_dir)
         print(f"{runs_dir}: {counted(written, 'run')} written from {path}, {there} were there already")
+        if more := archive.unlisted(path, runs_dir):
+            print(
+                f"note: tables follow the sweep of {name} that is here, which does not name {counted(more, 'run')} of "
+                "the file; paths.runs=DIR with a new folder shows the file's own"
+            )
 
 
 def verify(arguments: Sequence[str]) -> None:

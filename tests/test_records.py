@@ -107,6 +107,21 @@ def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
     assert packed.read_bytes() == first
 
 
+def test_what_the_parts_were_chosen_from_is_joined_too(tmp_path):
+    packed, rows = tmp_path / "study.zip", {}
+    for part, seed in (("monday", 0), ("tuesday", 1)):
+        a_sweep(tmp_path / part, seeds=[seed])
+        manifest = tmp_path / part / ".sweeps" / "study.json"
+        rows[part] = {"task": "rte", "model": part, "settings": {"rho": 0.1}, "chosen": True}
+        manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"chosen": [rows[part]]}))
+        archive.pack(tmp_path / part, "study", packed)
+    assert archive.unlisted(packed, tmp_path / "tuesday") == 1
+    archive.unpack(packed, tmp_path / "both")
+    chosen = json.loads((tmp_path / "both/.sweeps/study.json").read_bytes())["chosen"]
+    assert chosen == [rows["monday"], rows["tuesday"]]
+    assert archive.unlisted(packed, tmp_path / "both") == 0
+
+
 @pytest.mark.parametrize("here, after", [([0], [0, 1, 2]), ([0, 1, 2], [2, 1, 0]), ([0, 3], [0, 3])])
 def test_unpacking_brings_the_sweep_that_names_more_runs(tmp_path, here, after):
     """The committed file of a study that went on replaces the sweep of an earlier one, and no other."""

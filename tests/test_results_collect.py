@@ -10,6 +10,7 @@ import pytest
 
 from dsam.errors import UserError
 from dsam.results.collect import collect
+from dsam.results.statistics import summarise
 from dsam.results.tables.labels import method_labels
 
 
@@ -66,7 +67,7 @@ def test_a_finished_run_has_its_figures(tmp_path):
     assert row["train.seconds_per_step"] == 0.4 and row["hyperparameters.rho"] == 0.05
     assert row["best.dev.accuracy"] == 0.66 and row["last.dev.accuracy"] == 0.64
     assert row["evaluations"] == [[78, 0.5, 0.6], [156, 0.66, 0.6], [234, 0.64, 0.6]]
-    assert row["folder"] == "rte/tiny/sam/sam-0.05-3" and not row["degenerate"]
+    assert row["folder"] == "rte/tiny/sam/sam-0.05-3"
 
 
 def test_each_expected_run_is_there_with_its_fate(tmp_path):
@@ -80,7 +81,6 @@ def test_each_expected_run_is_there_with_its_fate(tmp_path):
     assert list(frame["status"]) == ["finished", "diverged", "failed", "missing", "missing"]
     assert list(frame["seed"]) == [0, 1, 2, 3, 4]
     assert "signal 9" in frame["reason"][2] and frame["reason"][4] == "not started"
-    assert frame["degenerate"].isna().tolist() == [False, True, True, True, True]
 
 
 def test_a_result_counts_even_if_an_earlier_attempt_failed(tmp_path):
@@ -106,14 +106,14 @@ def test_a_best_that_is_null_is_missing_not_zero(tmp_path):
     finish(tmp_path, plan(), best=None)
     finish(tmp_path, plan(seed=1), status="diverged", changes={"best": None, "last": None}, majority=None)
     frame = collect(tmp_path)
-    assert frame["best"].isna().all() and frame["degenerate"].isna().all()
+    assert frame["best"].isna().all()
     assert math.isnan(frame["majority"][1])
 
 
 def test_degenerate_is_at_or_below_the_majority_answer(tmp_path):
     for seed, score in enumerate((0.52, 0.527, 0.528)):
         finish(tmp_path, plan(seed=seed), best=score)
-    assert collect(tmp_path)["degenerate"].tolist() == [True, True, False]
+    assert summarise(collect(tmp_path))["degenerate"].tolist() == [2]
 
 
 def test_labels_name_what_varies_within_a_task(tmp_path):
@@ -174,5 +174,5 @@ def test_the_runs_made_up_for_timing_are_whole(tmp_path):
     many_runs.write(tmp_path, 80)
     frame = collect(tmp_path, "glue_bert_base")
     assert len(frame) == len(collect(tmp_path)) == 80
-    assert set(frame["status"]) == {"finished"} and not frame["degenerate"].any()
+    assert set(frame["status"]) == {"finished"}
     assert (frame.groupby(["task", "method_label"]).size() == 2).all() and len(frame["method_label"].unique()) == 5

@@ -18,28 +18,37 @@ def runs(scores: dict, model="tiny", status="finished") -> pd.DataFrame:
     rows = [
         {"model": model, "task": task, "method_label": method, "optimizer": method.split(" ")[0], "seed": seed,
          "id": f"{method}{task}{seed}", "status": status, "metric": "accuracy", "best": score, "last": score,
-         "majority": 0.5, "degenerate": score <= 0.5}
+         "majority": 0.5}
         for (method, task), values in scores.items()
         for seed, score in enumerate(values)
     ]  # fmt: skip
-    return pd.DataFrame(rows).astype({"seed": "Int64", "degenerate": "boolean", "best": float, "last": float})
+    return pd.DataFrame(rows).astype({"seed": "Int64", "best": float, "last": float})
+
+
+def paired(cells: dict) -> pd.Series:
+    """Paired differences from {task: [one per seed]}."""
+    index = [(task, seed) for task, values in cells.items() for seed in range(len(values))]
+    keys = pd.MultiIndex.from_tuples(index, names=["task", "seed"]) if index else pd.MultiIndex.from_arrays(
+        [[], []], names=["task", "seed"]
+    )  # fmt: skip
+    return pd.Series([value for values in cells.values() for value in values], index=keys, dtype=float)
 
 
 def test_five_seeds_on_one_task_cannot_give_less_than_a_sixteenth():
-    assert sign_flip_test({"rte": [0.01, 0.02, 0.03, 0.01, 0.02]}) == (2 / 32, 0.0625)
+    assert sign_flip_test(paired({"rte": [0.01, 0.02, 0.03, 0.01, 0.02]})) == (2 / 32, 0.0625)
 
 
 def test_sign_flip_counts_the_patterns_at_least_as_extreme():
     # Of the 8 signed sums of 1, 2, 3 the observed 1+2-3 = 0 is beaten or met by all.
-    assert sign_flip_test({"rte": [0.1, 0.2, -0.3]}) == (1.0, 0.25)
+    assert sign_flip_test(paired({"rte": [0.1, 0.2, -0.3]})) == (1.0, 0.25)
     # |3+2-1| = 4: met by +-4 and +-6.
-    assert sign_flip_test({"rte": [0.3, 0.2, -0.1]})[0] == 4 / 8
+    assert sign_flip_test(paired({"rte": [0.3, 0.2, -0.1]}))[0] == 4 / 8
 
 
 def test_a_zero_difference_has_no_sign_and_cannot_lower_the_smallest_p():
-    assert sign_flip_test({"rte": [0.1, 0.0, 0.2]}) == (0.5, 0.5)
-    assert sign_flip_test({"rte": [0.0, 0.0]}) == (1.0, 1.0)
-    assert np.isnan(sign_flip_test({})).all()
+    assert sign_flip_test(paired({"rte": [0.1, 0.0, 0.2]})) == (0.5, 0.5)
+    assert sign_flip_test(paired({"rte": [0.0, 0.0]})) == (1.0, 1.0)
+    assert np.isnan(sign_flip_test(paired({}))).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,24 +60,28 @@ def test_sign_flip_agrees_with_scipy(points):
         lambda x, y, axis: np.mean(x - y, axis=axis),
         permutation_type="samples", vectorized=True, n_resamples=np.inf,
     ).pvalue  # fmt: skip
-    assert sign_flip_test({"rte": differences})[0] == pytest.approx(min(expected, 1))
+    assert sign_flip_test(paired({"rte": differences}))[0] == pytest.approx(min(expected, 1))
 
 
 def test_sampled_sign_flips_agree_with_enumerated_ones(monkeypatch):
     differences = {"rte": np.random.default_rng(3).normal(0.4, 1, size=14)}
-    exact, _ = sign_flip_test(differences)
+    exact, _ = sign_flip_test(paired(differences))
     monkeypatch.setattr(statistics, "EXACT_CELLS", 13)
-    sampled, smallest = sign_flip_test(differences)
+    sampled, smallest = sign_flip_test(paired(differences))
     assert sampled == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000))
     assert smallest == 2 / 2**14
-    assert sign_flip_test({"rte": np.ones(40)}) == (1 / 20_001, 1 / 20_001)  # the observed pattern counts itself
+    assert sign_flip_test(paired({"rte": np.ones(40)})) == (
+        1 / 20_001,
+        1 / 20_001,
+    )  # the observed pattern counts itself
 
 
 def simulated_p(effect: float, trials: int) -> np.ndarray:
     """p values for 3 tasks x 4 seeds, with differences of unit sd around `effect`."""
     generator = np.random.default_rng(0)
     draws = generator.normal(effect, 1, size=(trials, 3, 4))
-    return np.array([sign_flip_test(dict(enumerate(cells)))[0] for cells in draws])
+    index = paired(dict(zip("abc", draws[0], strict=True))).index
+    return np.array([sign_flip_test(pd.Series(cells.ravel(), index))[0] for cells in draws])
 
 
 def test_without_an_effect_one_in_twenty_is_called_significant():
@@ -82,22 +95,59 @@ def test_power_is_near_that_of_the_t_test():
 
 
 def test_every_task_weighs_the_same():
-    assert statistics.mean_difference({"rte": [0.02, 0.04], "mrpc": [0.01] * 8}) == pytest.approx(0.02)
-    assert np.isnan(statistics.mean_difference({}))
+    assert statistics.mean_difference(paired({"rte": [0.02, 0.04], "mrpc": [0.01] * 8})) == pytest.approx(0.02)
+    assert np.isnan(statistics.mean_difference(paired({})))
 
 
-def test_bootstrap_resamples_within_tasks():
-    # Constant within each task: whatever is drawn, the mean is that of the task.
-    assert statistics.bootstrap_interval({"rte": [0.02, 0.02], "mrpc": [0.0, 0.0]}) == pytest.approx((0.01, 0.01))
-    low, high = statistics.bootstrap_interval({"rte": [0.0, 0.1]})
-    assert (low, high) == (0.0, 0.1)  # 1/4 of the resamples are (0, 0), 1/4 (0.1, 0.1)
-    assert np.isnan(statistics.bootstrap_interval({"rte": [0.1], "mrpc": [0.1, 0.2]})).all()
+def test_the_interval_of_one_task_is_that_of_the_paired_t_test():
+    values = [0.013, 0.002, 0.021, -0.004, 0.015]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert statistics.t_interval(paired({"rte": values})) == pytest.approx(tuple(expected))
+    low, high = statistics.t_interval(paired({"rte": [0.0, 0.1]}))  # sd 0.0707, standard error 0.05, t(1) = 12.706
+    assert (low, high) == pytest.approx((0.05 - 0.6353, 0.05 + 0.6353), abs=1e-4)
 
 
-def test_bootstrap_interval_has_the_normal_width_for_many_seeds():
-    values = np.random.default_rng(0).normal(size=400)
-    low, high = statistics.bootstrap_interval({"rte": values})
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+def test_over_tasks_the_interval_is_that_of_welch():
+    """The mean of two tasks' means is half the difference of one and the other's opposite, which is Welch's problem."""
+    rte, mrpc = [0.02, 0.05, 0.01, 0.04], [0.004, 0.0, 0.003, 0.006, 0.001, 0.002]
+    welch = stats.ttest_ind(rte, [-value for value in mrpc], equal_var=False).confidence_interval(0.95)
+    assert statistics.t_interval(paired({"rte": rte, "mrpc": mrpc})) == pytest.approx((welch.low / 2, welch.high / 2))
+
+
+def test_noise_levels_of_one_data_set_are_one_cell_a_seed():
+    """Their mean by seed is what is compared, so that the same runs told twice are no more evidence than once."""
+    clean, noisy = np.array([0.01, 0.03, 0.02, 0.05, 0.015]), np.array([0.04, 0.02, 0.05, 0.07, 0.06])
+    levels = paired({"sst2": clean, "sst2 noise 0.4": noisy})
+    by_seed = paired({"sst2": (clean + noisy) / 2})
+    assert statistics.t_interval(levels) == pytest.approx(statistics.t_interval(by_seed))
+    assert sign_flip_test(levels) == sign_flip_test(by_seed) == (2 / 32, 2 / 32)
+    twice = paired({"sst2": clean, "sst2 noise 0.2": clean})
+    assert statistics.t_interval(twice) == pytest.approx(statistics.t_interval(paired({"sst2": clean})))
+    assert sign_flip_test(paired({"sst2": clean, "rte": noisy}))[1] == 2 / 2**10  # other data: other cells
+
+
+def test_levels_with_other_seeds_keep_the_mean_and_have_an_interval():
+    ragged = paired({"sst2": [0.01, 0.03, 0.02], "sst2 noise 0.4": [0.05, 0.01]})
+    low, high = statistics.t_interval(ragged)
+    assert (low + high) / 2 == pytest.approx(statistics.mean_difference(ragged)) == pytest.approx((0.02 + 0.03) / 2)
+    # By hand: seed 0 adds -0.01/6 + 0.02/4, seed 1 0.01/6 - 0.02/4, seed 2 nothing; 3/2 of the squares, 2 degrees.
+    reach = stats.t.ppf(0.975, 2) * np.sqrt(1.5 * 2) * (0.02 / 4 - 0.01 / 6)
+    assert high - low == pytest.approx(2 * reach)
+
+
+def test_no_interval_where_nothing_is_known_of_the_spread():
+    for cells in ({}, {"rte": [0.1]}, {"rte": [0.1], "mrpc": [0.1, 0.2]}, {"rte": [0.1, 0.1, 0.1]}):
+        assert np.isnan(statistics.t_interval(paired(cells))).all()
+
+
+@pytest.mark.parametrize("tasks, seeds", [(1, 2), (1, 5), (3, 3)])
+def test_the_interval_covers_what_it_says(tasks, seeds):
+    draws = np.random.default_rng(0).normal(size=(1500, tasks, seeds)) * np.arange(1, tasks + 1)[:, None]
+    index = paired(dict(zip("abc", draws[0], strict=False))).index
+    ends = np.array([statistics.t_interval(pd.Series(draw.ravel(), index)) for draw in draws])
+    covered = np.mean((ends[:, 0] < 0) & (ends[:, 1] > 0))
+    assert covered > 0.95 - 0.017  # 3 standard errors; with tasks of unequal spread it may cover more
+    assert tasks > 1 or covered < 0.95 + 0.017
 
 
 def test_worse_than_the_best_is_a_paired_one_sided_t_test_corrected_over_the_others():
@@ -123,8 +173,8 @@ def test_a_best_method_is_called_worse_in_at_most_one_table_of_twenty(seeds):
 
 
 def test_effect_size_and_probability_of_improvement_by_hand():
-    assert statistics.effect_size({"rte": [1, 2], "mrpc": [3]}) == 2  # mean 2, sd 1
-    assert np.isnan(statistics.effect_size({"rte": [1, 1]}))
+    assert statistics.effect_size(paired({"rte": [1, 2], "mrpc": [3]})) == 2  # mean 2, sd 1
+    assert np.isnan(statistics.effect_size(paired({"rte": [1, 1]})))
     # rte: of 4 pairs 2 win, 1 ties; mrpc: all win.
     share = statistics.probability_of_improvement({"rte": [2, 3], "mrpc": [9]}, {"rte": [1, 3], "mrpc": [1]})
     assert share == pytest.approx(((1 + 1 + 0.5 + 0) / 4 + 1) / 2)
@@ -134,7 +184,7 @@ def test_equal_differences_have_no_effect_size_however_they_round():
     """Two answers of 872 more in each of three seeds, at other levels."""
     differences = np.array([(k + 2) / 872 - k / 872 for k in (301, 560, 790)])
     assert np.ptp(differences) > 0  # by rounding alone
-    assert np.isnan(statistics.effect_size({"sst2": differences}))
+    assert np.isnan(statistics.effect_size(paired({"sst2": differences})))
 
 
 def test_average_ranks_use_the_tasks_that_all_have():
@@ -151,6 +201,7 @@ def test_summary_by_hand():
     row = summarise(frame).iloc[0]
     assert row["mean"] == pytest.approx(0.6) and row["sd"] == pytest.approx(0.1) and row["median"] == 0.6
     assert (row["expected"], row["count"], row["diverged"], row["no_score"], row["degenerate"]) == (5, 3, 1, 1, 1)
+    assert summarise(frame.assign(last=0.9), "last").iloc[0]["degenerate"] == 0  # of the epoch that is shown
 
 
 def test_compare_pairs_by_seed_and_names_what_has_no_pair():
@@ -199,3 +250,10 @@ def test_two_runs_in_one_cell_are_an_error_that_names_them():
     frame = pd.concat([runs({("sam", "rte"): [0.6]}), runs({("sam", "rte"): [0.7]})], ignore_index=True)
     with pytest.raises(UserError, match="2 runs share tiny, rte, sam, seed 0"):
         summarise(frame)
+
+
+def test_scores_by_different_metrics_are_not_compared():
+    frame = runs({("adamw", "rte"): [0.6, 0.7], ("sam", "rte"): [0.7, 0.8]})
+    frame.loc[frame["method_label"] == "sam", "metric"] = "f1"
+    with pytest.raises(UserError, match="tiny, rte: some runs were scored by accuracy, others by f1"):
+        compare(frame)

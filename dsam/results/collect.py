@@ -13,7 +13,7 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
-           "last", "majority", "degenerate", "evaluations", "memorised", "machine", "reason", "folder"]  # fmt: skip
+           "last", "majority", "evaluations", "memorised", "machine", "reason", "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
@@ -23,7 +23,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
 
     `status` is finished, diverged, failed (it left a failure.json), missing (expected, no result yet) or
     damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
-    none was recorded. `degenerate` is whether a finished run's best is no better than the majority answer.
+    none was recorded.
     `evaluations` holds [step, score, loss] of each, `memorised` [step, `dsam.training.memorised.memorised`] of
     each of a run with label noise, `machine` what it ran on, `folder` the path below `runs_dir`.
     Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
@@ -144,6 +144,4 @@ def _frame(rows: list[dict]) -> pd.DataFrame:
     measured = [name for name in frame.columns if name.startswith(("train.", "best.", "last."))]
     frame[NUMBERS + measured] = frame[NUMBERS + measured].astype("float64")
     frame["seed"] = frame["seed"].astype("Int64")
-    known = (frame["status"] == "finished") & frame["best"].notna() & frame["majority"].notna()
-    frame["degenerate"] = (frame["best"] <= frame["majority"] + 1e-9).astype("boolean").where(known)
     return frame

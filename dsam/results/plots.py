@@ -40,7 +40,7 @@ def write(frame: pd.DataFrame, folder: str | Path, which: str = "best", baseline
 def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Iterator[tuple[str, str, Figure]]:
     """(file name, description, figure) for each kind of figure and model that has what it shows."""
     for model, runs in frame.groupby("model", sort=False):
-        place = re.sub(r"[^A-Za-z0-9.-]+", "-", model)
+        place = _file_name(model)
         if len(scored(runs, which)):
             text = f"{model}: score of every run at its {which} epoch; bars are means, dashed lines the majority answer"
             yield f"scores_{place}", text, scores(runs, which, baseline)
@@ -71,18 +71,24 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         for task, noisy in runs[runs["memorised"].str.len() > 0].groupby("task", sort=False):
             text = (
                 f"{model}, {task}: how much of the wrong training labels is fitted, and of the right ones, and the "
-                "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones their means"
+                "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones the means of "
+                "those that finished"
             )
-            yield f"memorised_{place}_{re.sub(r'[^A-Za-z0-9.-]+', '-', task)}", text, memorised(noisy, baseline)
+            yield f"memorised_{place}_{_file_name(task)}", text, memorised(noisy, baseline)
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
-            text = f"{model}: score against ρ, mean and 95 % bootstrap interval over seeds; the band is {baseline}"
+            interval = " and 95 % t-interval" if (sensitivity["count"] > 1).any() else ""
+            text = f"{model}: score against ρ, mean{interval} over seeds; the band is {baseline}"
             yield f"rho_{place}", text, rho(runs, sensitivity, baseline)
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
 
 
 def _interval_note(comparisons: Iterable[pd.DataFrame]) -> str:
     single = any(comparison["low"].isna().any() for comparison in comparisons)
-    return "95 % bootstrap interval" + ("; none where a task has a single pair" if single else "")
+    return "95 % t-interval" + ("; none where a task has a single pair, or all are equal" if single else "")
 
 
 def scores(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> Figure:
@@ -212,14 +218,16 @@ def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step", fontsize=9)
         for method, style in styles(methods(frame, baseline)).items():
-            lines = [
-                pd.Series({step: value(point) for step, point in points}, dtype=float)
-                for points in frame.loc[frame["method_label"] == method, "memorised"]
-            ]
+            runs = frame[frame["method_label"] == method]
+            lines = runs["memorised"].map(
+                lambda points, value=value: pd.Series({step: value(point) for step, point in points}, dtype=float)
+            )
             for line in lines:
                 axes.plot(line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
-            mean = pd.concat(lines, axis=1).dropna().mean(axis=1)
-            axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+            means = list(lines[runs["status"] == "finished"])
+            if means:
+                mean = pd.concat(means, axis=1).dropna().mean(axis=1)
+                axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
     wrong = frame["memorised"].map(lambda points: points[-1][1].get("pulling")).dropna()
     if len(wrong):  # where each example pulls alike, in the last panel
         axes.axhline(100 * wrong.mean(), color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
@@ -245,8 +253,11 @@ def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw")
             beside = own["rho"] * 1.03 ** (position - len(order) / 2)  # intervals at one rho don't cover each other
             look = looks[method] | {"linewidth": 1.4, "elinewidth": 1, "capsize": 2.5, "capthick": 1}
             axes.errorbar(beside, 100 * own["mean"], yerr=ends, label=method, **look)
-        axes.set_xscale("log")
         ticks = sorted(varied.loc[varied["task"] == task, "rho"].unique())
+        if min(ticks) > 0:
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=next((tick for tick in ticks if tick > 0), 1))
         if len(ticks) <= 10:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=40 if len(ticks) > 5 else 0)
             axes.minorticks_off()

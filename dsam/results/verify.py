@@ -104,9 +104,21 @@ def _flaw(folder: Path) -> str | None:
             told["train"] = {name: value for name, value in told["train"].items() if name != "padding"}  # likewise
         if config["model"]["id"] and not config["model"]["path"]:
             told["model"] = f"{config['model']['id']}@{config['model']['revision']}"
+        told |= {
+            name: config["optimizer"][name] for name in ("steps_factor", "lr_factor") if name in config["optimizer"]
+        }
+        data = config.get("data", {})
+        noise = [data.get("label_noise", 0), data.get("heldout_noise", 0), data.get("noise_seed", 0)]
+        told["noise"] = noise if any(noise[:2]) else None
+        absent = {"lr_factor": 1, "noise": None}  # what a name leaves out
+        if bool(config.get("parent")) != bool(identity.get("parent")):
+            return f"config.yaml has {'a' if config.get('parent') else 'no'} run that it starts from, unlike its name"
+        if data.get("source", identity["data"].split()[0]) != identity["data"].split()[0]:
+            return f"config.yaml has data.source {data['source']}, and the run was made with {identity['data']}"
         for name, value in told.items():
-            if value != identity[name]:
-                return f"config.yaml has {name} {value}, and the run was made with {identity[name]}"
+            then = identity[name] if name not in absent else identity.get(name, absent[name])
+            if value != then:
+                return f"config.yaml has {name} {value}, and the run was made with {then}"
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return f"its record cannot be read: {error!r}"
     return None
@@ -156,12 +168,13 @@ def first_difference(name: str, there: str, made: str, columns: list[str] | None
 
 def _from_cells(folder: Path) -> Iterator[Finding]:
     """The numbers of the tables that follow from the runs' scores: means, spreads, counts, and every comparison."""
-    cells = pd.read_csv(folder / "cells.csv", dtype={"seed": "Int64", "id": str, "model": str, "method": str})
+    text = dict.fromkeys(("model", "task", "method", "id", "folder", "status"), str)  # a task may be called NA, or 1
+    empty = {"seed": [""], "score": [""]}
+    cells = pd.read_csv(folder / "cells.csv", dtype=text | {"seed": "Int64"}, keep_default_na=False, na_values=empty)
     frame = cells.rename(columns={"method": "method_label"}).reindex(columns=COLUMNS)
     frame["best"] = frame["last"] = cells["score"]
     frame["optimizer"] = frame["method_label"]
     frame["evaluations"] = [[] for _ in range(len(frame))]
-    frame["degenerate"] = frame["degenerate"].astype("boolean")
     frame = frame.assign(**{f"train.{name}": float("nan") for name in TRAIN})
     built = tables.build(frame)
     for table in (built.main, built.per_task, built.statistics):

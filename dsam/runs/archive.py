@@ -53,12 +53,15 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
             )
             folders = sorted(planned)
         elif planned - here:  # another part of one study: other seeds, another machine's model
+            before, now = manifest.parsed(earlier), manifest.parsed(listed.read_bytes())
             both = _planned(earlier) | _planned(listed.read_bytes())
+            chosen = now.get("chosen", [])
+            chosen = [row for row in before.get("chosen", []) if row not in chosen] + chosen
             notes.append(
                 f"names {counted(len(planned - here), 'run')} of its own beside the {len(here)} here; remove it first "
                 "to pack these alone"
             )
-            joined = manifest.parsed(listed.read_bytes()) | {"runs": list(both.values())}
+            joined = now | {"chosen": chosen, "runs": list(both.values())}
             held[manifest.FOLDER] = {listed.name: json.dumps(joined, indent=1).encode()}
             folders = sorted(both)
         else:
@@ -115,6 +118,15 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"cannot write {runs_dir}: {error.strerror or error}; set paths.runs=DIR") from None
     return len(written), len(finished - written)
+
+
+def unlisted(path: Path, runs_dir: Path) -> int:
+    """Runs that a sweep of `path` names and the one of that name under `runs_dir` does not: no table has them."""
+    count = 0
+    for name, contents in _read(path).get(manifest.FOLDER, {}).items():
+        there = runs_dir / manifest.FOLDER / name
+        count += len(_planned(contents).keys() - _planned(there.read_bytes()).keys()) if there.is_file() else 0
+    return count
 
 
 def _planned(contents: bytes) -> dict[str, dict]:

@@ -25,7 +25,7 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     """
     groups: dict[tuple, dict[str, list[Planned]]] = {}
     for r in runs:
-        group = groups.setdefault((r.config.task_label, r.config.model.name, r.config.optimizer.name), {})
+        group = groups.setdefault(_cell(r.config), {})
         group.setdefault(json.dumps(hyperparameters(r.config), sort_keys=True), []).append(r)
     configs: list[Config] = []
     rows: list[dict] = []
@@ -52,6 +52,27 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
             configs.append(winner["config"])
         rows += [{k: v for k, v in row.items() if k not in ("whole", "config")} for row in tried]
     return configs, rows
+
+
+def _cell(config: Config) -> tuple[str, str, str]:
+    return config.task_label, config.model.name, config.optimizer.name
+
+
+def check_comparable(configs: Sequence[Config]) -> None:
+    """UserError where a choice would compare scores on other examples, or on other labels of them."""
+    first: dict[tuple, Config] = {}
+    for config in configs:
+        one = first.setdefault(_cell(config), config)
+        for name, value, other in (
+            ("selection", one.selection, config.selection),
+            ("data.heldout_noise", one.data.heldout_noise, config.data.heldout_noise),
+            ("data.noise_seed", one.data.noise_seed, config.data.noise_seed),
+        ):
+            if value != other:
+                raise UserError(
+                    f"{name} is {value} for some variants of {' '.join(_cell(config))} and {other} for others, so that "
+                    "their scores do not compare and none can be chosen: give it one value"
+                )
 
 
 def score(run: Planned) -> float | None:

@@ -1,5 +1,6 @@
 """A search: Optuna proposes settings, each trial a recorded run like any other, from the scores of those before."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ class Search:
             for study, fixed in zip(self.studies, self.fixed, strict=True):
                 for _ in range(min(self.at_once, self.trials - start)):
                     trial = study.ask(self.space)
-                    given = [*fixed, *(f"{key}={_written(value)}" for key, value in trial.params.items())]
+                    given = [*fixed, *(f"{key}={_written(v, self.space[key])}" for key, v in trial.params.items())]
                     new = configurations(self.jobs([[*given, *seed] for seed in self.seeds]))
                     asked.append((study, trial, new))
                     configs += new
@@ -103,8 +104,13 @@ def distribution(override: Override) -> "BaseDistribution":
         raise UserError(f"'{override.input_line}': {error}") from None
 
 
-def _written(value: object) -> str:
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+def _written(value: object, space: "BaseDistribution") -> str:
+    if not isinstance(value, float):
+        return str(value)
+    low, high = space.low, space.high  # type: ignore[attr-defined]
+    # As many more as a narrow interval needs, to tell its values apart and stay within it.
+    digits = DIGITS + max(0, math.floor(math.log10(max(abs(low), abs(high)) / (high - low)))) if high > low else 15
+    return f"{min(max(float(f'{value:.{digits}g}'), low), high):.15g}"
 
 
 def _scored(run: Planned) -> float | None:

@@ -14,7 +14,7 @@ from .device import to
 EXAMPLES = 2000
 """Of the training set, its first ones: a share of them has a standard error of about a hundredth."""
 PULLING = 256
-"""Of these, those whose gradients are looked at."""
+"""Of these, those whose gradients are looked at; the tables' note says so."""
 
 
 def memorised(examples: Tokenised, model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> dict:

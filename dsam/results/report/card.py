@@ -214,11 +214,11 @@ def _limits(frame, which, tasks: dict[str, Origin]) -> list[str]:
     for limit in ("max_steps", "max_train_examples"):
         if (short := frame.get(PREFIX + limit, pd.Series(dtype=object)).dropna()).size:
             lines.append(f"{counted(len(short), 'run')} cut short by train.{limit}.")
-    seeds = frame["seed"].nunique()
+    seeds = int(frame.groupby(["model", "task", "method_label"])["seed"].nunique().max())
     lines.append(f"{counted(seeds, 'seed')} a cell at most: small differences may be chance.")
     if frame.get(f"{PREFIX}method", pd.Series(dtype=object)).eq("delta_sam").any():
         lines.append(RECONSTRUCTION)
-    if (lost := frame[frame["status"] != "finished"]).size:
+    if (lost := frame[~frame.index.isin(scored(frame, which).index)]).size:
         lines.append(f"Not in any mean: {_counts(lost)} of {len(frame)} runs.")
     return lines
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from dsam.results.statistics import baseline_label
 from dsam.results.tables.build import Tables
 from dsam.text import counted
 
@@ -9,16 +10,26 @@ from dsam.text import counted
 def in_words(built: Tables, baseline: str = "adamw") -> list[str]:
     """A paragraph for each model: which method is ahead of `baseline` and by how much, whether that can be told from
     chance, and at what compute."""
-    costs = built.cost.values
+    costs, cells = built.cost.values, built.cells
     return [
-        f"{model}: {' '.join(_sentences(rows, costs[costs['model'] == model].set_index('method'), baseline))}"
+        " ".join(
+            [
+                f"{model}:",
+                *_sentences(rows, costs[costs["model"] == model].set_index("method"), own, baseline),
+                *_lost(own),
+            ]
+        )
         for model, rows in built.statistics.values.groupby("model", sort=False)
+        for own in [cells[cells["model"] == model]]
     ]
 
 
-def _sentences(rows: pd.DataFrame, cost: pd.DataFrame, baseline: str) -> list[str]:
+def _sentences(rows: pd.DataFrame, cost: pd.DataFrame, cells: pd.DataFrame, baseline: str) -> list[str]:
     compared = rows.dropna(subset=["difference"])
     if compared.empty:
+        variants = [name for name in rows["method"] if name.startswith(f"{baseline} (")]
+        if len(variants) > 1:
+            return [f"nothing is compared: {baseline} was run in {len(variants)} variants, {'; '.join(variants)}."]
         return [f"no method has runs on the same tasks and seeds as {baseline}."]
     first = compared.loc[compared["difference"].idxmax()]
     ahead = f"{first['method']} is furthest above {baseline}"
@@ -28,16 +39,32 @@ def _sentences(rows: pd.DataFrame, cost: pd.DataFrame, baseline: str) -> list[st
         f"over {counted(int(first['tasks']), 'task')}, {ahead}: {_points(first)}, from "
         f"{counted(int(first['pairs']), 'pair')} of equal task and seed, at {_compute(cost, first['method'])} its "
         "compute.",
-        *_unequal(compared, baseline),
+        *_unequal(compared, cells, baseline),
         *_by_interval(compared, baseline),
         _by_test(compared, baseline),
         *_plain(compared, cost, first, baseline),
     ]
 
 
-def _unequal(compared: pd.DataFrame, baseline: str) -> list[str]:
+def _lost(cells: pd.DataFrame) -> list[str]:
+    """What became of runs that count nowhere: a method that diverges would look its best without them."""
+    lost = cells[cells["score"].isna()]
+    if lost.empty:
+        return []
+    told = []
+    for method, own in lost.groupby("method", sort=False):
+        fates = own["status"].replace("finished", "without score").value_counts()
+        what = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+        told.append(f"{method} {what} of {(cells['method'] == method).sum()}")
+    return [f"Not in these figures: {'; '.join(told)}."]
+
+
+def _unequal(compared: pd.DataFrame, cells: pd.DataFrame, baseline: str) -> list[str]:
     """Differences that come from other cells are no order of the methods."""
-    if compared[["pairs", "tasks"]].drop_duplicates().shape[0] == 1:
+    scored = cells.dropna(subset=["score"])
+    of = {method: set(zip(own["task"], own["seed"], strict=True)) for method, own in scored.groupby("method")}
+    reference = of.get(baseline_label(list(of), baseline) or "", set())
+    if len({frozenset(of[method] & reference) for method in compared["method"]}) == 1:
         return []
     pairs = ", ".join(f"{row.method} {row.pairs} on {counted(int(row.tasks), 'task')}" for row in compared.itertuples())
     return [f"The methods do not share all of these pairs ({pairs}), so that their differences do not order them."]
@@ -50,14 +77,17 @@ def _by_interval(compared: pd.DataFrame, baseline: str) -> list[str]:
     if len(known):
         ahead, behind = known.loc[known["low"] > 0, "method"], known.loc[known["high"] < 0, "method"]
         if len(ahead) or len(behind):
+            many = "" if len(known) == 1 else f", which are not corrected for {len(known)} methods,"
             found.append(
-                f"By their intervals these differ from {baseline}: above it {', '.join(ahead) or 'none'}; below it "
-                f"{', '.join(behind) or 'none'}."
+                f"By their 95 % intervals{many} these differ from {baseline}: above it {', '.join(ahead) or 'none'}; "
+                f"below it {', '.join(behind) or 'none'}."
             )
         else:
             found.append(f"No method can be told from {baseline}: every interval contains 0.")
     if len(unknown):
-        found.append(f"There is no interval where a task has a single pair: {', '.join(unknown)}.")
+        found.append(
+            f"There is no interval where a task has a single pair, or all pairs are equal: {', '.join(unknown)}."
+        )
     return found
 
 
@@ -74,7 +104,8 @@ def _by_test(compared: pd.DataFrame, baseline: str) -> str:
 
 def _plain(compared: pd.DataFrame, cost: pd.DataFrame, first: pd.Series, baseline: str) -> list[str]:
     """Plain training in another form, as of twice the steps, belongs beside what is ahead."""
-    plain = [name for name in compared["method"] if name.startswith(baseline)]
+    one_pass = cost["passes_per_step"].reindex(compared["method"]).fillna(1).to_numpy() == 1
+    plain = [name for name in compared.loc[one_pass, "method"] if name.startswith(baseline)]
     if first["method"] in plain:
         return []
     rows = compared.set_index("method")

@@ -10,6 +10,7 @@ from dsam.results.tables import rendering
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
 from dsam.results.tables.formatting import DASH, interval, percent, score_cell
 from dsam.results.tables.formatting import number as formatted
+from dsam.results.tables.labels import data_set
 from dsam.results.tables.memorised import memorised_table
 from dsam.results.tables.published import beside_published
 from dsam.results.tables.rendering import BOLD, UNDERLINED, Table, styled
@@ -92,7 +93,8 @@ def _main(frame, summary, comparison, cost, which, baseline) -> Table:
         rows = summary[summary["model"] == model].set_index(["method_label", "task"])
         means = rows["mean"].unstack("task")
         # A method without any score has no average; it must not take everyone else's away.
-        complete = means.dropna(how="all").dropna(axis=1).columns
+        with_scores = means.dropna(how="all")
+        complete = with_scores.dropna(axis=1).columns if len(with_scores) else []
         averaged[model] = [task for task in frame["task"].unique() if task in complete]
         marks = _marks(runs, means, which)
         for method in methods(runs, baseline):
@@ -155,17 +157,21 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
         labels = runs["method_label"].unique()
         if baseline_label(labels, baseline) is None:
             variants = [label for label in labels if label.startswith(f"{baseline} (")]
-            why = f"has several variants ({'; '.join(variants)}): name one" if variants else "was not run"
+            why = "was not run"
+            if variants:
+                why = f"has several variants ({'; '.join(variants)}); `build(frame, baseline=…)` takes one of them"
             notes.append(f"No differences for {model}: the baseline {baseline} {why}.")
     smallest = comparison["smallest_p"].dropna()
     if len(smallest):
         notes.append(
-            f"Difference: mean over tasks of the differences to {baseline} paired by seed, with 95 % stratified "
-            "bootstrap interval (too narrow with few seeds); p: sign-flip test over task × seed cells, "
-            f"Holm-corrected over methods. Before correction no p can be below {smallest.min():.2g} with these cells."
+            f"Difference: mean over tasks of the differences to {baseline} paired by seed, with 95 % t-interval, not "
+            "corrected for the number of methods; p: sign-flip test over task × seed cells, Holm-corrected over "
+            f"methods. Before correction no p can be below {_from_to(smallest)} with these cells."
         )
-    if frame["degenerate"].any():
-        notes.append("Degenerate: the run's best score is at or below the majority answer; it counts in the mean.")
+    notes += _one_data_set(frame)
+    notes += _other_tasks(scored(frame, which), baseline)
+    if summarise(frame, which)["degenerate"].any():
+        notes.append(f"Degenerate: the run's score ({which} epoch) is at or below the majority answer; it counts.")
     lost = frame.loc[~frame.index.isin(scored(frame, which).index)]
     named = [
         f"{run.method_label} {run.task} seed {run.seed} {run.status.replace('finished', 'without score')}"
@@ -174,6 +180,43 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     if named:
         more = f"; {len(lost) - NAMED_RUNS} more in cells.csv" if len(lost) > NAMED_RUNS else ""
         notes.append(f"Not in the means: {'; '.join(named)}{more}.")
+    return notes
+
+
+def _from_to(values: pd.Series) -> str:
+    low, high = f"{values.min():.2g}", f"{values.max():.2g}"
+    return low if low == high else f"{low} to {high}, by method,"
+
+
+def _one_data_set(frame: pd.DataFrame) -> list[str]:
+    """A note where tasks are levels of label noise of one data set."""
+    labels = pd.Series(frame["task"].unique())
+    several = [name for name, own in labels.groupby(labels.map(data_set), sort=False) if len(own) > 1]
+    if not several:
+        return []
+    return [f"{', '.join(several)}: one seed's runs on several levels of noise are no independent pairs. Interval and "
+            "test take them for one cell."]  # fmt: skip
+
+
+def _other_tasks(runs: pd.DataFrame, baseline: str) -> list[str]:
+    """A note on each model whose methods are compared with the baseline on different tasks."""
+    notes = []
+    for model, own in runs.groupby("model", sort=False):
+        reference = baseline_label(own["method_label"].unique(), baseline)
+        cells = own.set_index(["task", "seed"])
+        there = cells.index[cells["method_label"] == reference]
+        shared = {
+            method: tuple(dict.fromkeys(task for task, seed in of_method.index if (task, seed) in there))
+            for method, of_method in cells.groupby("method_label", sort=False)
+            if method != reference
+        }
+        shared = {method: tasks for method, tasks in shared.items() if tasks}
+        if len({frozenset(tasks) for tasks in shared.values()}) > 1:
+            over = "; ".join(f"{method} over {', '.join(tasks)}" for method, tasks in shared.items())
+            notes.append(
+                f"{model}: the differences to {baseline} are not over the same tasks ({over}), so that they do not "
+                "order the methods, and need not agree with the averages."
+            )
     return notes
 
 
@@ -247,9 +290,13 @@ def _per_task(frame, summary, which) -> Table:
 def _equal_compute(frame, which, baseline) -> Table | None:
     longer = frame.get("hyperparameters.steps_factor", pd.Series(1, frame.index)) > 1
     plain = frame.get("hyperparameters.method", pd.Series("plain", frame.index)) == "plain"
-    names = frame.loc[longer & plain, "optimizer"].unique()
+    names = [
+        name
+        for name in frame.loc[longer & plain, "optimizer"].unique()
+        if any(baseline_label(own.unique(), name) for _, own in frame.groupby("model")["method_label"])
+    ]
     others = frame.loc[~(longer & plain) & (frame["optimizer"] != baseline)]
-    if not len(names) or others.empty:
+    if not names or others.empty:
         return None
     return _statistics(frame, compare(frame, names[0], which), which, names[0], name="equal_compute")
 
@@ -273,8 +320,10 @@ def _statistics(frame, comparison, which, baseline, name="statistics") -> Table:
     )
     notes = [
         selection_note(frame, which),
-        "Differences ×100, paired by task and seed, each task weighing the same; 95 % stratified bootstrap interval.",
+        "Differences ×100, paired by task and seed, each task weighing the same; 95 % t-interval (over tasks with "
+        "Welch's and Satterthwaite's degrees of freedom).",
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
+        *_one_data_set(frame),
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
     ]
     return Table(name, f"Methods compared with {baseline}", notes, comparison, text).without_single_model()

@@ -61,7 +61,8 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
         labels = methods(runs, baseline)
         per_task = figures_of.loc[model]
         tasks = set.intersection(*(set(per_task.loc[label].index) for label in labels))
-        reference = baseline_label(labels, baseline)
+        reference = baseline_label(frame.loc[frame["model"] == model, "method_label"].unique(), baseline)
+        reference = reference if reference in labels else None
         for label in labels:
             row = {"model": model, "method": label, "tasks": ", ".join(sorted(tasks))}
             row["hours"] = runs.loc[runs["method_label"] == label, "train.seconds"].sum(min_count=1) / 3600

@@ -54,3 +54,8 @@ def without(label: str, name: str) -> str:
     optimizer, _, shown = label.partition(" (")
     kept = [part for part in shown.removesuffix(")").split(", ") if part and not part.startswith(f"{name}=")]
     return f"{optimizer} ({', '.join(kept)})" if kept else optimizer
+
+
+def data_set(task: str) -> str:
+    """The task whose data the task of this label has: 'sst2' of 'sst2 noise 0.4' (`Config.task_label`)."""
+    return task.partition(" noise ")[0]

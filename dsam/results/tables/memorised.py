@@ -45,10 +45,16 @@ def memorised_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table | Non
         + "; the development sets have none.",
         "Fitted: the model answers, without dropout, what it was trained to answer. A model that has learned the rule "
         "and no exception fits the right labels and none of the wrong; one that knows each example by heart, all.",
-        "Seen on the first 2,000 training examples, gradients on the first 256.",
+        _seen_on(noisy["memorised"].map(lambda points: points[-1][1].get("examples", 2000))),
     ]
     caption = "How far wrong labels are fitted (last epoch): mean ± sd over seeds"
     return Table("memorised", caption, notes, pd.DataFrame(values), table).without_single_model()
+
+
+def _seen_on(examples: pd.Series) -> str:
+    least, most = examples.min(), examples.max()
+    many = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"Seen on the first {many} training examples, gradients on the first {min(most, 256)}."
 
 
 def _at(point: dict | float | None, place: tuple[str, ...]) -> float:

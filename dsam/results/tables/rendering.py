@@ -17,6 +17,10 @@ _LATEX |= {
     "–": "--",
     "−": "$-$",
     "²": r"\textsuperscript{2}",
+    "Σ": r"$\Sigma$",
+    "∇": r"$\nabla$",
+    "ℓ": r"$\ell$",
+    "‖": r"$\|$",
 }
 _LATEX |= {letter: rf"$\{name}$" for letter, name in {"δ": "delta", "ρ": "rho", "η": "eta", "λ": "lambda"}.items()}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dsam.results.statistics import baseline_label, bootstrap_interval, scored, summarise
+from dsam.results.statistics import baseline_label, scored, summarise, t_interval
 from dsam.results.tables.formatting import DASH, score_cell
 from dsam.results.tables.labels import value_text, without
 from dsam.results.tables.rendering import BOLD, Table, styled
@@ -14,8 +14,8 @@ KEY = ["model", "task", "method_label"]
 def against_rho(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> pd.DataFrame:
     """`summarise`'s rows of the methods that were run with several rho, and of the baseline, whose `rho` is NaN.
 
-    Further columns: `method` (the label without rho), `rho`, `low` and `high` (95 % bootstrap interval of the mean
-    over seeds). Empty where no method was run with several rho.
+    Further columns: `method` (the label without rho), `rho`, `low` and `high` (95 % t-interval of the mean over
+    seeds). Empty where no method was run with several rho.
     """
     summary = summarise(frame, which)
     summary["method"] = summary["method_label"].map(lambda label: without(label, "rho"))
@@ -24,7 +24,8 @@ def against_rho(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw
         return summary.assign(rho=float("nan"), low=float("nan"), high=float("nan"))[varied]
     rho = frame.groupby(KEY)["hyperparameters.rho"].first().astype(float)
     summary = summary.join(rho.rename("rho"), on=KEY)
-    scores = scored(frame, which).groupby(KEY)["score"].apply(lambda values: bootstrap_interval({"": list(values)}))
+    runs = scored(frame, which).groupby(KEY)
+    scores = {key: t_interval(own.set_index(["task", "seed"])["score"]) for key, own in runs}
     ends = [scores.get(tuple(row), (float("nan"),) * 2) for row in summary[KEY].to_numpy()]
     summary[["low", "high"]] = pd.DataFrame(ends, index=summary.index, dtype=float)
     references = {
