@@ -254,7 +254,7 @@ def test_what_is_said_of_the_levels_together_is_what_their_table_says():
     table = pd.read_csv(ROOT / "results" / "tables" / "label_noise_levels" / "main.csv").set_index("method")
     page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     one = r"([\d.]+) \(([\d.]+) to ([\d.]+)\)"
-    said = re.search(rf"its chosen ρ, SAM gains {one}, δ-SAM {one} and per-instance perturbation {one}; a seed", page)
+    said = re.search(rf"the gains are {one} for SAM, {one} for δ-SAM and {one} for per-instance", page)
     rows = [100 * table.loc[method, name] for method in ("sam", "dsam", "per_instance")
             for name in ("difference", "low", "high")]  # fmt: skip
     assert all(abs(float(x) - value) <= 0.051 for x, value in zip(said.groups(), rows, strict=True))
