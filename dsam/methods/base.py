@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Note
 from .compiled import is_compiled, uncompiled
@@ -119,6 +121,7 @@ class Method:
             TypeError, ValueError: a closure that is none, returns no per-example losses or changes `.grad`; or
                 parameters that the loss does not depend on.
         """
+        self._beside_others()
         return self.take(Step(self, closure, scaler, wait))
 
     def take(self, step: Step) -> Tensor:
@@ -150,7 +153,28 @@ class Method:
             self.notes.append(line)
             warnings.warn(line, Note, stacklevel=3)
 
+    def _beside_others(self) -> None:
+        """`torch.autograd.grad` calls none of DistributedDataParallel's hooks: each process would train a model of its
+        own."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        if self.module is not None and any(isinstance(m, DistributedDataParallel) for m in self.module.modules()):
+            raise ValueError(
+                "a method of a DistributedDataParallel reduces nothing: give the method the network within, and "
+                "Distributed(method, model) the whole (dsam.integrations)"
+            )
+        self.note(
+            f"{dist.get_world_size()} processes train, and this gradient is of this one's batch alone: "
+            "Distributed(method, model) makes it that of all (dsam.integrations)"
+        )
+
     def _require_same_parameters(self) -> None:
+        given = {id(p) for p in (*self.params, *self._frozen)}
+        if self.module is not None and {id(p) for p in self.module.parameters()} != given:
+            raise ValueError(
+                "the module has other parameters than when the method was made (a layer or a parametrization came "
+                "since): make it anew, with the state_dict of the old one where it has one"
+            )
         if any(p.requires_grad for p in self._frozen) or not all(p.requires_grad for p in self.params):
             raise ValueError(
                 "parameters were frozen or unfrozen after the method was made: make it anew, with the state_dict of "

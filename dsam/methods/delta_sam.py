@@ -52,6 +52,11 @@ class DeltaSAM(SAM):
         **weighting_options,
     ):
         super().__init__(params, rho, mask=mask, seed=seed)
+        if weighting_options and not isinstance(weighting, str):
+            raise TypeError(
+                f"{', '.join(weighting_options)}: a weighting that is made already has its options; give them to "
+                f"{type(weighting).__name__}(…)"
+            )
         self.weighting = make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
         self.recompute = recompute
         self._top: TopLayers | None = None  # the layers that probes reach, where that is not the whole model

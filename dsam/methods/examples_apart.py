@@ -22,10 +22,10 @@ def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def require_examples_apart(norms: list[tuple[str, nn.Module]]) -> None:
     """ValueError where one of a model's `batch_norms` makes an example's loss depend on the others of its batch."""
     for name, module in norms:
-        if module.training:
+        if module.training or module.running_mean is None:  # without statistics of its own it takes the batch's
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) makes an example's loss depend on the batch's others: there is no "
-                "gradient of one example; use GroupNorm or LayerNorm, or put it into evaluation mode"
+                "gradient of one example; use GroupNorm or LayerNorm, or evaluation mode with statistics of its own"
             )
 
 

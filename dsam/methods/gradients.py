@@ -18,6 +18,8 @@ def inner_product(a: Gradients, b: Gradients) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
+    if x.is_complex():
+        return torch.vdot(x.flatten(), y.flatten()).real
     return (x * y).sum() if hasattr(x, "full_tensor") else x.flatten().dot(y.flatten())  # shards may be uneven
 
 
@@ -54,7 +56,9 @@ def owned(gradients: Gradients) -> list[Tensor | None]:
     seen: set[int] = set()
     found: list[Tensor | None] = []
     for g in gradients:
-        if g is not None and not g.is_sparse:
+        if g is not None and g.is_sparse:  # of two tables that are added, both have the same values
+            g = torch.sparse_coo_tensor(g._indices(), g._values().clone(), g.shape, is_coalesced=g.is_coalesced())
+        elif g is not None:
             if g.data_ptr() in seen or not (g.is_contiguous() or _is_dense(g)):
                 g = g.clone(memory_format=torch.contiguous_format)
             seen.add(g.data_ptr())

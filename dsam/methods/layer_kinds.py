@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from .gradients import wide
@@ -35,6 +37,8 @@ def kind_of(module: nn.Module) -> object:
     own = dict(module.named_parameters(recurse=False))
     if not own or not own.keys() <= {"weight", "bias"} or getattr(module, "scale_grad_by_freq", False):
         return None
+    if getattr(module, "max_norm", None) is not None:  # its rows are clipped as they are looked up
+        return None
     # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
     for kind in (LINEAR, NORM, GROUP_NORM, EMBEDDING):
         if type(module).forward is kind.forward:
@@ -45,7 +49,7 @@ def kind_of(module: nn.Module) -> object:
     if isinstance(module, EMBEDDING):
         return LOOKUP
     if module not in _found:
-        _found[module] = TURNED if _is_turned(module, own) else SCALE if _is_scale(module, own) else None
+        _found[module] = _tried(module, own)
     return _found[module]
 
 
@@ -144,6 +148,15 @@ def _with(module: nn.Module, weight: Tensor, x: Tensor, bias: Tensor | None = No
         module._parameters.update(kept)
 
 
+def _tried(module: nn.Module, own: dict[str, nn.Parameter]) -> object:
+    """Found out on a copy: a layer that sets itself up by the first batch that it sees (ActNorm) has not seen one."""
+    try:
+        copy = deepcopy(module)
+    except Exception:  # whatever a layer holds that cannot be copied
+        return None
+    return TURNED if _is_turned(copy, own) else SCALE if _is_scale(copy, own) else None
+
+
 @torch.no_grad()
 def _is_turned(module: nn.Module, own: dict[str, nn.Parameter]) -> bool:
     weight = own.get("weight")
@@ -225,6 +238,8 @@ class Bare(nn.Module):
     def fits(module: nn.Module, which: str) -> bool:
         """Whether it may be one. What is called weight or bias belongs to a layer, and may be a matrix of one row."""
         p, runs = module._parameters[which], type(module).forward is not nn.Module.forward
+        if isinstance(module, ParametrizationList):  # a matrix of one row, of which a weight is made
+            return False
         return runs and p is not None and p.dim() > 1 and len(p) == 1 and which not in ("weight", "bias")
 
     @contextmanager

@@ -55,7 +55,7 @@ class LookSAM(SAM):
     def _keep(self, gradient: Gradients, at_w: Gradients, norm: Tensor) -> None:
         reused = without_component(gradient, at_w)
         # What is left where the two gradients are equal is rounding, which the ratio ‖g‖/‖g_v‖ would blow up.
-        rounding = 100 * max(torch.finfo(p.dtype).eps for p in self.params)
+        rounding = min(100 * max(torch.finfo(p.dtype).eps for p in self.params), 0.02)
         if self.rho == 0:
             reused = [None] * len(reused)
         present = [g for g in reused if g is not None]

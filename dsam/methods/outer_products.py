@@ -239,11 +239,17 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, uses: list[tuple[Tensor, Tensor, int | None]], batch_size: int) -> "Rows":
         ids = torch.cat([ids.reshape(batch_size, -1) for ids, _, _ in uses], 1)
-        parts = [grad.reshape(batch_size, -1, grad.shape[-1]) for _, grad, _ in uses]
+        several = len({padding for _, _, padding in uses}) > 1  # tables that share a weight, and not its padding
+        parts = [
+            (grad.masked_fill((ids == padding)[..., None], 0) if several and padding is not None else grad).reshape(
+                batch_size, -1, grad.shape[-1]
+            )
+            for ids, grad, padding in uses
+        ]
         grads = wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1)
         examples = torch.arange(batch_size, device=ids.device)[:, None].expand_as(ids)
         rows = cls.summed(examples.flatten(), ids.flatten(), grads, batch_size, [ids.shape[1]] * batch_size)
-        for index in {padding for _, _, padding in uses if padding is not None}:  # autograd gives them nothing
+        for index in {padding for _, _, padding in uses if padding is not None and not several}:  # they get nothing
             rows.values.masked_fill_((rows.ids == index)[:, None], 0)
         return rows
 

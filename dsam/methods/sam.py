@@ -91,6 +91,8 @@ class ASAM(SAM):
     def direction(self, gradient: Gradients) -> tuple[Gradients, Tensor]:
         scaling = {i: g for i, g in enumerate(gradient) if g is not None and i not in self._plain}
         found = list(gradient)
+        if not scaling:
+            return found, total_norm(found)
         scales = torch._foreach_abs([self.params[i].data for i in scaling])
         torch._foreach_add_(scales, self.eta)
         scaled = torch._foreach_mul(list(scaling.values()), scales)

@@ -111,18 +111,24 @@ class Step:
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        before = [(b, b.data) for b in self._buffers]  # the pass moves copies: a graph recorded before stays valid
+        # The pass moves copies: a graph recorded before stays valid. What it puts in a buffer's place goes again.
+        before = [(of, name, of[name], of[name].data) for of, name in self._buffers if of[name] is not None]
         try:
-            for buffer, value in before:
+            for _, _, buffer, value in before:
                 buffer.data = value.clone()
             yield
         finally:
-            for buffer, value in before:
+            for of, name, buffer, value in before:
                 buffer.data = value
+                of[name] = buffer
 
     @cached_property
-    def _buffers(self) -> list[Tensor]:
-        return list(self.module.buffers()) if self.module is not None and self.module.training else []
+    def _buffers(self) -> list[tuple[dict, str]]:
+        """Where those are that a pass may move: nowhere if all of the model is in evaluation mode."""
+        modules = [] if self.module is None else list(self.module.modules())
+        if not any(module.training for module in modules):
+            return []
+        return [(module._buffers, name) for module in modules for name in module._buffers]
 
     @contextmanager
     def _masks_of(self, k: int, ascent: bool) -> Iterator[None]:
@@ -203,8 +209,9 @@ class Step:
         if size not in (None, len(found)):
             raise ValueError(f"the closures' len() adds up to {size} examples, but they returned {len(found)} losses")
         gradient = self.whole(total, by_rows)
-        if size is None and len(self) > 1 and weights is None:
-            torch._foreach_div_([g for g in gradient if g is not None], len(found))
+        present = [g for g in gradient if g is not None]
+        if size is None and len(self) > 1 and weights is None and present:
+            torch._foreach_div_(present, len(found))
         gradient = self.joint(found, gradient, weighted=weights is not None)
         if only is None:
             require_reached(gradient, self.params)
@@ -236,8 +243,9 @@ class Step:
             require_no_reentrant_checkpoint(loss)
             self.checked.add("graph")
         gradient, further = owned(found[: len(chosen)]), [g for g in found[len(chosen) :] if g is not None]
-        if scale is not None:  # exact, a power of two; the step's end scales again
-            torch._foreach_div_([g for g in (*gradient, *further) if g is not None], scale)
+        present = [g for g in (*gradient, *further) if g is not None]
+        if scale is not None and present:  # exact, a power of two; the step's end scales again
+            torch._foreach_div_(present, scale)
         if only is not None:
             given = iter(gradient)
             gradient = [next(given) if wanted else None for wanted in only]
