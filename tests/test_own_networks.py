@@ -1,5 +1,7 @@
 """Methods on networks of one's own that are no encoders: what their layers may do, beside loops by hand."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -149,6 +151,42 @@ class SetsItselfUp(nn.Module):
             self.weight.data.copy_(1 / x.reshape(-1, 4).std(0))
             self.done = True
         return x * self.weight + self.bias
+
+
+class Dropping(nn.Module):
+    """LayerDrop: each layer is left out of a pass by a draw of PyTorch's generator."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]).double()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not self.training or torch.rand(()) > 0.3:
+                x = x + F.dropout(layer(x).tanh(), 0.1, self.training)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_probes_of_top_layers_see_the_layers_that_the_pass_has(data, seed):
+    """At a radius of 1e-6 a probe changes a loss by about as much, another choice of layers by a thousand times that."""
+    model, moved = Dropping(), []
+    method = DeltaSAM(model, layers=2, radius=1e-6)
+
+    class Watching(type(method.weighting)):
+        def __call__(self, losses, probe):
+            moved.append(float((probe.plus - losses).abs().max()))
+            return super().__call__(losses, probe)
+
+    method.weighting.__class__ = Watching
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        for _ in range(8):
+            method.backward(lambda: losses(model, *data))
+    assert len(moved) >= 8 and max(moved) < 1e-4
 
 
 def test_making_a_method_shows_a_layer_no_batch():

@@ -137,7 +137,12 @@ class DeltaSAM(SAM):
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 self._go_singly(why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
-        return self._weighted(step)
+        try:
+            return self._weighted(step)
+        except DoesNotFit as why:  # of a pass unlike those before it; likewise
+            self._probe_all(why)
+            step.report |= {"forwards": 0.0, "backwards": 0.0}
+            return self._weighted(step)
 
     def _weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..text import first_line
 from .perturbation import RandomState
 
+LEFT_OUT = "its passes leave layers out (LayerDrop, or a head of several)"
+
 
 class DoesNotFit(Exception):
     """Passes over the top layers of this model are not what its own would be; one line."""
@@ -100,7 +102,7 @@ class TopLayers:
 
     @contextmanager
     def record(self, key: int = 0, graph: bool = False) -> Iterator[None]:
-        """`graph`: of what is kept, the graph as well."""
+        """`graph`: of what is kept, the graph as well. Raises DoesNotFit where a layer is left out of the pass."""
         kept: list[Any] = [None, None]
         keep = (lambda x: x) if graph else _detached
 
@@ -117,12 +119,16 @@ class TopLayers:
             if self.count < len(self.stack):
                 hooks.enter_context(self.stack[-self.count - 1].register_forward_hook(below))
             yield
+        if kept[0] is None or kept[1] is None:
+            raise DoesNotFit(LEFT_OUT)
         self._kept[key] = kept[0], kept[1]
 
     @contextmanager
     def resume(self, key: int = 0) -> Iterator[None]:
-        """Draws inside begin where they began at the top layers, whatever was drawn below."""
+        """Draws inside begin where they began at the top layers, whatever was drawn below. Raises DoesNotFit where the
+        pass leaves their first one out."""
         output, state = self._kept[key]
+        entered = False
         own = next(p for p in self._first.parameters() if p.is_floating_point()).dtype
 
         def widened(x: Any) -> Any:  # what autocast left narrower goes on in the layer's own precision
@@ -132,6 +138,8 @@ class TopLayers:
         wide = tree_map(widened, output)
 
         def first(_, args: tuple, kwargs: dict):
+            nonlocal entered
+            entered = True
             self._random.set(state)
             return with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
 
@@ -147,6 +155,8 @@ class TopLayers:
                 for layer in lower:
                     vars(layer).pop("forward", None)
                     vars(layer).update(theirs.get(layer, {}))
+        if not entered:
+            raise DoesNotFit(LEFT_OUT)
 
     def clear(self) -> None:
         """Lets go of what was kept."""
@@ -187,9 +197,17 @@ def _detached(x: Any) -> Any:
 
 def hidden_of(args: tuple, kwargs: dict) -> Tensor:
     """The hidden states that a layer is called with."""
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else kwargs[_name_of_hidden(kwargs)]
 
 
 def with_hidden(args: tuple, kwargs: dict, hidden: Any) -> tuple[tuple, dict]:
     """A layer's arguments with others."""
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {_name_of_hidden(kwargs): hidden})
+
+
+def _name_of_hidden(kwargs: dict) -> str:
+    """As transformers call them, or whatever tensor comes first."""
+    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    if "hidden_states" not in tensors and not tensors:
+        raise DoesNotFit("its layers are called without a tensor")
+    return "hidden_states" if "hidden_states" in tensors else tensors[0]
