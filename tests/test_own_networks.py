@@ -153,25 +153,34 @@ class SetsItselfUp(nn.Module):
         return x * self.weight + self.bias
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + F.dropout(self.inner(x).tanh(), 0.1, self.training)
+
+
 class Dropping(nn.Module):
     """LayerDrop: each layer is left out of a pass by a draw of PyTorch's generator."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(3)
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]).double()
+        self.layers = nn.ModuleList([Block() for _ in range(6)]).double()
         self.head = nn.Linear(4, 3).double()
 
     def forward(self, x):
         for layer in self.layers:
-            if not self.training or torch.rand(()) > 0.3:
-                x = x + F.dropout(layer(x).tanh(), 0.1, self.training)
+            if not self.training or torch.rand(()) > 0.15:
+                x = layer(x)
         return self.head(x)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_probes_of_top_layers_see_the_layers_that_the_pass_has(data, seed):
-    """At a radius of 1e-6 a probe changes a loss by about as much, another choice of layers by a thousand times that."""
+    """At a radius of 1e-6 a probe moves a loss by about as much, another choice of layers by a thousand times that."""
     model, moved = Dropping(), []
     method = DeltaSAM(model, layers=2, radius=1e-6)
 
@@ -184,9 +193,9 @@ def test_probes_of_top_layers_see_the_layers_that_the_pass_has(data, seed):
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
-        for _ in range(8):
+        for _ in range(16):
             method.backward(lambda: losses(model, *data))
-    assert len(moved) >= 8 and max(moved) < 1e-4
+    assert len(moved) >= 16 and max(moved) < 1e-4
 
 
 def test_making_a_method_shows_a_layer_no_batch():
