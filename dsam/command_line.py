@@ -258,7 +258,7 @@ def _require_apart(runs: list["Planned"]) -> None:
         if one is not r:
             raise UserError(
                 f"{one.title} and {r.identity.id} differ in model or data only, and tables could not tell them apart: "
-                "give each a model.name or task.name of its own"
+                "give each a model.name or task.name of its own, in a file or command of its own"
             )
 
 
