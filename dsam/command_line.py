@@ -1,6 +1,7 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CONF, Config, Paths
+from .config import CONF, Config, Launcher, Paths
 from .errors import Note, Parser, Stopped, UserError
 from .mistakes import coerced
 from .text import counted, first_line
@@ -148,12 +149,16 @@ def reader_may_leave():
 
 def load(cfg: DictConfig) -> Config:
     """The checked configuration of one composed job, with the name of its experiment."""
+    return Config.load(
+        {k: v for k, v in _unresolved(cfg).items() if k != "hydra"}, _hydra(cfg).runtime.choices.get("experiment")
+    )
+
+
+def _hydra(cfg: DictConfig) -> DictConfig:
+    """Hydra's own settings of a composed job."""
     from hydra.core.hydra_config import HydraConfig
 
-    hydra = cfg.get("hydra") or HydraConfig.get()
-    return Config.load(
-        {k: v for k, v in _unresolved(cfg).items() if k != "hydra"}, hydra.runtime.choices.get("experiment")
-    )
+    return cfg.get("hydra") or HydraConfig.get()
 
 
 def _unresolved(cfg: DictConfig) -> dict:
@@ -168,7 +173,9 @@ def run_one(cfg: DictConfig) -> None:
 
     with one_line_errors():
         config = load(cfg)
+        _require_no_sweep(cfg, config)
         _require_of_one(config)
+        _require_read([config])
         if config.launcher.plan:
             from .sweeps.sweep import plan
 
@@ -198,6 +205,16 @@ def run_one(cfg: DictConfig) -> None:
             print(f"diverged: {result['diverged']}")
 
 
+def _require_no_sweep(cfg: DictConfig, config: Config) -> None:
+    """UserError where a file says what to sweep over, and neither it nor the command that it is a sweep."""
+    asked = any(argument.startswith("hydra.mode=") for argument in sys.argv[1:])
+    if OmegaConf.select(_hydra(cfg), "sweeper.params") and not asked:
+        raise UserError(
+            f"experiment={config.experiment} is a sweep, by its hydra.sweeper.params: add -m, or hydra: "
+            "{mode: MULTIRUN} in its file"
+        )
+
+
 def _require_of_one(config: Config) -> None:
     """UserError where a run without -m asks for what a sweep alone does: nothing of it is ignored in silence."""
     from .sweeps.sweep import require_clean
@@ -205,8 +222,8 @@ def _require_of_one(config: Config) -> None:
     launcher, fresh = config.launcher, config.fresh_seeds
     if launcher.name == "slurm":
         raise UserError("launcher=slurm takes sweeps: add -m")
-    for name in ("devices", "minutes", "memory_gb"):
-        if (value := getattr(launcher, name)) is not None:
+    for name in ("workers", "devices", "per_device", "minutes", "memory_gb", "retries"):
+        if (value := getattr(launcher, name)) != Launcher.model_fields[name].default:
             raise UserError(f"launcher.{name}={str(value).replace(' ', '')} is for sweeps: add -m, also for one run")
     if fresh:
         raise UserError(
@@ -214,6 +231,35 @@ def _require_of_one(config: Config) -> None:
         )
     if not launcher.plan:
         require_clean([config])
+
+
+def _require_read(configs: list[Config]) -> None:
+    """UserError where a setting is given that none of the runs reads."""
+    first = configs[0]
+    for name, source in (("root", "local"), ("revision", "hub")):
+        if all(getattr(c.data, name) and c.data.source != source for c in configs):
+            raise UserError(
+                f"data.{name}={getattr(first.data, name)} is of data={source}, and this is data={first.data.source}: "
+                f"add data={source}, or leave it out"
+            )
+    if first.launcher.measure and not first.launcher.plan:
+        raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
+
+
+def _require_apart(runs: list["Planned"]) -> None:
+    """UserError where two runs are one cell of the tables, which would refuse them once all are done."""
+    from .runs.identity import hyperparameters
+
+    known: dict[str, Planned] = {}
+    for r in runs:
+        c = r.config
+        cell = [c.task_label, c.model.name, c.optimizer.name, hyperparameters(c), c.seed, vars(c.seeds)]
+        one = known.setdefault(json.dumps(cell, sort_keys=True), r)
+        if one is not r:
+            raise UserError(
+                f"{one.title} and {r.identity.id} differ in model or data only, and tables could not tell them apart: "
+                "give each a model.name or task.name of its own, in a file or command of its own"
+            )
 
 
 def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> None:
@@ -260,7 +306,9 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     failed: list[Planned] = []
     for line, configs in rounds:
         _require_one_sweep(configs)
+        _require_read(configs)
         runs, first = sweeps.plan(configs), configs[0]
+        _require_apart(runs)
         fresh = choose.check_fresh(configs)
         if fresh or line:
             choose.check_comparable(configs)

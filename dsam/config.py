@@ -20,6 +20,7 @@ from .kinds import (
     Number,
     Positive,
     Proportion,
+    Seed,
     Share,
     Text,
     Whole,
@@ -33,6 +34,10 @@ from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
 AUTO_OVERHEAD = 64  # what train.piece_overhead=auto comes to on a CPU, and so what it is called
+
+OF_JOBS = {"cpus-per-task": "launcher.cpus", "gpus-per-node": "launcher.gpus", "array": "launcher.jobs_at_once"}
+OF_JOBS |= dict.fromkeys(("job-name", "output", "error", "open-mode", "requeue", "no-requeue"), "")
+"""What a Slurm job's script sets itself, and would not take from launcher.sbatch -> the setting that says it."""
 
 
 class Settings(BaseModel):
@@ -96,8 +101,8 @@ class Data(Settings):
 
 
 class Seeds(Settings):
-    init: AtLeast0
-    data: AtLeast0
+    init: Seed
+    data: Seed
 
 
 class Train(Settings):
@@ -212,6 +217,9 @@ class Launcher(Settings):
         for option in self.sbatch:
             if not re.match(r"--[a-z]", option):
                 raise UserError(f"launcher.sbatch: '{option}' must be an option like --qos=low")
+            if (name := option[2:].partition("=")[0]) in OF_JOBS:
+                instead = f"take {OF_JOBS[name]}" if OF_JOBS[name] else "leave it out"
+                raise UserError(f"launcher.sbatch: '{option}': the job's script sets --{name} itself: {instead}")
         if self.warning_seconds >= 60 * self.job_minutes:
             raise UserError(f"launcher.warning_seconds={self.warning_seconds} is all of launcher.job_minutes")
         return self
@@ -242,7 +250,7 @@ class Config(Settings):
     paths: Paths = Paths()
     launcher: Launcher = Launcher()
     selection: Literal["dev", "heldout"] = "dev"
-    fresh_seeds: Annotated[list[AtLeast0], BeforeValidator(listed)] = []
+    fresh_seeds: Annotated[list[Seed], BeforeValidator(listed)] = []
     initialise_from: Text | None = None
     parent: Group | None = None  # the configuration that `initialise_from` comes to, filled in by `load`
     experiment: Text | None = None

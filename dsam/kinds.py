@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no name or path needs and files break on
 LARGEST = 3.4e38  # of float32
+SEEDS = 2**43  # times a million and three, as epochs are ordered by, they are within PyTorch's seeds
 MOST_AT_ONCE = 1024  # threads, or runs: more is a slip of the keyboard
 
 
@@ -85,6 +86,7 @@ Folder = Annotated[str, BeforeValidator(lambda value: _home(_text(value)))]
 Yes = Annotated[bool, BeforeValidator(_yes)]
 Group = Annotated[dict[str, Any], BeforeValidator(_group)]
 AtLeast0 = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=SEEDS)]
 AtLeast1 = Annotated[Whole, Field(ge=1)]
 AtOnce = Annotated[Whole, Field(ge=1, le=MOST_AT_ONCE)]
 NotNegative = Annotated[Number, Field(ge=0)]

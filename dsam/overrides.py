@@ -59,7 +59,10 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
     for place in (conf, *([more] if more else [])):
         for folder in place.iterdir():
             if folder.is_dir():
-                groups[folder.name] = sorted({*groups.get(folder.name, ()), *(f.stem for f in folder.glob("*.yaml"))})
+                files = {f.stem: f for f in folder.glob("*.yaml")}
+                if twice := sorted(files.keys() & groups.get(folder.name, ())):  # Hydra would take that of conf/
+                    raise UserError(f"{files[twice[0]]}: conf/{folder.name}/ has one of that name; call it otherwise")
+                groups[folder.name] = sorted({*groups.get(folder.name, ()), *files})
     passed, chosen, keys, first, between, runs = [], [], [], [], [], 1
     parser = OverridesParser.create()
     for text in overrides:
@@ -100,7 +103,7 @@ def check(overrides: list[str], conf: Path, more: Path | None = None, one_run: b
             chosen.append(f"{name}={values[0]}")
         elif name.startswith("optimizer.") and text.startswith("optimizer."):
             text, first[-1] = f"++{text}", f"++{first[-1]}"
-        elif name.split(".")[0] != "hydra" and not (
+        elif re.split("[./]", name)[0] != "hydra" and not (
             override.is_add() or override.is_force_add() or override.is_delete()
         ):
             keys.append(name)

@@ -252,6 +252,7 @@ VALUES = [
     ("seed=1e30", "seed"),
     ("seeds.init=9223372036854775808", "seeds.init"),
     ("seeds.data=-1", "seeds.data=-1"),
+    ("seed=10000000000000", "seeds.init=10000000000000 must be below 8.79609e+12"),
     ("checkpoint.keep_weights=1", "checkpoint.keep_weights"),
     ("checkpoint.keep_weights=maybe", "maybe"),
     ("checkpoint.keep_at=5", "checkpoint.keep_at"),
@@ -276,6 +277,9 @@ VALUES = [
     ("launcher.memory_gb=nan", "launcher.memory_gb"),
     ("launcher.memory_gb=-2", "launcher.memory_gb"),
     ("launcher.devices=[]", "launcher.devices"),
+    ("launcher.workers=4", "launcher.workers=4 is for sweeps: add -m"),
+    ("launcher.retries=3", "launcher.retries=3 is for sweeps: add -m"),
+    ("launcher.measure=true", "launcher.measure=true is of plans: add launcher.plan=true"),
     ("launcher.devices=[0]", "launcher.devices=['0'] is for sweeps: add -m"),
     ("launcher.minutes=5", "launcher.minutes=5.0 is for sweeps: add -m"),
     ("launcher.memory_gb=8", "launcher.memory_gb=8.0 is for sweeps: add -m"),
@@ -317,6 +321,9 @@ VALUES = [
     ("task.name=../x", "../x"),
     ("data=local", "data.root"),
     ("data=hub", "data=hub"),
+    ("data.root=/x", "data.root=/x is of data=local, and this is data=builtin: add data=local, or leave it out"),
+    ("data.revision=0f", "data.revision=0f is of data=hub, and this is data=builtin"),
+    ("data=hub task=cola data.root=/x", "data.root=/x is of data=local, and this is data=hub"),
     ("data=hub task=rte", "data=local"),
     ("data=hub task=rte data.revision=null", "data.revision"),
     ("data.source=disk", "'disk'"),
@@ -416,7 +423,7 @@ SWEEPS = [
     ("model=tiny,encoder", "model.path"),
     ("model=tiny,minilm", "model.path"),
     ("model.name=tiny,a/b", "a/b"),
-    ("model.architecture.hidden_size=64,65", "65"),
+    ("seed=0,1 model.architecture.hidden_size=65", "65"),
     ("device.name=cpu,tpu", "tpu"),
     ("device.threads=1,1e12", "device.threads"),
     ("launcher.workers=1,0", "launcher.workers=0"),
@@ -427,7 +434,17 @@ SWEEPS = [
     ("launcher=slurm launcher.job_minutes=1", "launcher.warning_seconds=90 is all of launcher.job_minutes"),
     ("launcher=slurm launcher.partitoin=low", "did you mean 'partition'"),
     ("launcher=slurm launcher.sbatch=[qos]", "'qos' must be an option like --qos=low"),
+    (
+        "launcher=slurm launcher.sbatch=['--job-name=x']",
+        "--job-name=x': the job's script sets --job-name itself: leave",
+    ),
+    ("launcher=slurm launcher.sbatch=['--cpus-per-task=2']", "sets --cpus-per-task itself: take launcher.cpus"),
     ("data=builtin,local task=agreement,rte", "data.root"),
+    ("data=builtin,hub data.root=/x", "data.root=/x is of data=local, and this is data=builtin"),
+    ("model.architecture.hidden_size=32,64 seed=0,1", "differ in model or data only"),
+    ("checkpoint.keep_at=[10],[20]", "checkpoint.keep_at is [10] and [20] for one and the same run"),
+    ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
+    ("hydra/sweeper=optuna model.rho=interval(0.1,0.2) optimizer=sam train.epoch=3", "unknown key 'train.epoch'"),
     ("paths.runs=results/runs,/dev/null", "/dev/null"),
     ("seed=0,1 ~nope", "nope"),
     ("hydra.sweeper.max_batch_size=1 seed=0,x", "hydra.sweeper.max_batch_size"),
@@ -445,6 +462,16 @@ def test_a_plan_of_one_run_is_a_plan():
     planned = typed("task=agreement", "launcher.plan=true")
     assert (planned.status, planned.left) == (0, []), planned.err
     assert "1 run: 1 missing. 1 would start." in planned.out
+
+
+def test_a_file_of_a_sweep_is_none_of_one_run(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nhydra: {sweeper: {params: {seed: '0,1'}}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    mine = [f"--config-dir={tmp_path}", "experiment=mine", "launcher.plan=true"]
+    assert_one_line(typed(*mine), "experiment=mine is a sweep, by its hydra.sweeper.params: add -m, or hydra: ")
+    for one in (["-m"], ["hydra.mode=RUN"]):
+        assert typed(*mine, *one).status == 0
 
 
 def test_globs_choose_from_a_group():

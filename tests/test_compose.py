@@ -77,6 +77,7 @@ def test_random_override_lists_compose_as_hydra_has_them(hydra):
             "selection=heldout",
         ),
         *("experiment=rho_grid", "experiment=label_noise", "tracking=disabled", "+recipe.step=2", "model.id=null"),
+        *("data.noise_seed=${seeds.data}", "train.max_steps=${oc.select:seed,0}", "data.label_noise=${..seed}"),
         *("optimizer.mask=fresh", "train.precision=bfloat16", "train.lr=many", "paths.runs=a b", "fresh_seeds=[8]"),
     ]
     chance = random.Random(1)
@@ -97,3 +98,11 @@ def test_random_override_lists_compose_as_hydra_has_them(hydra):
             assert twice == of_hydra(hydra, master, again), again
             compared += 1
     assert compared > 15
+
+
+@pytest.mark.parametrize("value", ["${seed}", "${seeds.data}", "${..seed}", "${oc.select:seed,0}"])
+def test_what_refers_to_a_seed_is_resolved_for_each(hydra, value):
+    given = [f"data.noise_seed={value}"]
+    jobs = [[*given, f"seed={seed}"] for seed in (3, 4)]
+    made = configurations(composed(hydra, master_of(hydra, given), jobs))
+    assert [(c.seed, c.data.noise_seed) for c in made] == [(3, 3), (4, 4)]

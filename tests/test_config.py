@@ -244,6 +244,9 @@ def test_ones_own_folder_of_configurations_lies_beside_ours(tmp_path):
         overrides.own_folder("/nowhere")
     with pytest.raises(UserError, match="unknown optimizer 'mysam'"):
         overrides.check(["optimizer=mysam"], CONF)
+    (tmp_path / "optimizer" / "sam.yaml").write_text("name: sam\nmethod: sam\nrho: 0.3\n")
+    with pytest.raises(UserError, match="/optimizer/sam.yaml: conf/optimizer/ has one of that name; call it otherwise"):
+        overrides.check(["optimizer=mysam"], CONF, tmp_path)
 
 
 @pytest.mark.parametrize(

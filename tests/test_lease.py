@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from dsam.runs import lease
 from dsam.runs.lease import Busy, Lease
+from dsam.runs.record import Record
+from dsam.training.checkpoint import Checkpoints
 
 
 def test_a_second_process_is_refused_and_told_who(tmp_path):
@@ -76,6 +79,48 @@ def test_a_lease_that_was_taken_over_is_not_removed_by_its_former_holder(tmp_pat
     with Lease(tmp_path):
         elsewhere(tmp_path)
     assert lease.read(tmp_path / "lease.json")["token"] == "theirs"
+
+
+def test_where_no_lease_is_nothing_is_written_and_where_nothing_can_be_it_is_still_told(tmp_path, monkeypatch):
+    def refuses(self, *arguments, **named):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:  # as root, for whom no folder is read-only
+        patched.setattr(Path, "touch", refuses)
+        assert not lease.alive(tmp_path / "lease.json")
+        path = elsewhere(tmp_path)
+        assert lease.alive(path)
+        os.utime(path, (0, 0))
+        assert not lease.alive(path)
+    path.unlink()
+
+    def full(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        Lease(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_that_another_process_took_over_writes_no_more(tmp_path, done):
+    record = Record(tmp_path)
+    with record.worked_on():
+        record.log({"step": 1})
+    with Lease(tmp_path, renewed=0.02) as held:
+        record._lease, checkpoints = held, Checkpoints(tmp_path / "checkpoint", record.require_held)
+        path = elsewhere(tmp_path)
+        if done:
+            path.unlink()
+        deadline = time.monotonic() + 10
+        while not held.lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for write in (lambda: record.log({"step": 2}), lambda: record.finish({}), lambda: checkpoints.save(2, {})):
+            with pytest.raises(Busy, match="was taken over by another process"):
+                write()
+    assert record.metrics.read_text() == '{"step": 1}\n' and not checkpoints.folder.exists()
 
 
 def contend(folder, rounds, entered):

@@ -329,6 +329,15 @@ def test_divergence_is_recorded_as_such(tmp_path, optimizer):
     assert "NaN" not in (identify(chosen).folder / "result.json").read_text()
 
 
+@pytest.mark.parametrize("task", ["entailment", "similarity"])
+def test_a_model_that_the_last_step_broke_has_diverged_and_no_score(tmp_path, task):
+    chosen = short(tmp_path, f"task={task}", "train.lr=1e18", "train.warmup_ratio=0", "train.max_steps=1")
+    result = run(chosen)
+    assert (result["status"], result["best"], result["last"]["score"]) == ("diverged", None, None)
+    assert result["diverged"].startswith("step 1: the evaluation's loss is ")
+    assert set(result["last"]["metrics"]["dev"].values()) == {None}
+
+
 def test_bfloat16_keeps_weights_in_float32_and_probes_exact(tmp_path):
     chosen = short(tmp_path, "optimizer=dsam", "train.precision=bfloat16", "checkpoint.keep_weights=true")
     result = run(chosen)
@@ -425,6 +434,21 @@ def test_a_run_that_goes_on_with_other_threads_or_code_says_so(tmp_path, monkeyp
     assert note in run(chosen)["notes"]
     (then,) = json.loads(path.read_text())["earlier"]
     assert (then["threads"], then["source_sha256"], then["git"]) == (64, "other", before["git"])
+
+
+def test_a_run_that_went_on_from_after_where_weights_are_asked_for_has_them(tmp_path, monkeypatch, often):
+    first, wanted = short(tmp_path, often), short(tmp_path, "checkpoint.keep_at=[10,100]")
+    with monkeypatch.context() as during:
+        stepping(during, 5, lambda n: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(first)
+    assert run(wanted)["status"] == "finished" and plan([wanted])[0].done
+    folder, other = identify(wanted).folder, short(tmp_path / "other", "checkpoint.keep_at=[10,100]")
+    run(other)
+    for name in ("at-10", "at-100"):
+        weights = (folder / name / "model.safetensors").read_bytes()
+        assert weights == (identify(other).folder / name / "model.safetensors").read_bytes()
+    assert not (folder / "again").exists()
 
 
 def test_weights_that_are_not_the_recorded_ones_are_kept_beside_the_run(tmp_path):

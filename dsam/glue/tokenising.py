@@ -127,32 +127,32 @@ def tokenise(
     """
     _check(tokenizer, max_length)
     folder = Path(cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write the cache {folder}: {error.strerror or error}; set paths.cache=DIR") from None
     types = "token_type_ids" in tokenizer.model_input_names
     made = [FORMAT, task.name, key, _tokenizer_fingerprint(tokenizer), types, max_length, *_unusual_settings(tokenizer)]
     name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
     padding = (tokenizer.pad_token_id, tokenizer.pad_token_type_id, tokenizer.padding_side == "left")
     result = {}
-    for split, rows in splits.items():
-        file = folder / f"{name}-{split}.npz"
-        rows_digest = _rows_digest(rows)
-        with FileLock(f"{file}.lock"):
-            arrays = _read(file, rows_digest)
-            if arrays is None:
-                arrays = _encode(rows, tokenizer, max_length, types)
-                with replacing(file) as handle:
-                    np.savez(handle, **arrays | {"rows_digest": np.array(rows_digest)})  # type: ignore[arg-type]  # its stub has a bool
-        result[split] = Tokenised(
-            arrays["input_ids"],
-            arrays["offsets"],
-            arrays.get("token_type_ids"),
-            rows.labels,
-            *padding,
-        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for split, rows in splits.items():
+            file = folder / f"{name}-{split}.npz"
+            rows_digest = _rows_digest(rows)
+            with FileLock(f"{file}.lock"):
+                arrays = _read(file, rows_digest)
+                if arrays is None:
+                    arrays = _encode(rows, tokenizer, max_length, types)
+                    with replacing(file) as handle:
+                        np.savez(handle, **arrays | {"rows_digest": np.array(rows_digest)})  # type: ignore[arg-type]  # its stub has a bool
+            result[split] = Tokenised(
+                arrays["input_ids"],
+                arrays["offsets"],
+                arrays.get("token_type_ids"),
+                rows.labels,
+                *padding,
+            )
+    except OSError as error:
+        raise UserError(f"cannot write the cache {folder}: {error.strerror or error}; set paths.cache=DIR") from None
     return result
 
 

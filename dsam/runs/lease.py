@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -25,18 +26,20 @@ class Lease:
     Ages are differences of the file system's own times, so that machines whose clocks disagree, or a clock that jumps,
     do not matter: a lease is as old as a file written now is younger than it.
 
-    Raises Busy on entry where another process holds it.
+    Raises Busy on entry where another process holds it. `lost`: another holds it since, as it may once this process
+    was suspended for longer than the lease lasts.
     """
 
     def __init__(self, folder: Path, expires: float = EXPIRES, renewed: float = RENEWED):
         self.path, self.expires, self.renewed = path_in(folder), expires, renewed
         self.token = uuid.uuid4().hex
+        self.lost = False
 
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lease.{self.token}")
-        mine.write_text(json.dumps({"token": self.token, **here(), **process(os.getpid())}))
         try:
+            mine.write_text(json.dumps({"token": self.token, **here(), **process(os.getpid())}))
             while True:
                 try:
                     os.link(mine, self.path)  # atomic, also over NFS: fails where there is a lease
@@ -62,8 +65,11 @@ class Lease:
     def _renew(self) -> None:
         while not self._over.wait(self.renewed):
             with contextlib.suppress(OSError):  # a full disk or a lost mount is not the lease's business
-                if read(self.path).get("token") == self.token:
+                holder = read(self.path).get("token")
+                if holder == self.token:
                     os.utime(self.path)
+                elif holder is not None or not self.path.exists():  # or it is with them already, and done
+                    self.lost = True
 
     def _holder(self, now: Path) -> dict | None:
         """Who holds the lease; None, and the lease removed, where it has expired. `now`: a file to tell time by."""
@@ -91,17 +97,23 @@ def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool
     if "pid" in holder and {name: holder.get(name, mine) for name, mine in here().items()} == here():
         return process(holder["pid"]).get("began") == holder.get("began")
     try:
-        if now is None:
-            now = path.with_name(f".lease.now.{uuid.uuid4().hex}")
-            now.touch()
-            try:
-                return now.stat().st_mtime - path.stat().st_mtime < expires
-            finally:
-                now.unlink(missing_ok=True)
-        os.utime(now)
-        return now.stat().st_mtime - path.stat().st_mtime < expires
+        renewed = path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return False
+    return _now(now or path.with_name(f".lease.now.{uuid.uuid4().hex}"), keep=now is not None) - renewed < expires
+
+
+def _now(file: Path, keep: bool) -> float:
+    """The file system's time, by a file; this machine's where none can be written."""
+    try:
+        file.touch()
+        return file.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        if not keep:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
 
 
 @functools.cache

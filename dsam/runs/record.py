@@ -12,7 +12,7 @@ import yaml
 from ..errors import UserError
 from ..files import for_json, write_atomically
 from ..text import first_line
-from .lease import Lease
+from .lease import Busy, Lease
 
 
 def seal(result: dict) -> str:
@@ -27,6 +27,7 @@ class Record:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.metrics = self.folder / "metrics.jsonl"
+        self._lease: Lease | None = None
 
     def result(self, set_aside: bool = True, then: str = "the run is done again") -> dict | None:
         """The finished run's result, or None. A file that is not one is set aside, and that is said, with what then
@@ -83,10 +84,15 @@ class Record:
         """Inside, no other process works on the run: Busy, a UserError, says who does."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(Lease(self.folder))
+                self._lease = stack.enter_context(Lease(self.folder))
             except OSError as error:
                 raise self._unwritable(error) from None
             yield
+
+    def require_held(self) -> None:
+        """Busy where another process has taken the run over: what is written from here on is theirs to write."""
+        if self._lease is not None and self._lease.lost:
+            raise Busy(f"{self.folder} was taken over by another process while this one did not answer")
 
     def open(self, config: dict, provenance: dict) -> None:
         """Makes the folder and writes what is known before work starts. Raises UserError where it cannot."""
@@ -113,11 +119,13 @@ class Record:
 
     def finish(self, result: dict) -> None:
         """Writes result.json, after which the run is finished."""
+        self.require_held()
         result = for_json(result)
         self.write("result.json", result | {"result_sha256": seal(result)})
 
     def log(self, line: dict) -> None:
         """Appends one line to metrics.jsonl."""
+        self.require_held()
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(for_json(line), allow_nan=False) + "\n")
 

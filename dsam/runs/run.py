@@ -4,6 +4,7 @@ import hashlib
 import resource
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,8 +48,9 @@ def run(config: Config) -> dict:
     result = record.result()
     if result is not None:
         if not lease.alive(lease.path_in(record.folder)):  # killed after its result and before it had cleared up
-            Checkpoints(record.folder / "checkpoint").clear()
-            lease.path_in(record.folder).unlink(missing_ok=True)
+            with suppress(OSError):  # nor need it be, where nothing can be removed
+                Checkpoints(record.folder / "checkpoint").clear()
+                lease.path_in(record.folder).unlink(missing_ok=True)
         if lacks_weights(config, record.folder, result):
             with record.worked_on():
                 if lacks_weights(config, record.folder, result):  # still, now that no other process is at it
@@ -60,7 +62,10 @@ def run(config: Config) -> dict:
         run(parent)
         models.start_from(ready.network, kept_weights(parent))
     with record.worked_on(), memory_said(ready.device):
-        return record.result() or _train(config, identity, record, ready)
+        result = record.result() or _train(config, identity, record, ready)
+        if lacks_weights(config, record.folder, result):  # it went on from after where they would have been kept
+            _keep_afterwards(config, record, result)
+        return result
 
 
 def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
@@ -91,7 +96,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
     for note in notes:
         print(note)
 
-    checkpoints = Checkpoints(record.folder / "checkpoint")
+    checkpoints = Checkpoints(record.folder / "checkpoint", record.require_held)
     made_with = provenance(device, identity.contents) | {"notes": notes}
     if (before := record.provenance()) and any(checkpoints.folder.glob("*.pt")):
         made_with, other = going_on(made_with, before)

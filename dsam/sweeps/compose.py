@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import Config, Seeds
+from ..kinds import SEEDS
 
 PLAIN = (bool, int, float, str, type(None))
+OF_A_SEED = re.compile(r'\$\{[^"]*\bseeds?\b')  # in JSON's text: within one value
 
 
 def composed(loader, master: DictConfig, jobs: Sequence[Sequence[str]]) -> Iterator[tuple[dict, str | None]]:
@@ -100,14 +103,14 @@ def _set(config: dict[str, Any], override: Override) -> bool:
 
 def configurations(jobs: Iterable[tuple[dict, str | None]]) -> list[Config]:
     """Each job's checked configuration. Those that differ in the seed alone are resolved and checked once, where the
-    seed is what it is in conf/config.yaml: a number that `seeds` takes up and nothing else."""
+    seed is what it is in conf/config.yaml: a number that `seeds` takes up and no other setting refers to."""
     known: dict[str, Config] = {}
     found = []
     for plain, experiment in jobs:
         seed, others = plain.get("seed"), plain | {"seed": None, "seeds": None}
-        alone = plain.get("seeds") == {"init": "${seed}", "data": "${seed}"} and type(seed) is int and seed >= 0
+        alone = plain.get("seeds") == {"init": "${seed}", "data": "${seed}"} and type(seed) is int and 0 <= seed < SEEDS
         text = json.dumps([others, experiment], default=str)
-        if not alone or "${seed}" in text or plain.get("initialise_from") or seed is None:
+        if not alone or OF_A_SEED.search(text) or plain.get("initialise_from") or seed is None:
             found.append(Config.load(plain, experiment))
         elif text not in known:
             known[text] = Config.load(plain, experiment)

@@ -41,6 +41,13 @@ def plan(configs: list[Config]) -> list[Planned]:
     for config in configs:
         identity = identify(config)
         if identity.id in runs:
+            one, other = runs[identity.id].config.checkpoint, config.checkpoint
+            for name, value in vars(one).items():
+                if value != vars(other)[name]:
+                    raise UserError(
+                        f"checkpoint.{name} is {value} and {vars(other)[name]} for one and the same run "
+                        f"({runs[identity.id].title}): give it one value"
+                    )
             continue
         planned = runs[identity.id] = Planned(config, identity)
         if (identity.folder / "result.json").exists():

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +26,13 @@ class Checkpoints:
 
     Inside `with checkpoints:`, and not after it, one may be being written: who leaves the block waits for it, and gets
     the OSError of one that could not be written, unless something else was raised already.
+
+    Args:
+        allowed: raises where no more may be written.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, allowed: Callable[[], None] = lambda: None):
+        self.folder, self._allowed = folder, allowed
         self.worked = 0.0  # processor seconds that writing the last one took, which the training may have lacked
         self._last: Future[None] | None = None
 
@@ -45,6 +49,7 @@ class Checkpoints:
         OSError, of this or a later call, where the disk refuses; the earlier checkpoints are then still there.
         """
         self.wait()
+        self._allowed()
         writer = ThreadPoolExecutor(1, "checkpoint")  # joined before the interpreter ends, as a daemon would not be
         self._last = writer.submit(self._write, step, on_host(state))
         writer.shutdown(wait=False)

@@ -1,5 +1,6 @@
 """The training loop: one function that reads from top to bottom."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -217,6 +218,10 @@ def fine_tune(
                     evaluation["memorised"] = memorised(seen, model, device, autocast)
                 log({"event": "evaluation"} | evaluation)
                 state.evaluations.append(evaluation)
+                if not math.isfinite(evaluation["loss"]):  # no gradient comes after the last step to tell
+                    state.diverged = (
+                        f"step {state.step}: the evaluation's loss is {evaluation['loss']}: it has no score"
+                    )
                 bar.evaluated(headline_name(task), evaluation["score"])
                 if evaluation is best(state.evaluations):
                     on_best()
@@ -255,7 +260,8 @@ def evaluate(
 ) -> dict:
     """{"score", "loss", "metrics": {split: {name: value}}} on the task's evaluation splits.
 
-    Score and loss are theirs alone; with a split "heldout" in `data` there is also its "heldout_score".
+    Score and loss are theirs alone; with a split "heldout" in `data` there is also its "heldout_score". Where a split's
+    losses are not finite, its metrics are NaN: the largest of logits that are no numbers is no answer.
     """
     metrics, losses = {}, []
     for split in [*task.evaluation, *(["heldout"] if "heldout" in data else [])]:
@@ -263,6 +269,8 @@ def evaluate(
         labels = data[split].labels
         assert labels is not None
         metrics[split] = compute(task, answers, labels)
+        if not torch.isfinite(of_split).all():
+            metrics[split] = dict.fromkeys(metrics[split], math.nan)
         if split != "heldout":
             losses.append(of_split)
     scores = {"score": headline(task, metrics)}
