@@ -56,14 +56,22 @@ def owned(gradients: Gradients) -> list[Tensor | None]:
     seen: set[int] = set()
     found: list[Tensor | None] = []
     for g in gradients:
-        if g is not None and g.is_sparse:  # of two tables that are added, both have the same values
-            g = torch.sparse_coo_tensor(g._indices(), g._values().clone(), g.shape, is_coalesced=g.is_coalesced())
-        elif g is not None:
-            if g.data_ptr() in seen or not (g.is_contiguous() or _is_dense(g)):
+        if g is not None:
+            shared = _memory(g) in seen
+            if g.is_sparse and shared:  # of two tables that are added, both have the same values
+                values = g._values().clone()
+                g = torch.sparse_coo_tensor(
+                    g._indices(), values, g.shape, is_coalesced=g.is_coalesced(), check_invariants=False
+                )
+            elif not g.is_sparse and (shared or not (g.is_contiguous() or _is_dense(g))):
                 g = g.clone(memory_format=torch.contiguous_format)
-            seen.add(g.data_ptr())
+            seen.add(_memory(g))
         found.append(g)
     return found
+
+
+def _memory(x: Tensor) -> int:
+    return (x._values() if x.is_sparse else x).data_ptr()
 
 
 def _is_dense(x: Tensor) -> bool:
