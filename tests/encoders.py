@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 """Tiny classifiers with random weights of the families of encoders that people fine-tune."""
 
+import copy
 import functools
 
 import torch
@@ -65,7 +66,8 @@ def model(family: str, dtype: torch.dtype = torch.float64, **others):
     """In training mode, from a fixed seed; `others`: other settings than the family's."""
     torch.manual_seed(0)
     name = FAMILIES[family][0]
-    return getattr(t, f"{name}ForSequenceClassification")(_config(family, **others)).to(dtype).train()
+    config = copy.deepcopy(_config(family, **others))  # a model's attention is chosen in its configuration
+    return getattr(t, f"{name}ForSequenceClassification")(config).to(dtype).train()
 
 
 def batch(examples: int = 5, tokens: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
