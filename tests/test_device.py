@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import dsam
 from dsam.config import CONF, Config, Train
-from dsam.errors import OutOfMemory
+from dsam.errors import OutOfMemory, UserError
 from dsam.methods import METHODS
 from dsam.methods.examples_apart import PROVEN
 from dsam.methods.outer_products import Rows
@@ -232,6 +232,16 @@ def test_a_gpu_that_is_not_there_is_refused_before_the_start(paths):
     assert done.returncode == 2 and re.search(r"error: device.name=cuda: this machine shows 0 CUDA", done.stderr)
     done = command("train.max_steps=2", "train.precision=tf32", "device.name=cpu", "tracking=disabled", *paths)
     assert done.returncode == 2 and "train.precision=tf32 is NVIDIA GPUs' own" in done.stderr
+
+
+def test_a_device_that_is_kept_from_this_process_is_not_taken_all_the_same(monkeypatch):
+    """Another's, on a machine that several share."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-1f")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="launcher.devices=0: CUDA_VISIBLE_DEVICES=3, GPU-1f shows this process others"):
+        devices.check_devices(["3", "0"])
+    devices.check_devices(["3", "GPU-1f"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # fails if it was not put back
 
 
 def test_a_pytorch_for_gpus_that_finds_none_says_so_once(monkeypatch):

@@ -58,8 +58,15 @@ def fallen_back(config: Config) -> str | None:
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """UserError where this machine lacks one of launcher.devices. To be called where CUDA has not started."""
+    """UserError where this machine lacks one of launcher.devices, or CUDA_VISIBLE_DEVICES keeps it from this process,
+    as it may be somebody else's. To be called where CUDA has not started."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for device in devices:
+        if before is not None and device not in before.replace(" ", "").split(","):
+            raise UserError(
+                f"launcher.devices={device}: CUDA_VISIBLE_DEVICES={before} shows this process others; name those, or "
+                "unset it"
+            )
     try:
         for device in dict.fromkeys(devices):
             os.environ["CUDA_VISIBLE_DEVICES"] = device
