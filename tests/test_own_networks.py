@@ -291,6 +291,25 @@ def test_tables_that_share_a_weight_and_not_its_padding():
         torch.testing.assert_close(one, other)
 
 
+def test_closures_that_run_no_model_are_named(data):
+    model = network()
+
+    def without_graph():
+        with torch.no_grad():
+            return losses(model, *data)
+
+    for method in (SAM(model), GroupSAM(model, m=2)):
+        with pytest.raises(ValueError, match="losses have no graph.*no_grad"):
+            method.backward(without_graph)
+    once = losses(model, *data)
+    with pytest.raises(ValueError, match="a graph that an earlier pass has used.*run the model itself"):
+        SAM(model).backward(lambda: once)
+    features = model[:2](data[0])
+    with pytest.raises(ValueError, match="take no losses or features from outside"):
+        SAM(model).backward(lambda: F.cross_entropy(model[2](features), data[1], reduction="none"))
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_several_processes_without_distributed_are_told(data, monkeypatch):
     """`autograd.grad` calls none of DistributedDataParallel's hooks: ranks would part in silence."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

@@ -21,6 +21,18 @@ REENTRANT = (
     "gradient checkpointing must be the kind with use_reentrant=False: the other one hides the parameters of its "
     "layers, which would stay as they are"
 )
+MISTAKES = {
+    "use_reentrant": REENTRANT,
+    "does not require grad and does not have a grad_fn": (
+        "the closure's losses have no graph: they were made under torch.no_grad() or inference_mode(), or of a model "
+        "that is not the method's"
+    ),
+    "backward through the graph a second time": (
+        "the closure gave a graph that an earlier pass has used: it must run the model itself each time that it is "
+        "called, and take no losses or features from outside"
+    ),
+}
+"""What PyTorch says where a closure is none -> what is wrong."""
 Around = Callable[[int], AbstractContextManager]
 
 
@@ -236,8 +248,9 @@ class Step:
         try:
             found = self.grad(loss, [*chosen, *also])
         except RuntimeError as error:
-            if "use_reentrant" in str(error):
-                raise ValueError(REENTRANT) from None
+            for words, said in MISTAKES.items():
+                if words in str(error):
+                    raise ValueError(said) from None
             raise
         if "graph" not in self.checked and any(g is None for g in found):
             require_no_reentrant_checkpoint(loss)
