@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -176,6 +177,7 @@ def run_one(cfg: DictConfig) -> None:
         _require_no_sweep(cfg, config)
         _require_of_one(config)
         _require_read([config])
+        _say_untaken([_unresolved(cfg)])
         if config.launcher.plan:
             from .sweeps.sweep import plan
 
@@ -246,6 +248,16 @@ def _require_read(configs: list[Config]) -> None:
         raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
 
 
+def _say_untaken(jobs: Iterable[dict]) -> None:
+    """A note on each default of the model that the command gives and no job takes up: experiments have their own."""
+    defaults = ("epochs", "batch_size", "lr", "weight_decay", "rho", "threads", "piece_overhead")
+    given = [name for name in defaults if any(a.lstrip("+").startswith(f"model.{name}=") for a in sys.argv[1:])]
+    texts = [json.dumps(job, default=str) for job in jobs] if given else []
+    for name in given:
+        if not any(re.search(rf"\$\{{[^\"]*\bmodel\.{name}\b", text) for text in texts):
+            print(f"note: model.{name}= changes nothing here: no setting takes it up, as another says it in its place")
+
+
 def _require_apart(runs: list["Planned"]) -> None:
     """UserError where two runs are one cell of the tables, which would refuse them once all are done."""
     from .runs.identity import hyperparameters
@@ -287,6 +299,8 @@ def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
     from .sweeps.compose import configurations
 
     with one_line_errors():
+        jobs = list(jobs)
+        _say_untaken(plain for plain, _ in jobs)
         _carry_out([("", configurations(jobs))])
 
 

@@ -301,3 +301,17 @@ def test_flags_that_look_inside_and_the_shell_s_completion_work():
 def test_a_benchmarks_methods_end_where_settings_begin():
     done = command("--methods", "adamw", "sam", "task=nosuch", script="benchmark.py")
     assert done.returncode == 2 and "unknown task 'nosuch'" in done.stderr
+
+
+@pytest.mark.parametrize("given, told", [
+    (["-m", "experiment=smoke", "model.epochs=1"], True),  # which has epochs of its own
+    (["-m", "optimizer=adamw,sam", "model.rho=0.1"], False),  # one of the two takes it up
+    (["-m", "optimizer=adamw,asam", "model.rho=0.1"], True),
+    (["model.lr=0.1", "train.lr=0.2"], True),
+    (["model.lr=0.1"], False),
+])  # fmt: skip
+def test_a_default_of_the_model_that_nothing_takes_up_is_said(tmp_path, given, told):
+    done = command(*given, "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache")
+    assert done.returncode == 0, done.stderr
+    name = next(a for a in given if a.startswith("model.")).split("=")[0]
+    assert (f"note: {name}= changes nothing here" in done.stdout) == told
