@@ -260,6 +260,22 @@ def test_what_is_said_of_the_levels_together_is_what_their_table_says():
     assert all(abs(float(x) - value) <= 0.051 for x, value in zip(said.groups(), rows, strict=True))
 
 
+def test_what_was_asked_beforehand_is_answered_by_its_runs():
+    folder = ROOT / "results" / "tables" / "per_instance_clean"
+    cells = pd.read_csv(folder / "cells.csv").pivot(index="method", columns=["task", "seed"], values="score")
+    table = pd.read_csv(folder / "main.csv").set_index("method")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("### Again, named beforehand")[1]
+    lines = [" ".join(line.split()) for line in page.split("\n### ")[0].splitlines()]
+    for method in ("adamw", "sam", "per_instance"):
+        scores = [f"{100 * cells.loc[method, (task, seed)]:.2f}" for task in ("sst2", "stsb") for seed in (6, 7)]
+        difference = 100 * table.loc[method, ["difference", "low", "high"]].astype(float)
+        shown = "" if method == "adamw" else "{:+.2f} [{:+.2f}, {:+.2f}] ".format(*difference)
+        assert f"| {method} | {' | '.join(scores)} | {shown}|" in lines
+    ahead = 100 * (cells.loc["per_instance"] - cells.loc["adamw"])
+    assert len(ahead) == 4 and round(ahead.min(), 1) == 0.5 and round(ahead.max(), 1) == 1.4
+    assert (cells.loc["per_instance"] > cells.loc["sam"]).sum() == 3
+
+
 def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
     measured = pd.read_csv(ROOT / "results" / "approximation_noise" / "measurements.csv")
     measured = measured[measured["rho"] == 0.01]
