@@ -1,9 +1,7 @@
 """What the entry points share: Hydra's overrides in, one-line errors and exit statuses out."""
 
 import argparse
-import json
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CONF, Config, Launcher, Paths
+from . import refusals
+from .config import CONF, Config, Paths
 from .errors import Note, Parser, Stopped, UserError
 from .mistakes import coerced
 from .text import counted, first_line
@@ -174,10 +173,10 @@ def run_one(cfg: DictConfig) -> None:
 
     with one_line_errors():
         config = load(cfg)
-        _require_no_sweep(cfg, config)
-        _require_of_one(config)
-        _require_read([config])
-        _say_untaken([_unresolved(cfg)])
+        refusals.require_no_sweep(config, OmegaConf.select(_hydra(cfg), "sweeper.params"))
+        refusals.require_of_one(config)
+        refusals.require_read([config])
+        refusals.say_untaken([_unresolved(cfg)])
         if config.launcher.plan:
             from .sweeps.sweep import plan
 
@@ -207,73 +206,6 @@ def run_one(cfg: DictConfig) -> None:
             print(f"diverged: {result['diverged']}")
 
 
-def _require_no_sweep(cfg: DictConfig, config: Config) -> None:
-    """UserError where a file says what to sweep over, and neither it nor the command that it is a sweep."""
-    asked = any(argument.startswith("hydra.mode=") for argument in sys.argv[1:])
-    if OmegaConf.select(_hydra(cfg), "sweeper.params") and not asked:
-        raise UserError(
-            f"experiment={config.experiment} is a sweep, by its hydra.sweeper.params: add -m, or hydra: "
-            "{mode: MULTIRUN} in its file"
-        )
-
-
-def _require_of_one(config: Config) -> None:
-    """UserError where a run without -m asks for what a sweep alone does: nothing of it is ignored in silence."""
-    from .sweeps.sweep import require_clean
-
-    launcher, fresh = config.launcher, config.fresh_seeds
-    if launcher.name == "slurm":
-        raise UserError("launcher=slurm takes sweeps: add -m")
-    for name in ("workers", "devices", "per_device", "minutes", "memory_gb", "retries"):
-        if (value := getattr(launcher, name)) != Launcher.model_fields[name].default:
-            raise UserError(f"launcher.{name}={str(value).replace(' ', '')} is for sweeps: add -m, also for one run")
-    if fresh:
-        raise UserError(
-            f"fresh_seeds={fresh} come after a sweep: add -m, or say seed=N".replace(", ", ",", len(fresh) - 1)
-        )
-    if not launcher.plan:
-        require_clean([config])
-
-
-def _require_read(configs: list[Config]) -> None:
-    """UserError where a setting is given that none of the runs reads."""
-    first = configs[0]
-    for name, source in (("root", "local"), ("revision", "hub")):
-        if all(getattr(c.data, name) and c.data.source != source for c in configs):
-            raise UserError(
-                f"data.{name}={getattr(first.data, name)} is of data={source}, and this is data={first.data.source}: "
-                f"add data={source}, or leave it out"
-            )
-    if first.launcher.measure and not first.launcher.plan:
-        raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
-
-
-def _say_untaken(jobs: Iterable[dict]) -> None:
-    """A note on each default of the model that the command gives and no job takes up: experiments have their own."""
-    defaults = ("epochs", "batch_size", "lr", "weight_decay", "rho", "threads", "piece_overhead")
-    given = [name for name in defaults if any(a.lstrip("+").startswith(f"model.{name}=") for a in sys.argv[1:])]
-    texts = [json.dumps(job, default=str) for job in jobs] if given else []
-    for name in given:
-        if not any(re.search(rf"\$\{{[^\"]*\bmodel\.{name}\b", text) for text in texts):
-            print(f"note: model.{name}= changes nothing here: no setting takes it up, as another says it in its place")
-
-
-def _require_apart(runs: list["Planned"]) -> None:
-    """UserError where two runs are one cell of the tables, which would refuse them once all are done."""
-    from .runs.identity import hyperparameters
-
-    known: dict[str, Planned] = {}
-    for r in runs:
-        c = r.config
-        cell = [c.task_label, c.model.name, c.optimizer.name, hyperparameters(c), c.seed, vars(c.seeds)]
-        one = known.setdefault(json.dumps(cell, sort_keys=True), r)
-        if one is not r:
-            raise UserError(
-                f"{one.title} and {r.identity.id} differ in model or data only, and tables could not tell them apart: "
-                "give each a model.name or task.name of its own, in a file or command of its own"
-            )
-
-
 def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> None:
     """Prints what would run."""
     from .sweeps import estimate
@@ -300,13 +232,14 @@ def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
 
     with one_line_errors():
         jobs = list(jobs)
-        _say_untaken(plain for plain, _ in jobs)
+        refusals.say_untaken(plain for plain, _ in jobs)
         _carry_out([("", configurations(jobs))])
 
 
 def search(found: "Search") -> None:
     """The runs of a search, as those of a sweep. It ends where a run failed, since others hang on its score."""
     with one_line_errors():
+        refusals.say_untaken(plain for plain, _ in found.jobs(found.fixed))
         _carry_out(found.rounds())
 
 
@@ -319,10 +252,10 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
 
     failed: list[Planned] = []
     for line, configs in rounds:
-        _require_one_sweep(configs)
-        _require_read(configs)
+        refusals.require_one_sweep(configs)
+        refusals.require_read(configs)
         runs, first = sweeps.plan(configs), configs[0]
-        _require_apart(runs)
+        refusals.require_apart(runs)
         fresh = choose.check_fresh(configs)
         if fresh or line:
             choose.check_comparable(configs)
@@ -362,24 +295,6 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     if failed:
         print("the same command runs only what is missing", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _require_one_sweep(configs: list[Config]) -> None:
-    """UserError where what the whole sweep has once is another for some of its runs."""
-    first = configs[0]
-    for config in configs:
-        pairs = [
-            ("paths.runs", first.paths.runs, config.paths.runs),
-            ("fresh_seeds", first.fresh_seeds, config.fresh_seeds),
-        ]
-        if config.launcher != first.launcher:
-            of_this = config.launcher.model_dump()
-            pairs += [(f"launcher.{name}", value, of_this[name]) for name, value in first.launcher.model_dump().items()]
-        for name, one, other in pairs:
-            if one != other:
-                raise UserError(
-                    f"{name} is the whole sweep's, and here it is {one} for some runs and {other} for others"
-                )
 
 
 def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:

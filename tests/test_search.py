@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dsam.errors import UserError
 from dsam.sweeps import search
 from dsam.sweeps.search import Search, is_searched
+from hydra_plugins.dsam_launcher.launcher import values_of
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +86,17 @@ def test_a_diverged_run_is_the_worst(monkeypatch):
     runs = [SimpleNamespace(status="diverged"), SimpleNamespace(status="finished")]
     monkeypatch.setattr(search, "score", lambda run: 0.25)
     assert list(map(search._scored, runs)) == [-math.inf, 0.25]
+
+
+@pytest.mark.parametrize("text, values", [
+    ("range(0.1,0.5,0.1)", ["0.1", "0.2", "0.3", "0.4"]),
+    ("range(0.01,0.12,0.03)", ["0.01", "0.04", "0.07", "0.1"]),
+    ("range(5,0,-1.5)", ["5.0", "3.5", "2.0", "0.5"]),
+    ("range(-1,2)", ["-1", "0", "1"]),
+    ("0.30000000000000004,1e-4", ["0.30000000000000004", "0.0001"]),
+])  # fmt: skip
+def test_a_range_has_the_numbers_that_one_would_type(text, values):
+    assert values_of(parsed(f"model.rho={text}")) == [[f"model.rho={value}" for value in values]]
 
 
 def test_what_is_searched():

@@ -1,0 +1,98 @@
+"""What a command asks for that it would not get: refused in one line before anything runs, or said."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .config import Config, Launcher
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .sweeps.planned import Planned
+
+
+def require_no_sweep(config: Config, swept: Any) -> None:
+    """UserError where a file says what to sweep over (`swept`), and neither it nor the command that it is a sweep."""
+    asked = any(argument.startswith("hydra.mode=") for argument in sys.argv[1:])
+    if swept and not asked:
+        raise UserError(
+            f"experiment={config.experiment} is a sweep, by its hydra.sweeper.params: add -m, or hydra: "
+            "{mode: MULTIRUN} in its file"
+        )
+
+
+def require_of_one(config: Config) -> None:
+    """UserError where a run without -m asks for what a sweep alone does: nothing of it is ignored in silence."""
+    from .sweeps.sweep import require_clean
+
+    launcher, fresh = config.launcher, config.fresh_seeds
+    if launcher.name == "slurm":
+        raise UserError("launcher=slurm takes sweeps: add -m")
+    for name in ("workers", "devices", "per_device", "minutes", "memory_gb", "retries"):
+        if (value := getattr(launcher, name)) != Launcher.model_fields[name].default:
+            raise UserError(f"launcher.{name}={str(value).replace(' ', '')} is for sweeps: add -m, also for one run")
+    if fresh:
+        raise UserError(
+            f"fresh_seeds={fresh} come after a sweep: add -m, or say seed=N".replace(", ", ",", len(fresh) - 1)
+        )
+    if not launcher.plan:
+        require_clean([config])
+
+
+def require_read(configs: list[Config]) -> None:
+    """UserError where a setting is given that none of the runs reads."""
+    first = configs[0]
+    for name, source in (("root", "local"), ("revision", "hub")):
+        if all(getattr(c.data, name) and c.data.source != source for c in configs):
+            raise UserError(
+                f"data.{name}={getattr(first.data, name)} is of data={source}, and this is data={first.data.source}: "
+                f"add data={source}, or leave it out"
+            )
+    if first.launcher.measure and not first.launcher.plan:
+        raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
+
+
+def say_untaken(jobs: Iterable[dict]) -> None:
+    """A note on each default of the model that the command gives and no job takes up: experiments have their own."""
+    defaults = ("epochs", "batch_size", "lr", "weight_decay", "rho", "threads", "piece_overhead")
+    given = [name for name in defaults if any(a.lstrip("+").startswith(f"model.{name}=") for a in sys.argv[1:])]
+    texts = [json.dumps(job, default=str) for job in jobs] if given else []
+    for name in given:
+        if not any(re.search(rf"\$\{{[^\"]*\bmodel\.{name}\b", text) for text in texts):
+            print(f"note: model.{name}= changes nothing here: no setting takes it up, as another says it in its place")
+
+
+def require_apart(runs: list["Planned"]) -> None:
+    """UserError where two runs are one cell of the tables, which would refuse them once all are done."""
+    from .runs.identity import hyperparameters
+
+    known: dict[str, Planned] = {}
+    for r in runs:
+        c = r.config
+        cell = [c.task_label, c.model.name, c.optimizer.name, hyperparameters(c), c.seed, vars(c.seeds)]
+        one = known.setdefault(json.dumps(cell, sort_keys=True), r)
+        if one is not r:
+            raise UserError(
+                f"{one.title} and {r.identity.id} differ in model or data only, and tables could not tell them apart: "
+                "give each a model.name or task.name of its own, in a file or command of its own"
+            )
+
+
+def require_one_sweep(configs: list[Config]) -> None:
+    """UserError where what the whole sweep has once is another for some of its runs."""
+    first = configs[0]
+    for config in configs:
+        pairs = [
+            ("paths.runs", first.paths.runs, config.paths.runs),
+            ("fresh_seeds", first.fresh_seeds, config.fresh_seeds),
+        ]
+        if config.launcher != first.launcher:
+            of_this = config.launcher.model_dump()
+            pairs += [(f"launcher.{name}", value, of_this[name]) for name, value in first.launcher.model_dump().items()]
+        for name, one, other in pairs:
+            if one != other:
+                raise UserError(
+                    f"{name} is the whole sweep's, and here it is {one} for some runs and {other} for others"
+                )
