@@ -10,7 +10,7 @@ from pytorch_optimizer import SAM as ReferenceSAM
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from dsam import ASAM, SAM, DeltaSAM, Plain
+from dsam import ASAM, SAM, DeltaSAM, MomentumSAM, Plain
 from dsam.methods import METHODS, ExampleLosses, example_losses
 from dsam.methods import WEIGHTINGS as ALL_WEIGHTINGS
 from dsam.methods.delta_sam import rademacher
@@ -495,6 +495,17 @@ def test_a_gradient_that_two_parameters_share_is_each_ones_own():
 def test_state_of_another_kind_of_device_is_refused():
     with pytest.raises(ValueError, match="another kind of device"):
         DeltaSAM(network(), 0.1).load_state_dict({"generator": torch.zeros(16, dtype=torch.uint8)})
+
+
+def test_state_of_another_method_or_network_is_refused():
+    taken = MomentumSAM(network(), 0.1)
+    with pytest.raises(ValueError, match=r"^the state of MomentumSAM has \['average', 'generator'\], and this"):
+        taken.load_state_dict(SAM(network(), 0.1).state_dict())
+    with pytest.raises(ValueError, match=r"^the state of SAM has \['generator'\], and this one \['average', "):
+        SAM(network(), 0.1).load_state_dict(taken.state_dict())
+    for other in (nn.Linear(2, 2), nn.Sequential(network(), network())):
+        with pytest.raises(ValueError, match=r"^the state of MomentumSAM is of other parameters"):
+            taken.load_state_dict(MomentumSAM(other, 0.1).state_dict())
 
 
 def test_a_mean_loss_instead_of_per_example_losses_is_refused():

@@ -187,7 +187,10 @@ class Method:
         return state if self.host_generator is self.generator else state | {"host": self.host_generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up what `state_dict` gave. ValueError where it comes from another kind of device."""
+        """Takes up what `state_dict` gave. ValueError where that was another method's, or another kind of device's."""
+        own, given = set(self.state_dict()) - {"host"}, set(state) - {"host"}
+        if given != own:
+            raise ValueError(f"the state of {type(self).__name__} has {sorted(own)}, and this one {sorted(given)}")
         try:
             self.generator.set_state(state["generator"])
             if "host" in state:
@@ -196,7 +199,12 @@ class Method:
             raise ValueError(f"the method's state is of another kind of device: {error}") from None
 
     def _like_params(self, tensors: Gradients) -> list[Tensor | None]:
-        """One tensor for each parameter, where that lies now and in its precision."""
+        """One tensor for each parameter, where that lies now and in its precision. ValueError where they don't fit."""
+        sizes = [None if t is None else t.shape for t in tensors]
+        if len(sizes) != len(self.params) or any(
+            size not in (None, p.shape) for size, p in zip(sizes, self.params, strict=True)
+        ):
+            raise ValueError(f"the state of {type(self).__name__} is of other parameters than this one's")
         return [None if t is None else t.to(p.device, p.dtype) for t, p in zip(tensors, self.params, strict=True)]
 
 
