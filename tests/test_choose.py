@@ -115,6 +115,13 @@ def test_fresh_seeds_must_be_fresh(paths):
     assert done.stderr.strip() == ("error: fresh_seeds=[1, 2]: seed 1 is among those of the sweep, [0, 1]: name others")
 
 
+def test_fresh_seeds_set_all_of_a_run_s_seeds_and_so_none_is_set_apart(paths):
+    done = command("-m", *FAST, "seed=range(0,2)", "seeds.init=0", "fresh_seeds=[5,6]", *paths)
+    assert done.returncode == 2 and done.stderr.strip() == (
+        "error: fresh_seeds=[5, 6] set seeds.init as well, which is 0 beside seed=1 here: leave one of the two out"
+    )
+
+
 def test_a_child_starts_with_its_parents_encoder_and_its_own_head(tmp_path, paths):
     child = config("initialise_from=entailment", "train.lr=0", "checkpoint.keep_weights=true", *paths)
     parent = Config.load(child.parent)

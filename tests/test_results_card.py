@@ -79,6 +79,7 @@ def test_made_up_tasks_are_not_called_glue(tmp_path):
     planned = [plan("agreement", "tiny", "adamw", seed) for seed in (0, 1)]
     text = documents(tmp_path, planned, (0.6, 0.7), {"name": "tiny", "id": None, "revision": None, "path": None})[1]
     data = ModelCard(text).data
+    assert data.language == "en" and "single English tasks" in text
     assert data.datasets is None and data.base_model is None and "glue" not in data.tags
     assert "nyu-mll" not in text and "say nothing about language" in text and "random weights" in text
     assert "reconstruction" not in text
@@ -101,6 +102,7 @@ def test_each_task_is_called_what_it_is(tmp_path):
     report.write_tables(tables.build(frame), frame, "few", tmp_path / "runs", tmp_path / "tables")
     text = (tmp_path / "tables" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert ModelCard(text).data.datasets == ["aps/super_glue", "me/reviews", "nyu-mll/glue"]
+    assert ModelCard(text).data.language is None and "English" not in text  # nobody knows of what language reviews are
     (entry,) = yaml.safe_load(text.split("---\n")[1])["model-index"]
     shown = {(r["dataset"]["type"], r["dataset"]["config"]) for r in entry["results"]}
     assert shown == {("nyu-mll/glue", "sst2"), ("aps/super_glue", "boolq"), ("me/reviews", "default"),

@@ -94,8 +94,16 @@ def reseeded(configs: Sequence[Config], seeds: Sequence[int]) -> list[Config]:
 
 
 def check_fresh(configs: Sequence[Config]) -> list[int]:
-    """The fresh seeds of a sweep. UserError where one of them had a part in the choice."""
+    """The fresh seeds of a sweep. UserError where one of them had a part in the choice, or where a part of the seeds
+    was set apart, which they would set anew."""
     fresh = configs[0].fresh_seeds
+    for config in configs if fresh else ():
+        for name, value in vars(config.seeds).items():
+            if value != config.seed:
+                raise UserError(
+                    f"fresh_seeds={fresh} set seeds.{name} as well, which is {value} beside seed={config.seed} here: "
+                    "leave one of the two out"
+                )
     used = {seed for c in configs for seed in (c.seed, c.seeds.init, c.seeds.data)}
     if both := sorted(used & set(fresh)):
         raise UserError(f"fresh_seeds={fresh}: seed {both[0]} is among those of the sweep, {sorted(used)}: name others")

@@ -35,6 +35,7 @@ class Origin:
     builtin: bool
     hub: Hub | None
     noise: float = 0.0
+    ours: bool = True  # one of conf/task/, which are English
 
     @property
     def glue(self) -> bool:
@@ -60,7 +61,7 @@ def origins(frame: pd.DataFrame, configs: dict[tuple[str, str], dict]) -> dict[s
         hub, builtin = (own.hub, own.builtin) if own else (None, False)
         if "metrics" in task:  # in full, as it has been since tasks can be a user's own
             hub, builtin = Hub.model_validate(task["hub"]) if task.get("hub") else None, bool(task.get("builtin"))
-        found[label] = Origin(name, builtin, hub, (config.get("data") or {}).get("label_noise") or 0.0)
+        found[label] = Origin(name, builtin, hub, (config.get("data") or {}).get("label_noise") or 0.0, own is not None)
     return found
 
 
@@ -146,8 +147,9 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
         # The held-out part is none of the data set's splits, and its labels may be spoilt.
         if name.startswith(f"{which}.") and name.split(".")[1] != HELD_OUT and runs[name].notna().any()
     ]
+    of = "English " if all(task.ours for task in tasks.values()) else ""
     head = {
-        "language": "en",
+        "language": "en" if of else None,
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": [
@@ -194,7 +196,7 @@ training in all, on: {rendering.escape_markdown(facts.text("device"))}.
 
 ## Use
 
-To compare training methods. The models are trained on single English tasks, and nobody looked at how they treat \
+To compare training methods. The models are trained on single {of}tasks, and nobody looked at how they treat \
 people: they are not for decisions about anyone.
 """
 
