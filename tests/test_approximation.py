@@ -11,12 +11,13 @@ import torch
 from conftest import ROOT, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import permutation_test, ttest_rel
 from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_one
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat, trimmed
 from dsam.approximation.study import WEIGHTINGS, Cell, append, batch_of, finished_cells
-from dsam.approximation.summary import MEASURES, as_markdown, confirmation, figure, interval, overview, summarise
+from dsam.approximation.summary import MEASURES, as_markdown, compared, confirmation, figure, overview, summarise
 from dsam.config import CONF, Config, Train
 from dsam.errors import UserError
 from dsam.glue import Tokenised
@@ -146,10 +147,19 @@ def test_one_example_is_its_own_batch():
     assert row["guardedness_min"] == pytest.approx(1, rel=1e-5)
 
 
-def test_intervals_are_paired_and_cover():
-    rng = np.random.default_rng(0)
-    covered = [low <= 0.3 <= high for low, high in (interval(rng.normal(0.3, 1, 30)) for _ in range(200))]
-    assert 0.88 <= np.mean(covered) <= 0.99
+@pytest.mark.parametrize("batches", [8, 30])
+def test_a_setting_has_the_paired_t_test_s_interval_and_the_sign_flip_test_s_p(batches):
+    two = np.random.default_rng(batches).normal([0.3, 0.0], 1.0, (batches, 2))
+    found = compared("sst2 noise 0.4", pd.Series(two[:, 0] - two[:, 1]))
+    expected = ttest_rel(two[:, 0], two[:, 1]).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    swapped = permutation_test(
+        tuple(two.T), lambda a, b, axis: np.mean(a - b, axis), vectorized=True, permutation_type="samples", rng=0
+    )
+    assert found["p"] == pytest.approx(swapped.pvalue, abs=1e-9 if batches < 10 else 0.03)  # else both are drawn
+
+
+def test_a_weighting_is_nearer_where_cosine_and_error_are_both_told_from_chance():
     rows = [
         {"task": "t", "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, b + shift)}
         for b in range(8)

@@ -300,7 +300,7 @@ def test_conda_environment_lock_and_project_agree():
 def test_nothing_to_the_left_imports_what_is_to_the_right():
     order = ["text", "files", "signals", "errors", "progress"]
     order += ["config", "glue", "methods", "training", "runs", "sweeps"]
-    order += ["approximation", "sharpness", "benchmark", "results", "submission", "command_line"]
+    order += ["results", "approximation", "sharpness", "benchmark", "submission", "refusals", "command_line"]
     for place, package in enumerate(order):
         for file in [*(ROOT / "dsam").glob(f"{package}.py"), *(ROOT / "dsam").glob(f"{package}/**/*.py")]:
             for later in order[place + 1 :]:

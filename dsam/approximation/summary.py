@@ -1,13 +1,14 @@
-"""From the study's measurements to its table and figure: paired differences to uniform with bootstrap intervals."""
+"""From the study's measurements to its table and figure: differences to uniform weights, paired by batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import bootstrap
+
+from dsam.results.statistics import sign_flip_test, t_interval
 
 from .study import read_rows
 
@@ -23,27 +24,32 @@ MEASURES = (
 )
 OF_WRONG = ("wrong", "wrong_weight", "wrong_pull")
 """Measured where labels are wrong."""
+DECIDING = ("cosine", "error")
+"""Of which both say whether a weighting is nearer."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval (BCa, 9,999 draws, seeded) of the mean of paired differences; NaN below 5 of them."""
-    if len(differences) < 5 or np.ptp(differences) == 0:
-        return (float("nan"), float("nan"))
-    found = bootstrap((differences,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-    return float(found.low), float(found.high)
+LEVEL = 0.05
+RESAMPLES = 4999  # a test is made of every weighting, measure and setting
 
 
-def summarise(measured: pd.DataFrame) -> pd.DataFrame:
-    """One row per task, phase, ρ, weighting and measure: mean, and mean difference to uniform with its interval."""
+def compared(task: str, differences: pd.Series) -> dict[str, float]:
+    """The mean of a setting's differences, by batch, its 95 % t-interval, and p of the sign-flip test; batches are what
+    is drawn, as seeds are elsewhere."""
+    batches = pd.MultiIndex.from_product([[task], differences.index], names=["task", "seed"])
+    values = pd.Series(differences.to_numpy(), batches)
+    low, high = t_interval(values)
+    return {"difference": values.mean(), "low": low, "high": high, "p": sign_flip_test(values, RESAMPLES)[0]}
+
+
+def summarise(measured: pd.DataFrame, measures: Sequence[str] = (*MEASURES, *OF_WRONG)) -> pd.DataFrame:
+    """One row per task, phase, ρ, weighting and measure: mean, and mean difference to uniform with interval and p."""
     rows = []
     for (task, phase, rho), group in measured.groupby(["task", "phase", "rho"], sort=False):
-        for measure in (*MEASURES, *(name for name in OF_WRONG if name in measured)):
+        for measure in (name for name in measures if name in measured):
             table = group.pivot(index="batch", columns="weighting", values=measure)
             for weighting in group["weighting"].unique():
                 both = table[[weighting, "uniform"]].dropna() if weighting != "uniform" else table[["uniform"]].dropna()
-                difference = (both[weighting] - both["uniform"]).to_numpy()
-                low, high = interval(difference)
                 rows.append(
                     {
                         "task": task,
@@ -53,25 +59,23 @@ def summarise(measured: pd.DataFrame) -> pd.DataFrame:
                         "measure": measure,
                         "batches": len(both),
                         "mean": both[weighting].mean(),
-                        "difference": difference.mean(),
-                        "low": low,
-                        "high": high,
+                        **compared(task, both[weighting] - both["uniform"]),
                     }
                 )
     return pd.DataFrame(rows)
 
 
 def overview(summary: pd.DataFrame) -> pd.DataFrame:
-    """One row per weighting: in how many of the settings (task, phase, ρ) that have intervals it is nearer to the
-    per-instance gradient than uniform weights, or farther: by cosine and by relative error alike, both
-    intervals beyond 0."""
-    shown = summary[summary["measure"].isin(["cosine", "error"]) & (summary["weighting"] != "uniform")]
+    """One row per weighting: in how many of the settings (task, phase, ρ) of several batches it is nearer to the
+    per-instance gradient than uniform weights, or farther: by cosine and by relative error alike, each p ≤ 0.05."""
+    shown = summary[summary["measure"].isin(DECIDING) & (summary["weighting"] != "uniform")]
     rows = []
-    for weighting, mine in shown.groupby("weighting", sort=False):
-        table = mine.pivot(index=["task", "phase", "rho"], columns="measure", values=["low", "high"])
+    for weighting, mine in shown[shown["batches"] > 1].groupby("weighting", sort=False):
+        table = mine.pivot(index=["task", "phase", "rho"], columns="measure", values=["difference", "p"])
         table = table[table.notna().all(axis=1)]
-        nearer = (table["low", "cosine"] > 0) & (table["high", "error"] < 0)
-        farther = (table["high", "cosine"] < 0) & (table["low", "error"] > 0)
+        told = (table["p"] <= LEVEL).all(axis=1)
+        cosine, error = table["difference", "cosine"], table["difference", "error"]
+        nearer, farther = told & (cosine > 0) & (error < 0), told & (cosine < 0) & (error > 0)
         rows.append(
             {
                 "weighting": weighting,
@@ -86,18 +90,18 @@ def overview(summary: pd.DataFrame) -> pd.DataFrame:
 
 def confirmation(measured: pd.DataFrame, looked_at: Mapping[str, int]) -> pd.DataFrame:
     """The overview on the batches that no choice was made by: all but the first `looked_at[task]` of each task."""
-    return overview(summarise(measured[measured["batch"] >= measured["task"].map(looked_at).fillna(0)]))
+    return overview(summarise(measured[measured["batch"] >= measured["task"].map(looked_at).fillna(0)], DECIDING))
 
 
 def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None, times: pd.DataFrame | None = None) -> str:
-    """The overview, and that of the confirmation; then a table per task, phase and ρ, bold where the interval of the
-    difference lies beyond 0 on the better side, with each weighting's extra time from `times` (task, weighting, extra).
+    """The overview, and that of the confirmation; then a table per task, phase and ρ, bold where the difference is on
+    the better side and its p at most 0.05, with each weighting's extra time from `times` (task, weighting, extra).
     """
     extra = {} if times is None else times.set_index(["task", "weighting"])["extra"].to_dict()
     parts = [
-        "Differences to uniform weights (SAM), paired by batch, with 95 % bootstrap intervals. Settings in which "
-        "a weighting is nearer to the per-instance gradient, or farther, by cosine and relative error alike, both "
-        "intervals beyond 0:",
+        "Differences to uniform weights (SAM), paired by batch, with 95 % t-intervals; bold on the better side where a "
+        "sign-flip test has p ≤ 0.05. Settings in which a weighting is nearer to the per-instance gradient or farther, "
+        "by cosine and relative error alike, p ≤ 0.05 each:",
         overview(summary).to_markdown(index=False),
     ]
     if confirmed is not None:
@@ -129,7 +133,7 @@ def _cell(row: pd.Series, better: int, uniform: bool) -> str:
     if uniform:
         return f"{row['mean']:.3f}"
     text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-    return f"**{text}**" if min(better * row["low"], better * row["high"]) > 0 else text
+    return f"**{text}**" if better * row["difference"] > 0 and row["p"] <= LEVEL else text
 
 
 def figure(summary: pd.DataFrame) -> Figure:
