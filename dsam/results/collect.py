@@ -38,8 +38,16 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     planned = _planned(runs_dir, experiment)
     folders = list(planned) if experiment else sorted({*planned, *_run_folders(runs_dir)})
     frame = _frame([_expected(folder, planned.get(folder)) | _row(runs_dir, folder) for folder in folders])
-    frame.attrs["chosen"] = manifest.read(runs_dir, experiment).get("chosen", []) if experiment else []
+    frame.attrs["chosen"] = Chosen(manifest.read(runs_dir, experiment).get("chosen", []) if experiment else [])
     return frame
+
+
+class Chosen(list):
+    """Shared by all that pandas makes of a frame, which copies `attrs` for each row and column that is taken out of it:
+    half of the time that a report took."""
+
+    def __deepcopy__(self, memo) -> "Chosen":
+        return self
 
 
 def _planned(runs_dir: Path, experiment: str | None) -> dict[str, dict]:
