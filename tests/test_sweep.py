@@ -18,6 +18,7 @@ from dsam.command_line import CONF
 from dsam.config import Config, Launcher
 from dsam.errors import UserError
 from dsam.overrides import compose_config
+from dsam.runs.record import Record
 from dsam.sweeps import display, server
 from dsam.sweeps import sweep as sweeps
 from dsam.sweeps.planned import Planned
@@ -398,3 +399,18 @@ def test_the_time_left_counts_what_running_runs_have_behind_them(monkeypatch, ca
     assert end(runs[5], "finished", 0) == "about 26 s left"  # 3 alone has that before it
     clock += 30  # slower than those before: 114 s for 5 units, and 3 has 44 s of its two behind it
     assert end(runs[4], "finished", 34) == "about 2 s left"
+
+
+@pytest.mark.parametrize("refused, added", [
+    (OSError(28, "No space left on device"), "; nothing can be written to its folder: No space left on device"),
+    (FileNotFoundError(2, "No such file or directory"), ""),  # it never began
+])  # fmt: skip
+def test_a_run_that_can_leave_no_reason_is_said_to_lie_where_nothing_can_be_written(paths, monkeypatch, refused, added):
+    (one,) = sweeps.plan([Config.load(compose_config([*QUICK, *paths], CONF))])
+
+    def write(*given):
+        raise refused
+
+    monkeypatch.setattr(Record, "write", write)
+    sweeps._fail(one, "left with status 1 and no result")
+    assert (one.status, one.reason) == ("failed", f"left with status 1 and no result{added}")

@@ -341,8 +341,12 @@ def _conclude(one: _Running) -> None:
 def _fail(r: Planned, reason: str, status: str = "failed") -> None:
     """Here and in the folder of a run that has begun, where the tables look for it."""
     r.status, r.reason = status, reason
-    with contextlib.suppress(OSError):
+    try:
         r.record.write("failure.json", {"reason": reason, "log": str(r.identity.folder / "log.txt")})
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # which may be what it failed of, and could not leave there either
+        r.reason = f"{reason}; nothing can be written to its folder: {error.strerror}"
 
 
 def describe_exit(code: int | None) -> str:
