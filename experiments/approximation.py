@@ -58,6 +58,9 @@ def main() -> None:
         or not all(0 <= p <= 100 for p in given.phases)
     ):
         raise UserError("batches and batch size must be at least 1, every rho above 0, every phase from 0 to 100")
+    for name, values in (("tasks", given.tasks), ("phases", given.phases), ("rho", [f"{r:.6g}" for r in given.rho])):
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} {' '.join(map(str, values))}: give each once")
     # What stands behind --looked-at may be the settings that follow it.
     tasks = {*given.tasks, *shipped()}
     settings = [pair for pair in given.looked_at if "=" in pair and pair.partition("=")[0] not in tasks]

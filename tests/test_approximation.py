@@ -16,7 +16,7 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat, trimmed
-from dsam.approximation.study import WEIGHTINGS, Cell, append, batch_of, finished_cells
+from dsam.approximation.study import WEIGHTINGS, Cell, append, at_phase, batch_of, finished_cells
 from dsam.approximation.summary import MEASURES, as_markdown, compared, confirmation, figure, overview, summarise
 from dsam.config import CONF, Config, Train
 from dsam.errors import UserError
@@ -247,6 +247,30 @@ def test_every_phase_has_its_mark():
     assert len(figure(summarise(pd.DataFrame(rows))).axes[0].containers) == 9
 
 
+def test_a_phase_has_one_mark_in_all_panels_and_a_name_in_the_legend():
+    rows = [
+        {"task": t, "phase": p, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.5 + b)}
+        for t, phases in (("one", (100,)), ("two", (25, 100)))
+        for p in phases
+        for b in range(2)
+        for w in ("uniform", "gap")
+    ]
+    drawn = figure(summarise(pd.DataFrame(rows)))
+    first, second = ({c.get_label(): c.lines[0].get_color() for c in ax.containers} for ax in drawn.axes)
+    assert set(second) == {"25 %", "100 %"} and first == {"100 %": second["100 %"]}
+    legend = drawn.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["25 %", "100 %"]
+
+
+def test_before_the_first_step_a_study_measures_what_a_run_starts_from(tmp_path):
+    """With `initialise_from` that is the other run's encoder."""
+    (config,) = study_of(tmp_path, "train.max_steps=2", "checkpoint.keep_at=[1]", "initialise_from=entailment")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"lr": 0.0})})
+    config = Config.load(config.to_dict())  # whose parent trains at its own rate
+    at_start, trained = (at_phase(config, phase)[0].network.base_model.state_dict() for phase in (0, 1))
+    assert all(torch.equal(value, trained[name]) for name, value in at_start.items())
+
+
 @pytest.mark.slow
 def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
     there = ROOT / "results" / "approximation"
@@ -302,6 +326,8 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
                     script="approximation.py")  # fmt: skip
     assert (other.returncode, len(other.stderr.strip().splitlines())) == (2, 1) and "measured with run" in other.stderr
     assert (tmp_path / "out" / "measurements.csv").read_text() == after
+    twice = command(*arguments, "--rho", "0.1", "0.1000000001", script="approximation.py")
+    assert (twice.returncode, twice.stderr) == (2, "error: --rho 0.1 0.1: give each once\n")
     wrong = command(*arguments, "--batches", "0", script="approximation.py")
     assert wrong.returncode == 2
     assert len(wrong.stderr.strip().splitlines()) == 1

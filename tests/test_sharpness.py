@@ -286,6 +286,36 @@ def test_numbers_stay_where_a_figure_cannot_be_written(run, tmp_path, monkeypatc
         assert json.loads((tmp_path / place / "sharpness.json").read_text())["loss"] > 0
 
 
+@pytest.mark.slow
+def test_what_was_measured_before_is_neither_lost_nor_left_beside_what_it_is_not_of(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    few = [*("--examples", "4", "--line", "3", "--eigenvalues", "0", "--probes", "2"), "--out", str(out)]
+    main([str(run), *few, "--grid", "3"])
+    assert (out / "plane.png").exists() and (out / "line.pdf").exists()
+    main([str(run), *few, "--grid", "0", "--rho", "0.1"])
+    assert not (out / "plane.png").exists() and not (out / "plane.pdf").exists() and (out / "line.pdf").exists()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsam.sharpness.measure.plane", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(run), *few, "--grid", "3", "--rho", "0.2"])
+    kept = json.loads((out / "sharpness.json").read_text())
+    assert kept["rise"]["rho"] == 0.2 and kept["trace"]["probes"] == 2 and kept["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_other_data_than_the_run_s_are_refused(run, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(run, there, ignore=shutil.ignore_patterns("sharpness"))
+    noted = json.loads((there / "provenance.json").read_text())
+    noted["identity"]["data"] = "local rte 0123"
+    (there / "provenance.json").write_text(json.dumps(noted))
+    with pytest.raises(UserError, match=r"was made with the data 'local rte 0123', and these are 'builtin "):
+        main([str(there), *QUICK])
+
+
 @pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf], [1e8] * 4])
 def test_a_loss_that_is_not_finite_is_left_blank(losses, tmp_path):
     plane_figure([-1.0, 1.0], np.reshape(losses, (2, 2)), "far").savefig(tmp_path / "plane.png")
@@ -312,6 +342,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path):
         ([str(unfinished)], "has no result.json"),
         ([str(bare)], "checkpoint.keep_weights=true"),
         ([str(broken)], "cannot read the weights"),
+        ([str(run), "--seed", "-1"], "--seed -1 must be at least 0"),
         ([str(run), "--rho", "0"], "--rho 0.0 must be above 0"),
         ([str(run), "--grid", "2"], "--grid 2 must be 0 or at least 3"),
         ([str(run), "--examples", "many"], "invalid int value"),

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import write_atomically
 from ..methods import ExampleLosses, make_weighting
 from ..runs.identity import identify
-from ..runs.run import Ready, prepare, run
+from ..runs.run import Ready, prepare, run, take_up_parent
 from ..text import first_line
 from ..training.batches import pieces, training_subset
 from .oracle import HINDSIGHT, Oracle
@@ -96,6 +96,7 @@ def at_phase(config: Config, phase: int) -> tuple[Ready, glue.Tokenised]:
     that is not done."""
     if phase == 0:
         ready = prepare(without_tf32(config))
+        take_up_parent(config, ready)
     else:
         run(config)
         folder = identify(config).folder / f"at-{phase}"

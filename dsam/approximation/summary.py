@@ -140,14 +140,15 @@ def figure(summary: pd.DataFrame) -> Figure:
     """Differences to uniform of the gradient's cosine, a panel per task and ρ, a mark per phase."""
     shown = summary[(summary["measure"] == "cosine") & (summary["weighting"] != "uniform")]
     tasks, rhos = list(shown["task"].unique()), sorted(shown["rho"].unique())
-    names = list(shown["weighting"].unique())
+    names, phases = list(shown["weighting"].unique()), sorted(shown["phase"].unique())
     drawn = Figure(figsize=(3.1 * len(rhos) + 1.6, 0.2 * len(names) * len(tasks) + 1.2), layout="constrained")
     axes = drawn.subplots(len(tasks), len(rhos), sharey=True, squeeze=False)
     for i, task in enumerate(tasks):
         for j, rho in enumerate(rhos):
             ax = axes[i][j]
             here = shown[(shown["task"] == task) & (shown["rho"] == rho)]
-            for k, (phase, mine) in enumerate(here.groupby("phase")):
+            for phase, mine in here.groupby("phase"):
+                k = phases.index(phase)
                 place = np.array([names.index(w) for w in mine["weighting"]]) + 0.18 * (k - 0.5)
                 lengths = np.nan_to_num(np.array([mine["difference"] - mine["low"], mine["high"] - mine["difference"]]))
                 ax.errorbar(
@@ -167,7 +168,13 @@ def figure(summary: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(5))
             ax.grid(axis="x", lw=0.3)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(title="of fine-tuning", fontsize=7, title_fontsize=7)
+    marks = {}  # a task may have been measured at some of the phases alone
+    for ax in axes.flat:
+        marks |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    shown_phases = [f"{phase} %" for phase in phases]
+    axes[0][-1].legend(
+        [marks[name] for name in shown_phases], shown_phases, title="of fine-tuning", fontsize=7, title_fontsize=7
+    )
     drawn.supxlabel(
         "difference to uniform (SAM) of the cosine with the per-instance gradient, 95 % interval", fontsize=8
     )

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -90,9 +91,13 @@ def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], 
     settings = [text for text in given if "=" in text and not Path(text).is_dir()]
     paths = [Path(text) for text in given if text not in settings]
     names = [s.split("=", 1)[1] for s in settings if s.startswith("experiment=")]
-    wanted = [
-        s for s in check(manifest.configurations_of(settings), CONF, more) if s.startswith(("experiment=", "paths."))
-    ]
+    wanted = check(manifest.configurations_of(settings), CONF, more)
+    for setting in wanted:
+        if not setting.startswith(("experiment=", "paths.")):
+            raise UserError(
+                f"{setting} has no effect on runs that are there: name them by experiment=NAME, paths.runs=DIR or "
+                "their folders; WANDB_ENTITY is whose they become, where they name nobody"
+            )
     runs = Path(compose_config(wanted, CONF, more=more).paths.runs).expanduser()
     if paths:
         if names:
@@ -207,7 +212,8 @@ def refusal(written: Path) -> str | None:
 def upload(run: Run, server: str) -> dict:
     """What SYNCED holds after the upload."""
     tracking = run.config["tracking"]
-    return {"digest": run.digest, "server": server, "entity": tracking["entity"], "project": tracking["project"]}
+    entity = tracking["entity"] or os.environ.get("WANDB_ENTITY")
+    return {"digest": run.digest, "server": server, "entity": entity, "project": tracking["project"]}
 
 
 def uploaded(run: Run, server: str) -> bool:

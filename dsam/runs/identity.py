@@ -54,7 +54,7 @@ def identify(config: Config) -> Identity:
     contents: dict[str, Any] = {
         "record_version": RECORD_VERSION,
         "task": config.task.name,
-        "data": _data_fingerprint(config.task, config.data.source, config.data.root, config.data.revision),
+        "data": data_fingerprint(config),
         "model": model_fingerprint(config.model),
         "method": config.optimizer.method,
         "steps_factor": config.optimizer.steps_factor,
@@ -106,6 +106,11 @@ def _settings(task: Task) -> dict:
     settings = task.model_dump(exclude={"title", "rows", "files"})
     read = {split: [file.model_dump(exclude={"path"}) for file in task.files_of(split)] for split in task.files}
     return settings | {"files": read}
+
+
+def data_fingerprint(config: Config) -> str:
+    """What tells whether the data are still those that a run was made with. UserError where they cannot be read."""
+    return _data_fingerprint(config.task, config.data.source, config.data.root, config.data.revision)
 
 
 def _data_fingerprint(task: Task, source: str, root: str | None, revision: str | None) -> str:

@@ -57,15 +57,20 @@ def run(config: Config) -> dict:
                     _keep_afterwards(config, record, result)
         return result
     ready = prepare(config)
-    if config.parent:
-        parent = Config.load(config.parent)
-        run(parent)
-        models.start_from(ready.network, kept_weights(parent))
+    take_up_parent(config, ready)
     with record.worked_on(), memory_said(ready.device):
         result = record.result() or _train(config, identity, record, ready)
         if lacks_weights(config, record.folder, result):  # it went on from after where they would have been kept
             _keep_afterwards(config, record, result)
         return result
+
+
+def take_up_parent(config: Config, ready: "Ready") -> None:
+    """Gives the network the encoder of the run that it starts from (`initialise_from`), if any, which is done first."""
+    if config.parent:
+        parent = Config.load(config.parent)
+        run(parent)
+        models.start_from(ready.network, kept_weights(parent))
 
 
 def _keep_afterwards(config: Config, record: Record, result: dict) -> None:

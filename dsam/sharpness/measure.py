@@ -20,7 +20,9 @@ from ..files import for_json, write_atomically
 from ..methods import ExampleLosses
 from ..methods.perturbation import total_norm
 from ..progress import Stages
+from ..runs.identity import RECORD_VERSION, data_fingerprint
 from ..runs.kept import read_run
+from ..runs.record import Record
 from ..runs.run import load_data
 from ..text import first_line
 from ..training import model as models
@@ -31,6 +33,7 @@ from .objective import Objective
 from .rise import rises
 from .surface import filter_normalised, line, line_figure, plane, plane_figure
 
+FIGURES = ("line", "plane")
 EXPECTED_PRODUCTS = 40  # of Lanczos; only for the time left
 
 
@@ -53,7 +56,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0 [the run's]")
     parser.add_argument("--out", type=Path, default=None, help="[RUN/sharpness/WEIGHTS]")
     options = parser.parse_args(list(arguments))
-    for name, smallest in (("examples", 1), ("batch", 1), ("eigenvalues", 0), ("probes", 0), ("line", 0), ("grid", 0)):
+    for name, smallest in (
+        ("examples", 1),
+        ("batch", 1),
+        ("eigenvalues", 0),
+        ("probes", 0),
+        ("line", 0),
+        ("grid", 0),
+        ("seed", 0),
+    ):
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise UserError(f"--{name} {value} must be at least {smallest}")
@@ -77,11 +88,23 @@ def main(arguments: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
-    found, drawn = measure(config, options)
-    found = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed")}} | found
+    require_same_data(config, options.run)
+    of_run = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed", "status")}}
+
+    def keep(found: dict) -> None:
+        try:
+            write_atomically(out / "sharpness.json", json.dumps(for_json(of_run | found), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
+
+    found, drawn = measure(config, options, keep)
+    keep(found)
     print(summary(found))
     try:
-        write_atomically(out / "sharpness.json", json.dumps(for_json(found), indent=2) + "\n")
+        for name in FIGURES:
+            if name not in drawn:  # an earlier measurement's
+                for suffix in ("png", "pdf"):
+                    (out / f"{name}.{suffix}").unlink(missing_ok=True)
         for name, draw in drawn.items():
             figure = draw()
             for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
@@ -89,6 +112,13 @@ def main(arguments: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
     print(out)
+
+
+def require_same_data(config: Config, folder: Path) -> None:
+    """UserError where the data that lie there now are not those that the run was made with."""
+    made_with = (Record(folder).provenance() or {}).get("identity") or {}
+    if made_with.get("record_version") == RECORD_VERSION and made_with.get("data") != (now := data_fingerprint(config)):
+        raise UserError(f"{folder} was made with the data '{made_with.get('data')}', and these are '{now}'")
 
 
 def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:
@@ -106,8 +136,11 @@ def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.To
     return network.to(device).eval(), data[config.task.train[0]]
 
 
-def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
-    """(what sharpness.json holds, {file name: what draws its figure})."""
+def measure(
+    config: Config, options: argparse.Namespace, keep: Callable[[dict], None] = lambda found: None
+) -> tuple[dict, dict]:
+    """(what sharpness.json holds, {file name: what draws its figure}). `keep` is handed what there is after each part
+    that takes long."""
     started = time.monotonic()
     device = choose_device(without_tf32(config))
     network, examples = load(config, device)
@@ -156,6 +189,7 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
             "instance": mean_and_error(of_instances),
         }
 
+        keep(found)
         spectrum = None
         if options.eigenvalues:
             stages.enter("eigenvalues", EXPECTED_PRODUCTS * 6 * len(batches))
@@ -173,10 +207,12 @@ def measure(config: Config, options: argparse.Namespace) -> tuple[dict, dict]:
                 "largest": "in size" if options.in_size else "algebraically",
                 "products": spectrum.products,
             }
+            keep(found)
         if options.probes:
             stages.enter("trace")
             estimate, error = trace(objective, options.probes, seed=options.seed)
             found["trace"] = {"mean": estimate, "standard_error": error, "probes": options.probes}
+            keep(found)
 
         generator = torch.Generator().manual_seed(options.seed)
         first, second = filter_normalised(params, generator), filter_normalised(params, generator)
