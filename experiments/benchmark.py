@@ -13,6 +13,7 @@ what one takes of a training. Each writes results/speed/<what>.json and .md, as 
 
 import argparse
 import sys
+import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -41,6 +42,10 @@ MEASURES = {
     "norms": (lambda config, given: norms.measure(config, config.train.max_length, given.rounds), table.costs),
 }
 """What can be measured: (how, the rows of its table)."""
+USED = {what: {"batches"} for what in MEASURES} | {"norms": set(), "scaling": {"shapes", "points"}}
+USED["steps"] |= {"methods"}
+USED["packing"] |= {"at_once"}
+"""Which of the arguments that only some take each of them does."""
 
 
 def arguments() -> argparse.Namespace:
@@ -58,7 +63,21 @@ def arguments() -> argparse.Namespace:
     # --methods takes what follows it; settings hold a =, which no method's name does.
     given.settings += [name for name in given.methods if "=" in name]
     given.methods = [name for name in given.methods if "=" not in name] or steps.contenders()
+    for name in ("methods", "shapes", "points", "at_once", "batches"):
+        if name not in USED[given.what] and getattr(given, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect on --what {given.what}")
     return given
+
+
+def require_writable(out: Path) -> None:
+    """UserError where the figures could not be written once they are there."""
+    if out.suffix != ".json" or out.is_dir():
+        raise UserError(f"--out {out} must name a .json file, beside which a .md is written")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; set --out FILE.json") from None
 
 
 def point(text: str) -> tuple[int, int]:
@@ -80,7 +99,9 @@ def main() -> None:
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]
     out = given.out or Path("results") / "speed" / f"{given.what}.json"
+    require_writable(out)
     measured: dict[str, list] = {}
+    of_task: dict[str, dict] = {}
     for task in tasks[-1] if tasks else ["agreement"]:
         config = Config.load(compose_config(check([f"task={task}", *rest], CONF), CONF))
         device = choose_device(config)
@@ -88,11 +109,14 @@ def main() -> None:
         if given.what == "scaling":
             task, settings = "full rows of random tokens", settings | {"precision": config.train.precision}
         else:
-            settings |= {"model": config.model.name, "batches": given.batches} | config.train.model_dump()
+            settings |= {"model": config.model.name}
+            settings |= {"batches": given.batches} if "batches" in USED[given.what] else {}
+            settings |= config.train.model_dump()
+        of_task[task] = settings
         try:
             for found in measure(config, given):  # what comes late must not cost what is there
                 measured.setdefault(task, []).append(found)
-                table.write(measured, as_rows, device, settings, out)
+                table.write(measured, as_rows, device, of_task, out)
                 if given.what == "scaling":
                     scaling.draw(measured[task], out)
         except (BrokenProcessPool, torch.OutOfMemoryError):

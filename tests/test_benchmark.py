@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -95,8 +96,14 @@ def test_norms_take_a_regression_too(config):
                                         f"paths.cache={config.paths.cache}"], CONF))  # fmt: skip
     model, batch = norms._setting(score, 8)
     for way in norms.WAYS:
-        norms._once(model, batch, way)
+        norms._once(model, batch, way, None)
     assert batch["labels"].is_floating_point()
+    seen = []
+    model.register_forward_hook(lambda module, given, output: seen.append(output.logits.dtype))
+    norms._once(model, batch, "exact norms", norms._autocast(score))
+    half = score.model_copy(update={"train": score.train.model_copy(update={"precision": "bfloat16"})})
+    norms._once(model, batch, "exact norms", norms._autocast(half))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_batches_are_cut_as_a_run_on_that_device_cuts_them(config, monkeypatch):
@@ -151,6 +158,14 @@ def test_scaling_keeps_each_point_and_draws_them(tmp_path):
     assert [(p["batch"], p["length"]) for p in points] == [(1, 8), (2, 8)]
     assert written["settings"] == {"threads": 1, "rounds": 1, "precision": "bfloat16"}
     assert out.with_suffix(".png").stat().st_size > 1e4 and out.with_suffix(".pdf").read_bytes()[:4] == b"%PDF"
+    for given, said in (
+        (["--what", "norms", "--batches", "2"], "--batches has no effect on --what norms"),
+        (["--what", "shares", "--methods", "sam"], "--methods has no effect on --what shares"),
+        (["--out", str(tmp_path)], f"--out {tmp_path} must name a .json file, beside which a .md is written"),
+        (["--out", f"{out}/x.json"], f"cannot write {out}/x.json: File exists; set --out FILE.json"),
+    ):
+        wrong = command(*given, script="benchmark.py")
+        assert (wrong.returncode, wrong.stderr) == (2, f"error: {said}\n")
     wrong = command("--what", "scaling", "--points", "2x", script="benchmark.py")
     assert wrong.returncode == 2 and "--points" in wrong.stderr and wrong.stderr.count("\n") == 1
 
@@ -219,6 +234,38 @@ def test_their_sam_takes_the_same_step():
             step([ExampleLosses(model, {k: v[part] for k, v in batch.items()}) for part in closures])
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (ends[0] - ends[1]).abs().max() < 1e-8  # three steps of lr 1e-6 move a weight by 3e-6
+
+
+def test_what_tasks_have_in_common_stands_once_and_what_not_beside_each(tmp_path):
+    both = {"cola": {"rounds": 1, "batch_size": 16}, "sst2": {"rounds": 1, "batch_size": 32}}
+    timed = {task: [steps.Timed("adamw", 1.0, 1.0, None)] for task in both}
+    table.write(timed, table.rows, torch.device("cpu"), both, tmp_path / "b.json")
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["settings"] == {"rounds": 1}
+    assert written["settings_by_task"] == {"cola": {"batch_size": 16}, "sst2": {"batch_size": 32}}
+    cola, sst2 = (tmp_path / "b.md").read_text().split("\n## ")[1:]
+    assert "- batch_size: 16\n" in cola and "- batch_size: 32\n" in sst2
+
+
+def test_a_method_whose_memory_does_not_suffice_keeps_its_time(config, monkeypatch, capsys):
+    class Died:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, *_):
+            return self
+
+        def result(self):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(steps, "process", Died)
+    (timed,) = steps.measure(config, ["adamw"], 1, 1)
+    assert timed.seconds > 0 and timed.peak_memory_bytes is None
+    assert "adamw's memory is not known" in capsys.readouterr().err
+    assert table.rows([timed])["peak memory, GB"].isna().all()
 
 
 def test_ways_to_pad_are_timed_on_the_same_tokens(config):

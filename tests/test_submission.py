@@ -23,6 +23,7 @@ from dsam.runs.run import run
 from dsam.submission import choose, formats
 from dsam.submission.make import main
 from dsam.task import get_task
+from dsam.training.loop import predict
 
 pytestmark = pytest.mark.slow
 
@@ -166,7 +167,7 @@ def matthews(truth, answers):
     return covariance(x, y) / (covariance(x, x) * covariance(y, y)) ** 0.5
 
 
-def test_runs_json_says_which_run_each_file_is_from_and_ax_is_scored(made, root, runs, small, capsys):
+def test_runs_json_says_which_run_each_file_is_from_and_ax_is_scored(made, root, runs, small, capsys, monkeypatch):
     files = json.loads((made / "runs.json").read_text())["files"]
     assert {name: file["run"] for name, file in files.items()} == {n: str(runs[FILES[n][0]]) for n in FILES}
     assert {name: file["rows"] for name, file in files.items()} == ROWS
@@ -180,6 +181,14 @@ def test_runs_json_says_which_run_each_file_is_from_and_ax_is_scored(made, root,
     main(["--ax", str(runs["mnli"])])
     assert f"AX: Matthews correlation {expected:.4f}\n" in capsys.readouterr().out
     assert json.loads((runs["mnli"] / "ax.json").read_text()) == files["AX.tsv"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dsam.submission.make.write_atomically", full)
+    with pytest.raises(UserError, match=r"^cannot write .*ax\.json: No space left on device"):
+        main(["--ax", str(runs["mnli"])])
+    assert f"AX: Matthews correlation {expected:.4f}\n" in capsys.readouterr().out  # said before it could not be kept
 
 
 def test_a_tf32_run_answers_in_float32_wherever(runs, small, tmp_path):
@@ -311,7 +320,7 @@ def refused(*arguments):
     return str(error.value)
 
 
-def test_runs_that_cannot_answer_are_refused(runs, root, small, tmp_path):
+def test_runs_that_cannot_answer_are_refused(runs, root, small, tmp_path, monkeypatch):
     def copy(name, without=None, change=None):
         folder = tmp_path / name
         shutil.copytree(runs["rte"], folder)
@@ -339,7 +348,12 @@ def test_runs_that_cannot_answer_are_refused(runs, root, small, tmp_path):
     weights = load_file(swapped / "best" / "model.safetensors")
     negated = {n: -t if n.startswith("classifier.") else t for n, t in weights.items()}
     save_file(negated, swapped / "best" / "model.safetensors", metadata={"format": "pt"})
-    assert "on the development set where the run recorded" in refused("--runs", swapped, *out)
+    asked = []
+    monkeypatch.setattr(
+        "dsam.submission.predict.predict", lambda task, rows, *more: asked.append(rows) or predict(task, rows, *more)
+    )
+    assert "on the development set where the run recorded" in refused("--runs", runs["cola"], swapped, *out)
+    assert len(asked) == 2 and all(rows.labels is not None for rows in asked)  # and no test set in vain
 
     short = tmp_path / "glue"
     shutil.copytree(root / "RTE", short / "RTE")

@@ -29,12 +29,13 @@ class Cost:
 def measure(config: Config, length: int, rounds: int) -> list[Cost]:
     """All ways in turn on one batch of `train.batch_size` full rows of `length` random tokens."""
     model, batch = _setting(config, length)
+    autocast = _autocast(config)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(rounds + 1):
         print(f"norms: round {turn}/{rounds}", file=sys.stderr, flush=True)
         for way in WAYS:
             began = time.perf_counter()
-            _once(model, batch, way)
+            _once(model, batch, way, autocast)
             if turn:
                 seconds[way].append(time.perf_counter() - began)
     memory = []
@@ -55,16 +56,24 @@ def _setting(config: Config, length: int) -> tuple[nn.Module, dict]:
     return ready.network.train(), {name: value.to(ready.device) for name, value in batch.items()}
 
 
-def _once(model: nn.Module, batch: dict, way: str) -> None:
+def _autocast(config: Config) -> torch.dtype | None:
+    return torch.bfloat16 if config.train.precision == "bfloat16" else None
+
+
+def _once(model: nn.Module, batch: dict, way: str, autocast: torch.dtype | None) -> None:
+    def losses_of() -> torch.Tensor:
+        with torch.autocast(batch["labels"].device.type, autocast, enabled=autocast is not None):
+            logits = model(**inputs).logits
+        return example_losses(logits.float(), batch["labels"])
+
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     params = [p for p in model.parameters() if p.requires_grad]
     if way == "backward":
-        losses = example_losses(model(**inputs).logits, batch["labels"])
-        torch.autograd.grad(losses.mean(), params, allow_unused=True)
+        torch.autograd.grad(losses_of().mean(), params, allow_unused=True)
     else:
         gradients = PerExampleGradients(model, params)
         with gradients.record():
-            losses = example_losses(model(**inputs).logits, batch["labels"])
+            losses = losses_of()
         gradients.backward(losses)
         gradients.squared_norms()
         if way == "exact norms and the gradient":
@@ -76,5 +85,5 @@ def _once(model: nn.Module, batch: dict, way: str) -> None:
 def _peak(config: Config, length: int, way: str) -> int:
     model, batch = _setting(config, length)
     for _ in range(2):
-        _once(model, batch, way)
+        _once(model, batch, way, _autocast(config))
     return peak_memory(batch["labels"].device)

@@ -66,7 +66,8 @@ _run: list = []
 def _start(config: Config, batches: int) -> None:
     ready = prepare(config)
     order = epoch_order(len(ready.data[ready.task.train[0]]), config.seeds.data, 0)
-    _run[:] = Steps(config, ready), order[: batches * config.train.batch_size], batches
+    order = order[: batches * config.train.batch_size]
+    _run[:] = Steps(config, ready), order, -(-len(order) // config.train.batch_size)  # a small training set has fewer
 
 
 def _steps(threads: int) -> tuple[float, int]:

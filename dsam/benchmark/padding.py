@@ -48,7 +48,7 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
             made = Steps(chosen, ready, called, optimizer, seen)
             optimizer = made.optimizer
             steps[method, name] = made, rows
-            tokens[method, name] = made.tokens(rows) / batches
+            tokens[method, name] = made.tokens(rows) / -(-len(order) // size)
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {both: [] for both in steps}
     contenders = list(steps.items())
     for turn in range(rounds):

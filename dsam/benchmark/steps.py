@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -56,7 +57,7 @@ class Timed:
     name: str
     seconds: float  # a step, the median over rounds of the mean over batches
     passes: float  # forward-backward passes of a step, a no-grad forward being a third
-    peak_memory_bytes: int  # of a process that takes a few steps of this method alone
+    peak_memory_bytes: int | None  # of a process that takes a few steps of this method alone; None: it died of them
 
 
 def batches(
@@ -222,10 +223,15 @@ def measure(config: Config, names: Sequence[str], batches: int, rounds: int) -> 
     return [Timed(name, statistics.median(seconds[name]), passes[name], memory[name]) for name in names]
 
 
-def memory_of(config: Config, name: str) -> int:
-    """Peak bytes of a fresh process that takes two steps: a GPU's allocator's, or on a CPU everything resident."""
+def memory_of(config: Config, name: str) -> int | None:
+    """Peak bytes of a fresh process that takes two steps: a GPU's allocator's, or on a CPU everything resident. None,
+    said, where it had not enough: the times that were taken before stay."""
     with process() as apart:
-        return apart.submit(_two_steps, config, name).result()
+        try:
+            return apart.submit(_two_steps, config, name).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            print(f"{config.task.name}: {name}'s memory is not known: a process of its own died of it", file=sys.stderr)
+            return None
 
 
 def process(start: Callable | None = None, *arguments) -> ProcessPoolExecutor:

@@ -33,7 +33,7 @@ def rows(measured: Sequence[Timed]) -> pd.DataFrame:
             "/ adamw": timed.seconds / plain.seconds if plain else None,
             "/ sam": timed.seconds / sam.seconds if sam else None,
             "passes": timed.passes,
-            "peak memory, GB": timed.peak_memory_bytes / 1e9,
+            "peak memory, GB": timed.peak_memory_bytes and timed.peak_memory_bytes / 1e9,
             "floor, seconds": timed.passes * plain.seconds if plain else None,
         }
         for timed in measured
@@ -146,21 +146,28 @@ def write(
     measured: Mapping[str, Sequence[Timed | Throughput | Cost | Point | Packed | Share | Saved | Way]],
     as_rows: Callable[[Sequence], pd.DataFrame],
     device: torch.device,
-    settings: dict,
+    settings: Mapping[str, dict],
     path: Path,
 ) -> None:
-    """`path` (JSON: figures, device, settings, versions) and the same as tables in Markdown beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`path` (JSON: figures, device, settings, versions) and the same as tables in Markdown beside it.
+
+    `settings`: by task; what is the same for all stands once.
+    """
+    first = next(iter(settings.values()))
+    common = {k: v for k, v in first.items() if all(k in of and of[k] == v for of in settings.values())}
+    own = {task: {k: v for k, v in of.items() if k not in common} for task, of in settings.items()}
     contents = {
-        "settings": settings,
+        "settings": common,
+        **({"settings_by_task": own} if any(own.values()) else {}),
         "provenance": provenance(device, {}) | {"command": published(sys.argv)},
         "measured": {task: [asdict(timed) for timed in found] for task, found in measured.items()},
     }
     write_atomically(path, json.dumps(contents, indent=1) + "\n")
     parts = [f"Device: {contents['provenance']['device']}"]
-    parts += [f"{name}: {value}" for name, value in settings.items()]
+    parts += [f"{name}: {value}" for name, value in common.items()]
     text = "\n".join(f"- {part}" for part in parts) + "\n"
     for task, found in measured.items():
         table = as_rows(found).to_markdown(index=False, floatfmt=".3f")
-        text += f"\n## {task}\n\n{table}\n"
+        said = "".join(f"- {name}: {value}\n" for name, value in own[task].items())
+        text += f"\n## {task}\n\n{said + chr(10) if said else ''}{table}\n"
     write_atomically(path.with_suffix(".md"), text)

@@ -17,7 +17,7 @@ from ..task import get_task
 from . import choose, formats
 from .choose import Run
 from .formats import FILES
-from .predict import Answered, Prepared, answer, prepare, score_on_ax
+from .predict import Answered, Prepared, answer, prepare, recognise, score_on_ax
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -73,9 +73,14 @@ def make(options: argparse.Namespace) -> None:
     prepared = {task: prepare(run, test_sets(task)) for task, run in runs.items()}
     answered: dict[str, Answered] = {}
     with Stages("test sets", sum(p.examples for p in prepared.values())) as stages:
+        # All weights are known to be those of their runs before the first of the long test sets.
+        recognised: dict[str, Answered] = {}
+        for task, what in prepared.items():
+            stages.enter(f"{task}, development")
+            recognised[task] = recognise(what, stages.passed)
         for task, what in prepared.items():
             stages.enter(task)
-            answered[task] = answer(what, stages.passed)
+            answered[task] = answer(what, recognised[task], stages.passed)
 
     contents, sources, origins = {}, {}, {}
     for file in FILES:
@@ -90,14 +95,17 @@ def make(options: argparse.Namespace) -> None:
             sources[file.name] = source(file, prepared[task], answered[task])
             run = runs[task]
             origins[file.name] = f"{run.folder} (seed {run.result['seed']}, development {run.score:.4f})"
-    archive = formats.write(options.out, contents)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    write_atomically(
-        options.out / "runs.json", json.dumps(for_json({"zip_sha256": digest, "files": sources}), indent=1) + "\n"
-    )
-    print(table(formats.validate(archive), origins))
     if "mnli" in runs:
         print(ax_line(score_on_ax(prepared["mnli"], answered["mnli"])))
+    try:
+        archive = formats.write(options.out, contents)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        write_atomically(
+            options.out / "runs.json", json.dumps(for_json({"zip_sha256": digest, "files": sources}), indent=1) + "\n"
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror or error}; set --out DIR") from None
+    print(table(formats.validate(archive), origins))
     if filled:
         print(f"constant answers, which no run gave: {', '.join(filled)}")
     print(archive)
@@ -162,11 +170,13 @@ def ax(options: argparse.Namespace) -> None:
     if prepared.data["ax"]["test"].labels is None:
         raise UserError("AX's labels are only in diagnostic-full.tsv: put it into diagnostic/ of --data-root DIR")
     with Stages("AX", prepared.examples) as stages:
-        answered = answer(prepared, stages.passed)
-    score = score_on_ax(prepared, answered)
-    file = next(file for file in FILES if file.task == "ax")
-    write_atomically(run.folder / "ax.json", json.dumps(for_json(source(file, prepared, answered)), indent=1) + "\n")
-    print(ax_line(score))
+        answered = answer(prepared, recognise(prepared, stages.passed), stages.passed)
+    print(ax_line(score_on_ax(prepared, answered)))
+    said = source(next(file for file in FILES if file.task == "ax"), prepared, answered)
+    try:
+        write_atomically(run.folder / "ax.json", json.dumps(for_json(said), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run.folder / 'ax.json'}: {error.strerror or error}") from None
     print(run.folder / "ax.json")
 
 

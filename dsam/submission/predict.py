@@ -1,7 +1,7 @@
 """A finished run's answers to test sets, given only where its weights give the development score that it recorded."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -69,22 +69,14 @@ def prepare(run: Run, others: Mapping[str, tuple[str, ...]]) -> Prepared:
     return Prepared(run, tokenizer, data, fingerprints)
 
 
-def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: None) -> Answered:
-    """Calls `passed` with the size of each batch.
+def recognise(prepared: Prepared, passed: Callable[[int], None] = lambda examples: None) -> Answered:
+    """The answers to the run's own development sets. Calls `passed` with the size of each batch.
 
     Raises:
         UserError: weights that cannot be read, or do not give the run's development score.
     """
     run, task = prepared.run, get_task(prepared.run.task)
-    config = without_tf32(run.config)
-    device = choose_device(config)
-    network = models.build(config, task.num_labels, prepared.tokenizer).to(device)
-    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
-
-    def predictions(name: str, split: str) -> np.ndarray:
-        return predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
-
-    found = {(task.name, split): predictions(task.name, split) for split in task.evaluation}
+    found = _predictions(prepared, [(task.name, split) for split in task.evaluation], passed)
     metrics = {}
     for split in task.evaluation:
         metrics[split] = glue.compute(task, found[task.name, split], prepared.data[task.name][split].labels)
@@ -94,11 +86,28 @@ def answer(prepared: Prepared, passed: Callable[[int], None] = lambda examples: 
             f"{run.folder}: {WEIGHTS}/ scores {score:.4f} on the development set where the run recorded "
             f"{run.score:.4f}: the weights or the data are not those of the run"
         )
-    for name, splits in prepared.data.items():
-        for split in splits:
-            if (name, split) not in found:
-                found[name, split] = predictions(name, split)
     return Answered(found, score)
+
+
+def answer(prepared: Prepared, recognised: Answered, passed: Callable[[int], None] = lambda examples: None) -> Answered:
+    """All answers, by the weights that `recognise` knew. Calls `passed` with the size of each batch."""
+    others = [(name, split) for name, splits in prepared.data.items() for split in splits]
+    others = [both for both in others if both not in recognised.predictions]
+    return replace(recognised, predictions=recognised.predictions | _predictions(prepared, others, passed))
+
+
+def _predictions(
+    prepared: Prepared, wanted: Sequence[tuple[str, str]], passed: Callable[[int], None]
+) -> dict[tuple[str, str], np.ndarray]:
+    """By task and split."""
+    config = without_tf32(prepared.run.config)
+    device = choose_device(config)
+    network = models.build(config, get_task(prepared.run.task).num_labels, prepared.tokenizer).to(device)
+    autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
+    return {
+        (name, split): predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
+        for name, split in wanted
+    }
 
 
 def score_on_ax(prepared: Prepared, answered: Answered) -> float | None:
