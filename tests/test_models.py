@@ -22,7 +22,7 @@ from dsam.glue import Tokenised
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
 from dsam.training.loop import parameter_groups
-from dsam.training.model import build, load_tokenizer, start_from
+from dsam.training.model import build, load_tokenizer, save, start_from
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
 WORDS += ["the", "a", "is", "of", "and", "to", "in"]
@@ -268,14 +268,53 @@ def test_a_kept_folder_is_read_back_by_transformers_and_by_a_run_that_starts_fro
     kept = identify(given).folder / "best"
     written = load_file(kept / "model.safetensors")
     reader = transformers.AutoModelForSequenceClassification
+    named = dict(enumerate(given.task.labels))
     for network in (reader.from_pretrained(kept), prepare(of(kept, *options)).network):
-        assert network.config.num_labels == given.task.num_labels
+        assert network.config.num_labels == given.task.num_labels and network.config.id2label == named
+        assert network.config.label2id == {label: number for number, label in named.items()}
         assert all(torch.equal(network.state_dict()[name], value) for name, value in written.items())
     network = build(of(tmp_path / "model", "train.max_length=24"), 1, plain_tokenizer())
     start_from(network, kept)
     started = network.base_model.state_dict()
     found = network.base_model.__class__.from_pretrained(kept).state_dict()
     assert all(torch.equal(started[name], found[name]) for name in started)
+
+
+def test_a_classifier_that_came_with_the_weights_is_said_with_what_it_was_for(tmp_path):
+    """Nothing of it is drawn from seeds.init, and its labels may be others in another order."""
+    options = ["task=agreement", "train.max_length=24"]
+    plain, theirs = folder_of(tmp_path / "plain", "bert"), tmp_path / "theirs"
+    transformers.AutoModel.from_pretrained(plain).save_pretrained(plain)  # the encoder alone
+    given = of(plain, *options)
+    network = prepare(given).network
+    assert not any("the classifier came" in note for note in prepare(given).notes)
+    save(network, load_tokenizer(given.model), theirs)
+    for names, said in (
+        (given.task.labels, "the classifier came with the weights: seeds.init"),
+        (
+            ("POSITIVE", "NEGATIVE"),
+            "the classifier came with the weights, for POSITIVE, NEGATIVE: seeds.init draws none",
+        ),
+    ):
+        written = json.loads((theirs / "config.json").read_text())
+        (theirs / "config.json").write_text(json.dumps(written | {"id2label": dict(enumerate(names))}))
+        ready = [prepare(of(theirs, *options, f"seed={seed}")) for seed in (0, 1)]
+        assert [sum(note.startswith(said) for note in one.notes) for one in ready] == [1, 1]
+        assert all(torch.equal(one.network.classifier.weight, network.classifier.weight) for one in ready)
+        assert ready[0].network.config.id2label == dict(enumerate(given.task.labels))
+
+
+def test_texts_that_are_cut_are_said(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    whole = prepare(of(folder, "task=agreement", "train.max_length=24"))
+    assert not any("is cut off" in note for note in whole.notes)
+    lengths = whole.data["train"].lengths
+    most = int(np.quantile(lengths, 0.7))
+    cut = prepare(of(folder, "task=agreement", f"train.max_length={most}"))
+    share = 100 * (lengths >= most).mean()
+    assert (
+        f"{share:.0f} % of the train texts reach train.max_length={most} tokens; what is beyond is cut off" in cut.notes
+    )
 
 
 def test_transformers_marks_the_pairs_of_a_kept_folder_as_the_run_did(tmp_path):

@@ -32,6 +32,9 @@ from .provenance import going_on, provenance
 from .record import Record
 from .tracking import Tracker
 
+CUT = 0.01
+"""Share of a split's texts above which it is said that they are cut."""
+
 
 def run(config: Config) -> dict:
     """Trains what `config` says and returns its result; a finished run is returned at once, a broken one goes on. One
@@ -177,7 +180,8 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
     device = choose_device(config) if device is None else device
     task = config.task
     tokenizer = models.load_tokenizer(config.model)
-    network = models.build(config, task.num_labels, tokenizer)
+    of_model: list[str] = []
+    network = models.build(config, task.num_labels, tokenizer, of_model)
     with memory_said(device):
         torch.nn.Module.to(network, device)
         models.require_precision(config, network, tokenizer)
@@ -192,7 +196,7 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
         notes = [*notes, f"model={name} is made for the built-in tasks: it starts from scratch, and spells other words "
                          "letter by letter; model=encoder model.path=DIR takes one that was trained"]  # fmt: skip
     whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
-    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *notes], whole)
+    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *of_model, *notes], whole)
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:
@@ -211,7 +215,18 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[
         shares = {task.train[0]: source.label_noise, "heldout": source.heldout_noise}
         spoilt = {split: share for split, share in shares.items() if share and split in data}
         data |= {split: glue.noisy(task, data[split], share, source.noise_seed) for split, share in spoilt.items()}
-    return data, [*splits.notes, *_unmarked(task, data[task.train[0]], tokenizer)]
+    notes = [*_cut(task, data, config.train.max_length), *_unmarked(task, data[task.train[0]], tokenizer)]
+    return data, [*splits.notes, *notes]
+
+
+def _cut(task: Task, data: dict[str, glue.Tokenised], most: int) -> list[str]:
+    """A note on each split of which more than a hundredth of the texts is cut, in training and in scoring."""
+    shares = {split: float((data[split].lengths >= most).mean()) for split in (*task.train, *task.evaluation)}
+    return [
+        f"{100 * share:.0f} % of the {split} texts reach train.max_length={most} tokens; what is beyond is cut off"
+        for split, share in shares.items()
+        if share > CUT
+    ]
 
 
 def _unmarked(task: Task, examples: glue.Tokenised, tokenizer: PreTrainedTokenizerFast) -> list[str]:

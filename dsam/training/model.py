@@ -67,8 +67,11 @@ def _mark_sentences(tokenizer: PreTrainedTokenizerFast, architecture: PreTrained
         tokenizer.model_input_names = [*names, "token_type_ids"]
 
 
-def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The classifier in float32 on the CPU, its head drawn from seeds.init.
+def build(
+    config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast, notes: list[str] | None = None
+) -> PreTrainedModel:
+    """The classifier in float32 on the CPU, its head drawn from seeds.init unless one of as many labels came with the
+    weights, which is then said in `notes`. Its configuration names the task's labels.
 
     Raises UserError where weights, configuration and tokenizer do not fit each other.
     """
@@ -84,6 +87,7 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
             raise UserError(f"model.architecture={model.architecture}: {described(error)}") from None
     else:
         architecture = _load(model, "configuration", AutoConfig.from_pretrained)
+        named = list((architecture.id2label or {}).values())
         architecture.num_labels = num_labels
         pad = tokenizer.pad_token_id
         if getattr(architecture, "pad_token_id", None) is None and pad is not None and pad < architecture.vocab_size:
@@ -101,8 +105,7 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
         )
         prefix = f"{network.base_model_prefix}."
         missing = [n for n in loaded["missing_keys"] if n.startswith(prefix) and ".pooler." not in n]
-        mismatched = [n[0] if isinstance(n, tuple) else n for n in loaded["mismatched_keys"]]
-        mismatched = [n for n in mismatched if n.startswith(prefix)]
+        mismatched = [n for n in mismatched_of(loaded) if n.startswith(prefix)]
         # Heads and poolers that the classifier does not use are no mistake; layers are.
         surplus = _surplus(loaded["unexpected_keys"], network)
         for names, what in ((missing, "missing"), (mismatched, "of another shape"), (surplus, "of layers it has not")):
@@ -111,9 +114,19 @@ def build(config: Config, num_labels: int, tokenizer: PreTrainedTokenizerFast) -
                     f"model {model.path or model.id}: the weights do not fit the configuration: "
                     f"{len(names)} {what}, e.g. {min(names)}"
                 )
+        drawn = [n for n in (*loaded["missing_keys"], *mismatched_of(loaded)) if not n.startswith(prefix)]
+        if notes is not None and not drawn:
+            theirs = "" if named == list(config.task.labels) else f", for {', '.join(map(str, named))}"
+            notes.append(
+                f"the classifier came with the weights{theirs}: seeds.init draws none, and its outputs are taken for "
+                f"{', '.join(config.task.labels) or 'the score'}"
+            )
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
+    if config.task.labels:
+        network.config.id2label = dict(enumerate(config.task.labels))
+        network.config.label2id = {label: number for number, label in enumerate(config.task.labels)}
     if train.dropout is not None:
         set_dropout(network, train.dropout)
     words: Any = network.get_input_embeddings()
@@ -147,6 +160,11 @@ def _surplus(names: Sequence[str], network: PreTrainedModel) -> list[str]:
                 found.append(name)
                 break
     return found
+
+
+def mismatched_of(loaded: dict) -> list[str]:
+    """The names of what has another shape in the file."""
+    return [n[0] if isinstance(n, tuple) else n for n in loaded["mismatched_keys"]]
 
 
 def save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -149,7 +149,7 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
     ]
     of = "English " if all(task.ours for task in tasks.values()) else ""
     head = {
-        "language": "en" if of else None,
+        "language": "en" if of else "",
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": [
