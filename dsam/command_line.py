@@ -217,7 +217,7 @@ def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> 
         estimate.measure(runs)
     if line:
         print(line)
-    sweeps.show_plan(runs, len(launcher.slots))
+    sweeps.show_plan(runs, launcher.at_once(len(runs)))
     if parents := sweeps.plan(sweeps.parents(configs)):
         print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
 

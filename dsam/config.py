@@ -222,7 +222,24 @@ class Launcher(Settings):
                 raise UserError(f"launcher.sbatch: '{option}': the job's script sets --{name} itself: {instead}")
         if self.warning_seconds >= 60 * self.job_minutes:
             raise UserError(f"launcher.warning_seconds={self.warning_seconds} is all of launcher.job_minutes")
+        if self.gpus and self.pack < self.in_job:
+            raise UserError(
+                f"launcher.gpus={self.gpus} and launcher.per_device={self.per_device} have room for {self.in_job} runs "
+                f"at once in each job, and launcher.pack={self.pack} gives it fewer: say launcher.pack={self.in_job} or "
+                "more"
+            )
         return self
+
+    @property
+    def in_job(self) -> int:
+        """Runs at once in one job of a cluster."""
+        return self.gpus * int(self.per_device) if self.gpus else self.workers
+
+    def at_once(self, runs: int) -> int:
+        """How many of a sweep's runs go on at once, at most."""
+        if self.name != "slurm":
+            return len(self.slots)
+        return min(self.in_job, self.pack) * min(self.jobs_at_once, -(-runs // self.pack))
 
     @property
     def slots(self) -> list[str | None]:

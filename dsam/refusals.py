@@ -50,6 +50,11 @@ def require_read(configs: list[Config]) -> None:
                 f"data.{name}={getattr(first.data, name)} is of data={source}, and this is data={first.data.source}: "
                 f"add data={source}, or leave it out"
             )
+    if first.launcher.devices and any(a.lstrip("+").startswith("launcher.workers=") for a in sys.argv[1:]):
+        raise UserError(
+            f"launcher.workers={first.launcher.workers} is for runs without launcher.devices: on these, "
+            "launcher.per_device=N says how many at once on each"
+        )
     if first.launcher.measure and not first.launcher.plan:
         raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
 

@@ -160,14 +160,39 @@ def test_a_slurm_that_does_not_answer_is_one_line(cluster, tmp_path, paths):
 
 
 def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
-    launcher = Launcher(name="slurm", gpus=2, per_device=2, workers=3)
+    launcher = Launcher(name="slurm", gpus=2, per_device=2, workers=3, pack=4)
     config = Config.load(compose_config(["device.threads=null"], CONF))
     given = {"SLURM_CPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,3"}
-    with_gpus, (frozen,) = slurm.here(launcher, [config], given)
+    with_gpus, (frozen, *_) = slurm.here(launcher, [config] * 4, given)
     assert with_gpus.slots == ["0", "3", "0", "3"]
     assert frozen.device.threads == 2
-    without, (frozen,) = slurm.here(Launcher(name="slurm", workers=3), [config], given)
+    without, (frozen, *_) = slurm.here(Launcher(name="slurm", workers=3), [config] * 3, given)
     assert without.slots == [None] * 3
     assert frozen.device.threads == 2
+    (alone,) = slurm.here(Launcher(name="slurm", workers=3), [config], given)[1]
+    assert alone.device.threads == 8  # no run is there for the other two places
     config = Config.load(compose_config(["device.threads=1"], CONF))
     assert slurm.here(launcher, [config], given)[1][0].device.threads == 1
+
+
+def test_a_job_with_more_gpus_than_runs_is_refused_and_a_plan_counts_the_places_of_all_jobs(paths):
+    plan = ["-m", "launcher=slurm", "task=agreement", "seed=range(0,8)", "launcher.plan=true", *paths]
+    for given, said in (
+        (["launcher.gpus=4"], "launcher.gpus=4 and launcher.per_device=1 have room for 4 runs at once in each job, and "
+                              "launcher.pack=1 gives it fewer: say launcher.pack=4 or more"),
+        (["launcher.gpus=1", "launcher.per_device=2"], "launcher.gpus=1 and launcher.per_device=2 have room for 2 runs "
+                              "at once in each job, and launcher.pack=1 gives it fewer: say launcher.pack=2 or more"),
+    ):  # fmt: skip
+        done = command(*plan, *given)
+        assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+    for given, runs, places in (
+        ({}, 8, 8),
+        ({"gpus": 2, "pack": 4}, 8, 4),
+        ({"jobs_at_once": 3}, 8, 3),
+        ({"workers": 4}, 8, 8),  # a run a job
+        ({"workers": 2, "pack": 3, "jobs_at_once": 2}, 9, 4),
+    ):
+        assert Launcher(name="slurm", **given).at_once(runs) == places
+    assert Launcher(workers=4).at_once(8) == 4
+    assert not slurm.asks_for_gpu(Launcher(name="slurm", sbatch=["--qos=low"]))
+    assert slurm.asks_for_gpu(Launcher(name="slurm", sbatch=["--gres=gpu:1"]))

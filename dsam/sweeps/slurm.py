@@ -113,7 +113,13 @@ def submit(runs: list[Planned], launcher: Launcher, folder: Path) -> dict[str, s
     contents = {job.job_id: [r.identity.id for r in pack] for job, pack in zip(jobs, packs, strict=True)}
     write_atomically(folder / f"{array}.json", json.dumps(contents, indent=1))
     print(f"{counted(len(runs), 'run')} in {counted(len(packs), 'job')}: Slurm array {array}, logs in {folder}")
+    if not asks_for_gpu(launcher) and any(r.config.device.name == "auto" for r in runs):
+        print("note: the jobs ask for no GPU (launcher.gpus=N): where the cluster gives none, they train on CPUs")
     return {run: job for job, ids in contents.items() for run in ids}
+
+
+def asks_for_gpu(launcher: Launcher) -> bool:
+    return bool(launcher.gpus) or any(option.startswith(("--gres", "--gpus", "--tres")) for option in launcher.sbatch)
 
 
 def work(launcher: Launcher, configs: list[Config]) -> None:
@@ -141,7 +147,7 @@ def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, st
     devices = environment.get("CUDA_VISIBLE_DEVICES") if launcher.gpus else None
     launcher = launcher.model_copy(update={"devices": devices.split(",") if devices else None})
     # Not all clusters bind a job to its CPUs, so their number on the node says nothing.
-    threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // len(launcher.slots))
+    threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // min(len(launcher.slots), len(configs)))
 
     def given(config: Config) -> Config:
         device = config.device.model_copy(update={"threads": config.device.threads or threads})
