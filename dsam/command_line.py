@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -77,8 +78,12 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
                 server.warm()  # while the jobs are composed
             known = set(given.overrides)
             checked = overrides.check(given.overrides, CONF, more, one_run=alone)
+            flags_given = [a for a in arguments if a not in known]
+            if more:  # Hydra would take ~ for a folder of that name
+                place = re.compile(rf"(^|=){re.escape(given.config_dir)}$")
+                flags_given = [place.sub(lambda found: found[1] + str(more), a) for a in flags_given]
             # Flags last: one that may have a value would take an override for it.
-            sys.argv[1:] = checked + [a for a in arguments if a not in known]
+            sys.argv[1:] = checked + flags_given
         os.environ["DSAM_SCRATCH"] = scratch  # for the files that Hydra insists on writing
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
         try:
@@ -337,6 +342,8 @@ def paper(arguments: Sequence[str]) -> None:
         ("runs", config.paths.runs),
     ):
         print(f"{what:8} {where}")
+    if again := chosen(arguments):
+        print(f"these runs served to choose; those of what they chose: {again[-1]}")
     if made.left_over:
         names = ", ".join(map(str, made.left_over))
         print(f"not made from these runs, left from before: {names}; delete what you don't need")

@@ -29,7 +29,7 @@ from .kinds import (
     pair,
 )
 from .mistakes import alternatives, coerced, described
-from .task import Task, get_task
+from .task import GLUE, GLUE_REVISION, Hub, Task, get_task
 from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -225,8 +225,8 @@ class Launcher(Settings):
         if self.gpus and self.pack < self.in_job:
             raise UserError(
                 f"launcher.gpus={self.gpus} and launcher.per_device={self.per_device} have room for {self.in_job} runs "
-                f"at once in each job, and launcher.pack={self.pack} gives it fewer: say launcher.pack={self.in_job} or "
-                "more"
+                f"at once in each job, and launcher.pack={self.pack} gives it fewer: say launcher.pack={self.in_job} "
+                "or more"
             )
         return self
 
@@ -286,6 +286,11 @@ class Config(Settings):
         assert isinstance(plain, dict)
         for name in ("hydra", "recipe"):
             plain.pop(name, None)
+        if isinstance(plain.get("experiment"), dict):
+            raise UserError(
+                f"experiment={experiment} sets nothing: its file must begin with the line '# @package _global_', "
+                "without which its settings are those of a key called experiment"
+            )
         plain["experiment"] = experiment or plain.get("experiment")
         if plain.get("initialise_from") and not plain.get("parent"):
             keep: dict[str, Any] = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
@@ -320,9 +325,23 @@ class Config(Settings):
             raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
         if data.heldout_noise and self.selection != "heldout":
             raise UserError(f"data.heldout_noise={data.heldout_noise:g} needs selection=heldout: nothing is held out")
-        if data.source == "hub" and not data.revision and not (task.hub and task.hub.revision):
-            raise UserError("data=hub needs data.revision=HASH: without it, numbers may change unseen")
+        if data.source == "hub" and task.hub:
+            self._require_revision(task.name, task.hub)
         return self
+
+    def _require_revision(self, task: str, hub: Hub) -> None:
+        """UserError where no commit of the hub's data set is named, or two: conf/data/hub.yaml names one of GLUE's."""
+        given = self.data.revision
+        own = given if given != GLUE_REVISION or hub.dataset == GLUE else None
+        if hub.revision is None and own is None:
+            raise UserError(
+                f"data=hub needs the commit of {hub.dataset}: data.revision=HASH, or revision: HASH under hub: in the "
+                f"file of the task '{task}'; without it, numbers may change unseen"
+            )
+        if hub.revision is not None and given not in (None, GLUE_REVISION, hub.revision):
+            raise UserError(
+                f"data.revision={given} has no effect: the file of the task '{task}' says revision: {hub.revision}"
+            )
 
     @model_validator(mode="after")
     def _places(self) -> "Config":

@@ -24,6 +24,10 @@ GENERATED = ("agreement", "entailment", "majority", "similarity")
 HELD_OUT = "heldout"
 """The split that a run with selection=heldout makes of the training set."""
 
+GLUE = "nyu-mll/glue"
+"""The hub's data set with GLUE's tasks."""
+GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+"""Its commit that conf/data/hub.yaml names."""
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 SHIPPED = Path(__file__).parent.parent / "conf" / "task"
 

@@ -444,6 +444,10 @@ SWEEPS = [
     ("model.architecture.hidden_size=32,64 seed=0,1", "differ in model or data only"),
     ("checkpoint.keep_at=[10],[20]", "checkpoint.keep_at is [10] and [20] for one and the same run"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
+    (
+        "launcher.devices=[0,1] launcher.workers=4 launcher.plan=true",
+        "launcher.per_device=N says how many at once on each",
+    ),
     ("hydra/sweeper=optuna model.rho=interval(0.1,0.2) optimizer=sam train.epoch=3", "unknown key 'train.epoch'"),
     ("paths.runs=results/runs,/dev/null", "/dev/null"),
     ("seed=0,1 ~nope", "nope"),
@@ -472,6 +476,54 @@ def test_a_file_of_a_sweep_is_none_of_one_run(tmp_path):
     assert_one_line(typed(*mine), "experiment=mine is a sweep, by its hydra.sweeper.params: add -m, or hydra: ")
     for one in (["-m"], ["hydra.mode=RUN"]):
         assert typed(*mine, *one).status == 0
+
+
+def test_a_folder_of_ones_own_may_begin_at_home_and_its_experiments_say_that_they_set_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    file = tmp_path / "own" / "experiment" / "mine.yaml"
+    for flags in (["--config-dir=~/own"], ["--config-dir", "~/own"]):
+        mine = [*flags, "experiment=mine", "launcher.plan=true"]
+        file.write_text("train: {epochs: 1}\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}\n")
+        assert_one_line(typed(*mine), "experiment=mine sets nothing: its file must begin with the line '# @package")
+        file.write_text(f"# @package _global_\n{file.read_text()}")
+        assert "2 would start" in typed(*mine).out
+
+
+def test_a_model_of_ones_own_need_not_say_all_and_shipped_recipes_have_a_default(tmp_path):
+    (tmp_path / "model").mkdir()
+    said = "name: mine\nid: me/mine\nrevision: abc\nepochs: 2\nbatch_size: 8\nlr: 1e-5\nweight_decay: 0.1\nrho: 0.05\n"
+    (tmp_path / "model" / "mine.yaml").write_text(said)
+    config = composed_with(tmp_path, "model=mine")
+    assert (config.train.piece_overhead, config.device.threads, config.train.lr) == ("auto", None, 1e-5)
+    for experiment, expected in (("glue_bert_base", (3, 32, 2e-5)), ("glue_roberta_large", (10, 16, 1e-5))):
+        train = composed_with(tmp_path, f"experiment={experiment}", "task=boolq").train
+        assert (train.epochs, train.batch_size, train.lr) == expected
+
+
+def composed_with(folder, *given):
+    return Config.load(overrides.compose_config(list(given), CONF, more=folder))
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (["data=hub", "task=boolq", f"data.revision={'0' * 40}"],
+     f"data.revision={'0' * 40} has no effect: the file of the task 'boolq' says revision: 3de24cf8022e94f4ee4b9d"),
+    (["data=hub", "task=reviews"], "data=hub needs the commit of me/reviews: data.revision=HASH, or revision: HASH "
+                                   "under hub: in the file of the task 'reviews'; without it, numbers may change"),
+    (["data=hub", "task=reviews", f"data.revision={'5' * 40}"], None),
+    (["data=hub", "task=rte", f"data.revision={'5' * 40}"], None),
+    (["data=hub", "task=boolq"], None),
+])  # fmt: skip
+def test_a_hub_data_set_has_one_commit_and_never_glue_s(tmp_path, given, said):
+    (tmp_path / "task").mkdir()
+    text = "name: reviews\nlabels: [bad, good]\nmetrics: [accuracy]\ntext: [words]\nhub: {dataset: me/reviews}\n"
+    (tmp_path / "task" / "reviews.yaml").write_text(text)
+    if said is None:
+        assert composed_with(tmp_path, *given).data.source == "hub"
+    else:
+        with pytest.raises(UserError) as error:
+            composed_with(tmp_path, *given)
+        assert str(error.value).startswith(said)
 
 
 def test_globs_choose_from_a_group():

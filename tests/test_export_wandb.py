@@ -18,6 +18,7 @@ from conftest import ROOT, command, start
 from wandb_file import records
 
 from dsam.config import CONF, Config
+from dsam.errors import UserError
 from dsam.overrides import compose_config
 from dsam.runs import export as export_of
 from dsam.runs.tracking import PATIENCE, Tracker, flat
@@ -187,6 +188,18 @@ def test_a_sweep_s_runs_with_fresh_seeds_and_one_of_no_experiment_are_found_by_n
         listed = {"runs": [{"folder": str(copy.relative_to(runs))}, {"folder": "a/b/c/d"}]}
         (runs / ".sweeps" / f"{name}.json").write_text(json.dumps(listed))
         assert export_of.choose([f"experiment={name}", f"paths.runs={runs}"]) == ([copy], runs)
+    for setting in ("task=rte", "optimizer=sam", "tracking.entity=team"):
+        with pytest.raises(UserError, match=rf"^{setting} has no effect on runs that are there"):
+            export_of.choose([f"paths.runs={runs}", setting])
+
+
+def test_what_went_to_one_owner_has_not_gone_to_another(copy, monkeypatch):
+    run = export_of.read(copy)
+    monkeypatch.setenv("WANDB_ENTITY", "alice")
+    export_of.remember(run, "https://wandb.example")
+    assert export_of.uploaded(run, "https://wandb.example")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    assert not export_of.uploaded(run, "https://wandb.example")
 
 
 def test_a_damaged_run_is_named_and_the_others_are_exported(copy, tmp_path):

@@ -1,6 +1,7 @@
 """Methods against closed forms, against `pytorch_optimizer`, and against each trap that SAM code falls into."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -495,6 +496,26 @@ def test_a_gradient_that_two_parameters_share_is_each_ones_own():
 def test_state_of_another_kind_of_device_is_refused():
     with pytest.raises(ValueError, match="another kind of device"):
         DeltaSAM(network(), 0.1).load_state_dict({"generator": torch.zeros(16, dtype=torch.uint8)})
+
+
+def test_closures_of_a_loop_that_all_see_its_last_values_are_refused():
+    """[lambda: loss(x) for x in parts] is the last part as often as there are parts."""
+    model, (x, y) = network(), batch(6)
+    parts = [(x[:4], y[:4]), (x[4:], y[4:])]
+    method = Plain(model)
+    with pytest.raises(ValueError, match=r"one function over the same variables.*: bind them, lambda x=x, y=y: …"):
+        method.backward([lambda: losses(model, a, b) for a, b in parts])  # noqa: B023
+    whole = torch.autograd.grad(losses(model, x, y).mean(), list(model.parameters()))
+
+    def over(a, b):
+        return lambda: losses(model, a, b)
+
+    bound = [lambda a=a, b=b: losses(model, a, b) for a, b in parts]
+    for closures in (bound, [over(a, b) for a, b in parts], [partial(losses, model, a, b) for a, b in parts]):
+        model.zero_grad()
+        method.backward(closures)
+        for p, expected in zip(model.parameters(), whole, strict=True):
+            torch.testing.assert_close(p.grad, expected)
 
 
 def test_state_of_another_method_or_network_is_refused():

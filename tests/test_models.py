@@ -160,6 +160,18 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
         prepare(of(folder, "train.max_length=24"))
 
 
+def test_a_model_with_code_of_its_own_is_refused_in_one_line(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    written = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}
+    (folder / "config.json").write_text(json.dumps(written | own))
+    with pytest.raises(
+        UserError, match=r"it has code of its own \(trust_remote_code\), which is never run here: take"
+    ) as e:
+        prepare(of(folder, "train.max_length=24"))
+    assert "\n" not in str(e.value)
+
+
 def test_sentences_without_a_mark_between_them_are_said(tmp_path):
     bare = plain_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])

@@ -208,7 +208,11 @@ def _places(task: Task, layout: Layout, header: tuple[str, ...]) -> list[int]:
 
 
 def _without(task: Task, layout: Layout, number: int, header: tuple[str, ...]) -> UserError:
-    ask = f"is this {task.title.split(':')[0]}'s official file?" if _is_glue(task) else "name them in text= and label="
+    ask = (
+        f"is this {task.title.split(':')[0]}'s official file?"
+        if _is_glue(task)
+        else "name them in the task's text: and label:, of a hub data set in those under hub:"
+    )
     return UserError(
         f"{layout.path}:{number}: expected each of the columns {', '.join(layout.columns)} once, found "
         f"{_short(header)}: {ask}"

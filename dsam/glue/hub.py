@@ -17,9 +17,6 @@ from ..task import Hub, Task
 from . import files
 from .split import Split
 
-DATASET = "nyu-mll/glue"
-REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
-
 
 def fingerprint(task: Task, revision: str | None) -> str:
     """Data set and commit, which is its content. UserError where the revision is no commit."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, did_you_mean
-from ..task import Task, shipped
+from ..task import GLUE_REVISION, Task, shipped
 from . import builtin, files, hub
 from .split import Split
 
@@ -25,7 +25,7 @@ def load(
     task: Task,
     source: str,
     root: str | Path | None = None,
-    revision: str | None = hub.REVISION,
+    revision: str | None = GLUE_REVISION,
     splits: Sequence[str] | None = None,
 ) -> Splits:
     """The rows of a task's splits.
@@ -62,7 +62,7 @@ def fingerprint(
     task: Task,
     source: str,
     root: str | Path | None = None,
-    revision: str | None = hub.REVISION,
+    revision: str | None = GLUE_REVISION,
     splits: Sequence[str] | None = None,
 ) -> str:
     """What identifies these splits' data, without parsing them: takes `load`'s arguments.

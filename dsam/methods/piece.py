@@ -1,6 +1,7 @@
 """What a closure may offer besides its losses, asked for in one place."""
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -102,10 +103,26 @@ def pieces_of(closure: Closure | Sequence[Closure]) -> list[Piece]:
         return [Piece(closure)]
     if closure is None or isinstance(closure, Tensor) or not hasattr(closure, "__iter__"):
         return [Piece(closure)]  # type: ignore[arg-type]  # refused there
-    pieces = [Piece(one) for one in closure]
+    closures = list(closure)
+    pieces = [Piece(one) for one in closures]
     if not pieces:
         raise ValueError("backward needs at least one closure")
+    _require_apart(closures)
     return pieces
+
+
+def _require_apart(closures: Sequence[Closure]) -> None:
+    """ValueError for functions that a loop made over its own variables: all of them see the last values."""
+    known: dict[tuple, Closure] = {}
+    for one in closures:
+        if isinstance(one, FunctionType):
+            values = [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values(), *(one.__closure__ or ())]
+            first = known.setdefault((one.__code__, *map(id, values)), one)
+            if first is not one:
+                raise ValueError(
+                    "two closures of the batch are one function over the same variables, as a lambda in a loop is, "
+                    "which sees the loop's last values: bind them, lambda x=x, y=y: …"
+                )
 
 
 def _kind(value: object) -> str:

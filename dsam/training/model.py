@@ -351,4 +351,9 @@ def _load(model: Model, what: str, load, **options):
     try:
         return load(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # whatever a broken file raises inside transformers, tokenizers or safetensors
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model {model.path or model.id}: it has code of its own (trust_remote_code), which is never run here: "
+                "take one whose classes transformers has"
+            ) from None
         raise UserError(f"model {model.path or model.id}: cannot read the {what}: {first_line(error)}") from None

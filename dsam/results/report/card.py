@@ -9,14 +9,13 @@ import pandas as pd
 import yaml
 
 from dsam.errors import UserError
-from dsam.glue.hub import DATASET
 from dsam.results.report.facts import Facts, configurations, whole_numbers
 from dsam.results.statistics import scored
 from dsam.results.tables import rendering
 from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
-from dsam.task import HELD_OUT, Hub, shipped
+from dsam.task import GLUE, HELD_OUT, Hub, shipped
 from dsam.text import counted, published
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
@@ -39,7 +38,7 @@ class Origin:
 
     @property
     def glue(self) -> bool:
-        return self.hub is not None and self.hub.dataset == DATASET
+        return self.hub is not None and self.hub.dataset == GLUE
 
     def dataset(self, label: str, split: str) -> dict:
         """The model index's entry for the split of the task that tables call `label`."""
