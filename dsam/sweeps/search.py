@@ -121,6 +121,6 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'dsam[search]'") from None
+        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'optuna>=4'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

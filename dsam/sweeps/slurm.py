@@ -43,7 +43,7 @@ def require() -> None:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("launcher=slurm: this machine has no Slurm (no sbatch and srun); launcher=local runs here")
     if importlib.util.find_spec("submitit") is None:
-        raise UserError("launcher=slurm needs submitit: pip install 'dsam[slurm]'")
+        raise UserError("launcher=slurm needs submitit: pip install submitit")
     queue()
 
 
