@@ -84,8 +84,11 @@ def main() -> None:
         if not given.no_times:
             times.measure(configs, given.batch_size, timed)
     extra = timed if timed.exists() and not given.no_times else None
-    for path in summary.write(measurements, given.out, looked_at, extra):
-        print(path)
+    try:
+        for path in summary.write(measurements, given.out, looked_at, extra):
+            print(path)
+    except OSError as error:
+        raise UserError(f"cannot write {given.out}: {error.strerror or error}; set --out DIR") from None
 
 
 if __name__ == "__main__":

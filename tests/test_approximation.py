@@ -16,12 +16,13 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat, trimmed
-from dsam.approximation.study import WEIGHTINGS, Cell, append, at_phase, batch_of, finished_cells
+from dsam.approximation.study import WEIGHTINGS, Cell, append, at_phase, batch_of, finished_cells, study
 from dsam.approximation.summary import MEASURES, as_markdown, compared, confirmation, figure, overview, summarise
 from dsam.config import CONF, Config, Train
 from dsam.errors import UserError
 from dsam.glue import Tokenised
 from dsam.methods import make_weighting
+from dsam.methods.taps import Unsupported
 from dsam.overrides import compose_config
 from dsam.runs.identity import identify
 
@@ -237,6 +238,18 @@ def test_a_file_is_gone_on_with_only_as_it_was_begun(tmp_path):
         finished_cells(committed, configs, [0.01], 4, 1)
 
 
+def test_a_model_without_exact_per_example_gradients_is_one_line(tmp_path, monkeypatch):
+    def oracle(*_, **__):
+        raise Unsupported("no formula for its convolution")
+
+    monkeypatch.setattr("dsam.approximation.study.Oracle", oracle)
+    with pytest.raises(
+        UserError, match=r"^tiny has no exact per-example gradients .*: no formula for its convolution$"
+    ):
+        study(study_of(tmp_path), [0], [0.1], 1, 4, 0, tmp_path / "measurements.csv")
+    assert not (tmp_path / "measurements.csv").exists()
+
+
 def test_every_phase_has_its_mark():
     rows = [
         {"task": "t", "phase": p, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys(MEASURES, 0.5 + b)}
@@ -321,6 +334,13 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
     assert set(table["batch"]) == {0, 1}
     assert (table.groupby("batch")["weighting"].nunique() >= 12).all()
     assert "| uniform" in (tmp_path / "out" / "summary.md").read_text()
+    (tmp_path / "out" / "summary.md").unlink()
+    (tmp_path / "out" / "summary.md").mkdir()
+    wrong = command("--summary-only", "--out", str(tmp_path / "out"), script="approximation.py")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        f"error: cannot write {tmp_path}/out: Is a directory; set --out DIR\n",
+    )
     # A setting behind --looked-at is a setting: another seed is another fine-tuning, and not what the file holds.
     other = command(*arguments, "--batches", "2", "--looked-at", "agreement=1", "seed=1", *settings,
                     script="approximation.py")  # fmt: skip

@@ -17,6 +17,7 @@ from ..config import Config, Train, without_tf32
 from ..errors import UserError
 from ..files import write_atomically
 from ..methods import ExampleLosses, make_weighting
+from ..methods.taps import Unsupported
 from ..runs.identity import identify
 from ..runs.run import Ready, prepare, run, take_up_parent
 from ..text import first_line
@@ -79,8 +80,13 @@ def study(
         made = {"run": identify(config).id, "seed": config.seed, "batch_size": batch_size}
         for cell in mine:
             closure, parts, wrong = batch_of(cell, ready, examples, batch_size, config.train)
-            oracle = Oracle(closure, rhos, parts, seed=cell.batch, wrong=wrong)
-            rows = oracle.measure(weightings, cell.batch < headroom)
+            try:
+                oracle = Oracle(closure, rhos, parts, seed=cell.batch, wrong=wrong)
+                rows = oracle.measure(weightings, cell.batch < headroom)
+            except Unsupported as error:
+                raise UserError(
+                    f"{config.model.name} has no exact per-example gradients to measure by: {error}"
+                ) from None
             append(csv_path, [vars(cell) | made | row for row in rows])
             ended += 1
             left = (time.monotonic() - began) / ended * (len(todo) - ended)
