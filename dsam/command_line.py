@@ -215,14 +215,14 @@ def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> 
     """Prints what would run."""
     from .sweeps import estimate
     from .sweeps import sweep as sweeps
-    from .sweeps.planned import counts
+    from .sweeps.planned import counts, unfinished
 
     launcher = configs[0].launcher
     if launcher.measure:
         estimate.measure(runs)
     if line:
         print(line)
-    sweeps.show_plan(runs, launcher.at_once(len(runs)))
+    sweeps.show_plan(runs, launcher.at_once(max(1, len(unfinished(runs)))))
     if parents := sweeps.plan(sweeps.parents(configs)):
         print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
 
@@ -244,7 +244,8 @@ def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:
 def search(found: "Search") -> None:
     """The runs of a search, as those of a sweep. It ends where a run failed, since others hang on its score."""
     with one_line_errors():
-        refusals.say_untaken(plain for plain, _ in found.jobs(found.fixed))
+        if all("." in key for key in found.space):  # else which file would take a default up is part of the search
+            refusals.say_untaken(plain for plain, _ in found.jobs(found.fixed))
         _carry_out(found.rounds())
 
 

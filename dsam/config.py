@@ -29,7 +29,7 @@ from .kinds import (
     pair,
 )
 from .mistakes import alternatives, coerced, described
-from .task import GLUE, GLUE_REVISION, Hub, Task, get_task
+from .task import GLUE, GLUE_REVISION, Task, get_task
 from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -59,7 +59,7 @@ class Model(Settings):
     weight_decay: Number = 0.01
     rho: Number = 0.05
     threads: Whole | None = None
-    piece_overhead: Whole | Literal["auto"] | None = None
+    piece_overhead: Whole | Literal["auto"] | None = "auto"
 
 
 class Optimizer(Settings):
@@ -325,23 +325,15 @@ class Config(Settings):
             raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
         if data.heldout_noise and self.selection != "heldout":
             raise UserError(f"data.heldout_noise={data.heldout_noise:g} needs selection=heldout: nothing is held out")
-        if data.source == "hub" and task.hub:
-            self._require_revision(task.name, task.hub)
-        return self
-
-    def _require_revision(self, task: str, hub: Hub) -> None:
-        """UserError where no commit of the hub's data set is named, or two: conf/data/hub.yaml names one of GLUE's."""
-        given = self.data.revision
-        own = given if given != GLUE_REVISION or hub.dataset == GLUE else None
-        if hub.revision is None and own is None:
+        hub = task.hub if data.source == "hub" else None
+        # The one that conf/data/hub.yaml names is GLUE's.
+        theirs = data.revision if data.revision != GLUE_REVISION or (hub and hub.dataset == GLUE) else None
+        if hub and not (hub.revision or theirs):
             raise UserError(
                 f"data=hub needs the commit of {hub.dataset}: data.revision=HASH, or revision: HASH under hub: in the "
-                f"file of the task '{task}'; without it, numbers may change unseen"
+                f"file of the task '{task.name}'; without it, numbers may change unseen"
             )
-        if hub.revision is not None and given not in (None, GLUE_REVISION, hub.revision):
-            raise UserError(
-                f"data.revision={given} has no effect: the file of the task '{task}' says revision: {hub.revision}"
-            )
+        return self
 
     @model_validator(mode="after")
     def _places(self) -> "Config":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Config, Launcher
 from .errors import UserError
+from .task import GLUE_REVISION
 
 if TYPE_CHECKING:
     from .sweeps.planned import Planned
@@ -42,13 +43,21 @@ def require_of_one(config: Config) -> None:
 
 
 def require_read(configs: list[Config]) -> None:
-    """UserError where a setting is given that none of the runs reads."""
+    """UserError where a setting is given that none of the runs reads, nor those that they start from."""
+    from .sweeps.sweep import parents
+
     first = configs[0]
     for name, source in (("root", "local"), ("revision", "hub")):
         if all(getattr(c.data, name) and c.data.source != source for c in configs):
             raise UserError(
                 f"data.{name}={getattr(first.data, name)} is of data={source}, and this is data={first.data.source}: "
                 f"add data={source}, or leave it out"
+            )
+    if (given := first.data.revision) not in (None, GLUE_REVISION):
+        hubs = [c.task.hub for c in (*configs, *parents(configs))]
+        if all(hub is not None and hub.revision not in (None, given) for hub in hubs):
+            raise UserError(
+                f"data.revision={given} has no effect: the file of task '{first.task.name}' says its own, under hub:"
             )
     if first.launcher.devices and any(a.lstrip("+").startswith("launcher.workers=") for a in sys.argv[1:]):
         raise UserError(

@@ -71,9 +71,9 @@ def arguments() -> argparse.Namespace:
 
 def require_writable(out: Path) -> None:
     """UserError where the figures could not be written once they are there."""
-    if out.suffix != ".json" or out.is_dir():
-        raise UserError(f"--out {out} must name a .json file, beside which a .md is written")
     try:
+        if out.suffix != ".json" or out.is_dir():
+            raise UserError(f"--out {out} must name a .json file, beside which a .md is written")
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:

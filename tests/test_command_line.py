@@ -311,6 +311,7 @@ def test_a_benchmarks_methods_end_where_settings_begin():
     (["model.lr=0.1"], False),
     (["-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "optimizer=adamw"], True),
     (["-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "optimizer=sam"], False),
+    (["-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "optimizer=choice(sam,asam)"], False),
 ])  # fmt: skip
 def test_a_default_of_the_model_that_nothing_takes_up_is_said(tmp_path, given, told):
     done = command(*given, "launcher.plan=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache")

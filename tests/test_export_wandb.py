@@ -200,6 +200,10 @@ def test_what_went_to_one_owner_has_not_gone_to_another(copy, monkeypatch):
     assert export_of.uploaded(run, "https://wandb.example")
     monkeypatch.setenv("WANDB_ENTITY", "team")
     assert not export_of.uploaded(run, "https://wandb.example")
+    mark = json.loads((copy / export_of.SYNCED).read_text())
+    del mark["owner"]  # as an earlier version noted it, which did not know
+    (copy / export_of.SYNCED).write_text(json.dumps(mark))
+    assert export_of.uploaded(run, "https://wandb.example")
 
 
 def test_a_damaged_run_is_named_and_the_others_are_exported(copy, tmp_path):

@@ -511,6 +511,7 @@ def test_closures_of_a_loop_that_all_see_its_last_values_are_refused():
         return lambda: losses(model, a, b)
 
     bound = [lambda a=a, b=b: losses(model, a, b) for a, b in parts]
+    method.backward([bound[0]] * 2)  # the same one twice, as is said
     for closures in (bound, [over(a, b) for a, b in parts], [partial(losses, model, a, b) for a, b in parts]):
         model.zero_grad()
         method.backward(closures)
@@ -527,6 +528,23 @@ def test_state_of_another_method_or_network_is_refused():
     for other in (nn.Linear(2, 2), nn.Sequential(network(), network())):
         with pytest.raises(ValueError, match=r"^the state of MomentumSAM is of other parameters"):
             taken.load_state_dict(MomentumSAM(other, 0.1).state_dict())
+
+
+def test_a_method_of_ones_own_may_keep_something_only_once_it_has_it():
+    class Own(SAM):
+        extra = None
+
+        def state_dict(self):
+            return super().state_dict() | ({} if self.extra is None else {"extra": self.extra})
+
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self.extra = state.get("extra")
+
+    before, after = Own(network(), 0.1), Own(network(), 0.1)
+    before.extra = 3
+    after.load_state_dict(before.state_dict())
+    assert after.extra == 3
 
 
 def test_a_mean_loss_instead_of_per_example_losses_is_refused():

@@ -316,6 +316,19 @@ def test_a_classifier_that_came_with_the_weights_is_said_with_what_it_was_for(tm
         assert ready[0].network.config.id2label == dict(enumerate(given.task.labels))
 
 
+def test_a_part_of_a_classifier_that_came_with_the_weights_is_said(tmp_path):
+    """RoBERTa's has two layers, of which another number of labels changes the last."""
+    folder = folder_of(tmp_path, "roberta")
+    classifier = transformers.AutoModelForSequenceClassification
+    classifier.from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True).save_pretrained(folder)
+    first, second = (prepare(of(folder, "task=agreement", "train.max_length=24", f"seed={seed}")) for seed in (0, 1))
+    said = "part of the classifier came with the weights, e.g. classifier.dense.bias: seeds.init draws the rest"
+    assert said in first.notes
+    one, other = first.network.classifier, second.network.classifier
+    assert torch.equal(one.dense.weight, other.dense.weight)
+    assert not torch.equal(one.out_proj.weight, other.out_proj.weight)
+
+
 def test_texts_that_are_cut_are_said(tmp_path):
     folder = folder_of(tmp_path, "bert")
     whole = prepare(of(folder, "task=agreement", "train.max_length=24"))

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import command
 from matplotlib.figure import Figure
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import ExampleLosses
 from dsam.errors import UserError
+from dsam.runs.kept import read_run
 from dsam.sharpness import Objective, filter_normalised, line, plane, rises, top_eigenvalues, trace
 from dsam.sharpness.measure import main
 from dsam.sharpness.surface import plane_figure
@@ -303,6 +305,16 @@ def test_what_was_measured_before_is_neither_lost_nor_left_beside_what_it_is_not
         main([str(run), *few, "--grid", "3", "--rho", "0.2"])
     kept = json.loads((out / "sharpness.json").read_text())
     assert kept["rise"]["rho"] == 0.2 and kept["trace"]["probes"] == 2 and kept["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_how_a_run_was_launched_does_not_matter_to_who_reads_it(run, tmp_path):
+    """A launcher that would be refused today is not in the way."""
+    there = tmp_path / "run"
+    shutil.copytree(run, there, ignore=shutil.ignore_patterns("sharpness"))
+    written = yaml.safe_load((there / "config.yaml").read_text())
+    (there / "config.yaml").write_text(yaml.safe_dump(written | {"launcher": {"name": "slurm", "gpus": 2}}))
+    assert read_run(there, "last")[0].train == read_run(run, "last")[0].train
 
 
 @pytest.mark.slow

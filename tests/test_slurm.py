@@ -166,11 +166,13 @@ def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
     with_gpus, (frozen, *_) = slurm.here(launcher, [config] * 4, given)
     assert with_gpus.slots == ["0", "3", "0", "3"]
     assert frozen.device.threads == 2
-    without, (frozen, *_) = slurm.here(Launcher(name="slurm", workers=3), [config] * 3, given)
+    without, (frozen, *_) = slurm.here(Launcher(name="slurm", workers=3, pack=3), [config] * 3, given)
     assert without.slots == [None] * 3
     assert frozen.device.threads == 2
     (alone,) = slurm.here(Launcher(name="slurm", workers=3), [config], given)[1]
-    assert alone.device.threads == 8  # no run is there for the other two places
+    assert alone.device.threads == 8  # launcher.pack=1: no job has runs for the other two places
+    (last,) = slurm.here(Launcher(name="slurm", workers=4, pack=4), [config], given)[1]
+    assert last.device.threads == 2  # as many as those of the other jobs, whose numbers it shares
     config = Config.load(compose_config(["device.threads=1"], CONF))
     assert slurm.here(launcher, [config], given)[1][0].device.threads == 1
 

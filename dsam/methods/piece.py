@@ -121,7 +121,7 @@ def _require_apart(closures: Sequence[Closure]) -> None:
             if first is not one:
                 raise ValueError(
                     "two closures of the batch are one function over the same variables, as a lambda in a loop is, "
-                    "which sees the loop's last values: bind them, lambda x=x, y=y: …"
+                    "which sees the loop's last values: bind them, lambda x=x, y=y: …; [f] * n is n times the same"
                 )
 
 

@@ -212,13 +212,16 @@ def refusal(written: Path) -> str | None:
 def upload(run: Run, server: str) -> dict:
     """What SYNCED holds after the upload."""
     tracking = run.config["tracking"]
-    entity = tracking["entity"] or os.environ.get("WANDB_ENTITY")
-    return {"digest": run.digest, "server": server, "entity": entity, "project": tracking["project"]}
+    owner = tracking["entity"] or os.environ.get("WANDB_ENTITY")
+    place = {"entity": tracking["entity"], "project": tracking["project"], "owner": owner}
+    return {"digest": run.digest, "server": server, **place}
 
 
 def uploaded(run: Run, server: str) -> bool:
+    now = upload(run, server)
+    before = {name: value for name, value in now.items() if name != "owner"}  # as earlier versions noted it
     try:
-        return json.loads((run.folder / SYNCED).read_text(encoding="utf-8")) == upload(run, server)
+        return json.loads((run.folder / SYNCED).read_text(encoding="utf-8")) in (now, before)
     except (OSError, ValueError):
         return False
 

@@ -147,7 +147,7 @@ def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, st
     devices = environment.get("CUDA_VISIBLE_DEVICES") if launcher.gpus else None
     launcher = launcher.model_copy(update={"devices": devices.split(",") if devices else None})
     # Not all clusters bind a job to its CPUs, so their number on the node says nothing.
-    threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // min(len(launcher.slots), len(configs)))
+    threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // min(len(launcher.slots), launcher.pack))
 
     def given(config: Config) -> Config:
         device = config.device.model_copy(update={"threads": config.device.threads or threads})

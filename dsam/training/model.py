@@ -114,13 +114,16 @@ def build(
                     f"model {model.path or model.id}: the weights do not fit the configuration: "
                     f"{len(names)} {what}, e.g. {min(names)}"
                 )
-        drawn = [n for n in (*loaded["missing_keys"], *mismatched_of(loaded)) if not n.startswith(prefix)]
-        if notes is not None and not drawn:
+        head = {n for n in network.state_dict() if not n.startswith(prefix)}
+        given = head - {*loaded["missing_keys"], *mismatched_of(loaded)}
+        if notes is not None and given == head:
             theirs = "" if named == list(config.task.labels) else f", for {', '.join(map(str, named))}"
             notes.append(
                 f"the classifier came with the weights{theirs}: seeds.init draws none, and its outputs are taken for "
                 f"{', '.join(config.task.labels) or 'the score'}"
             )
+        elif notes is not None and given:
+            notes.append(f"part of the classifier came with the weights, e.g. {min(given)}: seeds.init draws the rest")
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
