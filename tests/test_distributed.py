@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dsam
 from dsam import ASAM, SAM, DeltaSAM, GroupSAM, NonFiniteGradient, Plain
-from dsam.integrations.distributed import Distributed
+from dsam.integrations.distributed import Distributed, JointStep
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 METHODS = {
@@ -445,3 +446,15 @@ def test_what_cannot_be_done_is_refused(tmp_path):
             Distributed(SAM(Network())).backward(closure(network, 0, 0, 6))
     finally:
         dist.destroy_process_group()
+
+
+def test_every_rank_reduces_the_dtypes_in_the_parameters_order(monkeypatch):
+    """A set's order is each process's own, and ranks in other orders would add up what does not belong together."""
+    dtypes = [torch.float64, torch.float16, torch.float32, torch.bfloat16]
+    params = [torch.ones(2, dtype=dtype) for dtype in dtypes]
+    seen = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: seen.append(tensor.dtype))
+    step = SimpleNamespace(params=params, group=None, sum=lambda *values: [torch.as_tensor(v) for v in values])
+    reduced = JointStep.reduced(step, [2 * p for p in params], 0.5)
+    assert seen == dtypes
+    assert all(torch.equal(one, p) for one, p in zip(reduced, params, strict=True))

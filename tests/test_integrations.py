@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -324,7 +325,8 @@ def test_a_checkpoint_of_another_method_or_of_more_processes_is_not_gone_on_with
         ):
             run(other, str(there))
     old = torch.load(there / "dsam_method.pt", weights_only=True)
-    torch.save({k: v for k, v in old.items() if k != "method"}, there / "dsam_method.pt")  # as it was written before
+    assert (old.pop("method"), old.pop("processes")) == ("FSAM", 1)
+    torch.save(old, there / "dsam_method.pt")  # as it was written before
     assert run("fsam", str(there)).state.global_step == 3
     (there / "dsam_method.pt").rename(there / "dsam_method_0.pt")
     with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_0.pt\)"):
@@ -340,6 +342,74 @@ def test_a_checkpoint_of_another_method_or_of_more_processes_is_not_gone_on_with
             continue
         with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_0.pt, .*_3.pt\)"):
             trainer._resume_method(str(there))
+
+
+def test_a_node_with_a_disk_of_its_own_goes_on_with_its_own_ranks_files(tmp_path):
+    trainer = Ours(network(), arguments(tmp_path), train_dataset=examples(), method="fsam")
+    trainer.method = METHODS["fsam"](trainer.model)
+    for rank in (2, 3):  # the second node's of two
+        trainer.args = SimpleNamespace(world_size=4, process_index=rank)
+        Trainer._save_rng_state, kept = lambda *_: None, Trainer._save_rng_state
+        try:
+            trainer._save_rng_state(str(tmp_path))
+        finally:
+            Trainer._save_rng_state = kept
+    trainer._resume_method(str(tmp_path))
+    trainer.args = SimpleNamespace(world_size=8, process_index=3)
+    with pytest.raises(ValueError, match=r"of another number of processes \(dsam_method_2.pt, dsam_method_3.pt\)"):
+        trainer._resume_method(str(tmp_path))
+
+
+def test_evaluation_has_the_losses_that_are_trained(tmp_path):
+    """`load_best_model_at_end` and early stopping choose by them."""
+    data = examples()
+
+    def tenfold(outputs, labels):
+        return 10 * nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    trainer = Ours(network(), arguments(tmp_path, steps=1), train_dataset=data, losses=tenfold, method="sam")
+    plain = Ours(network(), arguments(tmp_path, steps=1), train_dataset=data, method="sam")
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(10 * plain.evaluate(data)["eval_loss"], rel=1e-5)
+    trainer.train()
+    torch.testing.assert_close(
+        trainer.model.classifier.weight, trained_by_hand(tenfold, data), msg="and training takes no other for it"
+    )
+
+
+def trained_by_hand(losses, data):
+    """The head after one step of SAM on the Trainer's first batch."""
+    model = network()
+    trainer = Ours(model, arguments(".", steps=1), train_dataset=data, method="sam")
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch.pop("labels")
+    SAM(model, 0.05).backward(lambda: losses(model(**batch), labels))
+    return model.classifier.weight.detach() - LR * model.classifier.weight.grad
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data whose length nobody knows."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def test_what_an_epoch_of_a_stream_leaves_over_goes_into_the_next_step(tmp_path, monkeypatch):
+    """Five micro-batches, two a step: the fifth comes with the next epoch's first."""
+    seen, backward = [], SAM.backward
+
+    def noted(self, closures, **more):
+        seen.append([int(closure.labels) for closure in closures])
+        return backward(self, closures, **more)
+
+    monkeypatch.setattr(SAM, "backward", noted)
+    data = [example | {"labels": torch.tensor(i)} for i, example in enumerate(examples(5, 5))]
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    Ours(network(num_labels=5), arguments(tmp_path, 5, **options), train_dataset=Stream(data), method="sam").train()
+    taken = list(chain.from_iterable(seen))
+    assert len(seen) == 5 and taken == [i % 5 for i in range(len(taken))] and 4 in taken
 
 
 def test_a_trainer_that_only_evaluates_needs_nothing_to_train(tmp_path):

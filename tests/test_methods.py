@@ -547,6 +547,12 @@ def test_a_method_of_ones_own_may_keep_something_only_once_it_has_it():
     assert after.extra == 3
 
 
+def test_weights_of_16_bits_are_said_to_round_a_perturbation():
+    for dtype, said in ((torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0), (torch.float64, 0)):
+        assert [note.startswith("weights of ") for note in SAM(network(dtype=dtype), 0.1).notes] == [True] * said
+    assert SAM(network(dtype=torch.bfloat16), 0.0).notes == Plain(network(dtype=torch.bfloat16)).notes == []
+
+
 def test_a_mean_loss_instead_of_per_example_losses_is_refused():
     w = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="per-example"):

@@ -129,7 +129,7 @@ class JointStep(Step):
             (torch.zeros_like(p) if g is None else g) if here else None
             for g, p, here in zip(gradient, self.params, torch.stack(present).tolist(), strict=True)
         ]
-        for dtype in {t.dtype for t in kept if t is not None}:
+        for dtype in dict.fromkeys(t.dtype for t in kept if t is not None):  # a set's order is each process's own
             places = [(k, t) for k, t in enumerate(kept) if t is not None and t.dtype == dtype]
             flat = torch.cat([t.flatten() for _, t in places]).mul_(share)
             dist.all_reduce(flat, group=self.group)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -25,8 +26,8 @@ from .distributed import Distributed
 METHOD_STATE = "dsam_method{rank}.pt"
 """In a checkpoint's folder: the method's state and name; with several processes one file for each."""
 
-METHOD_NAME = "method"
-"""Its key in there."""
+METHOD_NAME, PROCESSES = "method", "processes"
+"""The keys of its name, and of how many processes there were."""
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 """(the model's output, labels (B, …)) -> per-example losses (B,)."""
@@ -46,12 +47,14 @@ class SharpnessAwareMixin:
     over all of them and the descent over all, so the result equals that of the undivided batch, also where the last
     micro-batch is smaller. The model is called without its labels; so no loss scaling of the Trainer
     (`num_items_in_batch`, division by the accumulation steps) enters, and the logged loss is the mean over the
-    batch's examples at w. The method's report (perturbation_norm, …) is logged beside it.
+    batch's examples at w. The method's report (perturbation_norm, …) is logged beside it. Micro-batches that the end of
+    an epoch leaves over (data of unknown length) go into the next step, as they do in `Trainer`. `total_flos` has one
+    pass a step.
 
     Args:
         method: a name from `dsam.METHODS`, a Method class, or a function of the model that returns a Method.
         method_options: keywords for a name or a class; `seed` is `args.data_seed` or `args.seed` unless given.
-        losses: (outputs, labels) -> per-example losses (B,), by default `classifier_losses`.
+        losses: (outputs, labels) -> per-example losses (B,), by default `classifier_losses`; evaluation has their mean.
         ascent: with several processes "global" or "local", see `dsam.integrations.distributed.Distributed`.
 
     Checkpoints also hold the method's state, and `train(resume_from_checkpoint=…)` goes on bit for bit, with the same
@@ -106,6 +109,8 @@ class SharpnessAwareMixin:
             raise ValueError(f"{self.accelerator.distributed_type.value} is not supported: it shards the weights")
         self._make_method, self._method_options = method, dict(method_options or {})
         self._example_losses, self._ascent = losses or classifier_losses, ascent
+        if losses is not None:  # what `evaluate` calls; training steps are `training_step`'s own
+            self.compute_loss_func = lambda outputs, labels, **_: losses(outputs, labels).mean()
         self.method: Method | Distributed | None = None
         self._pending: list[_TrainerLosses] = []
         if self.model is not None and isinstance(method, type):
@@ -142,14 +147,15 @@ class SharpnessAwareMixin:
         there = {path.name for path in Path(folder).glob(METHOD_STATE.format(rank="*"))}
         if not there:  # the checkpoint of another trainer, which only has the weights
             return
-        ranks = [f"_{rank}" for rank in range(self.args.world_size)] if self.args.world_size > 1 else [""]
-        if there != {METHOD_STATE.format(rank=rank) for rank in ranks}:  # the same on every rank
+        path = self._method_path(folder)
+        saved = torch.load(path, map_location="cpu", weights_only=True) if Path(path).name in there else {}
+        # With a disk of its own each node has the files of its own ranks alone.
+        before = saved.pop(PROCESSES, len(there))
+        if not saved or before != self.args.world_size:
             raise ValueError(
                 f"{folder} has the method's state of another number of processes ({', '.join(sorted(there))}): resume "
                 f"with as many, or remove {METHOD_STATE.format(rank='*')} there to begin its state anew"
             )
-        path = self._method_path(folder)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         name, own = saved.pop(METHOD_NAME, None), self._method_name()
         if name not in (None, own):  # None: an earlier version wrote it
             raise ValueError(
@@ -160,10 +166,6 @@ class SharpnessAwareMixin:
 
     def _method_name(self) -> str:
         return type(self.method.method if isinstance(self.method, Distributed) else self.method).__name__
-
-    def get_batch_samples(self, *args, **kwargs):
-        self._pending = []  # of a batch that the data ended before it was whole
-        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -176,6 +178,9 @@ class SharpnessAwareMixin:
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         closures, self._pending = self._pending, []
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return self.method.backward(closures, scaler=self.accelerator.scaler)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -186,7 +191,8 @@ class SharpnessAwareMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self.method.state_dict() | {METHOD_NAME: self._method_name()}, self._method_path(output_dir))
+        of_it = {METHOD_NAME: self._method_name(), PROCESSES: self.args.world_size}
+        torch.save(self.method.state_dict() | of_it, self._method_path(output_dir))
 
     def _method_path(self, folder: str) -> str:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
