@@ -26,7 +26,7 @@ class SAM(Method):
         if not rho >= 0:
             raise ValueError(f"rho must be at least 0, got {rho}")
         self.rho = rho
-        moves = rho and not self.by_example  # which adds to the layers' outputs instead
+        moves = rho and type(self).by_example is not True  # which adds to the layers' outputs instead
         if moves and (short := sorted({str(p.dtype)[6:] for p in self.params if p.element_size() < 4})):
             self.note(
                 f"weights of {', '.join(short)}: ε is rounded to their precision, so that most of them may not move; "
