@@ -289,7 +289,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         return
     if (fresh or line) and unfinished(runs) and not failed:  # launcher.wait=false
         print("the same command goes on with these runs' scores, once they are finished")
-    elif fresh or line:
+    elif fresh or (line and not failed):  # a search that stopped has not come to its choice
         chosen, rows = choose.choose(runs)
         print(choose.described(rows))
         if chosen and fresh:

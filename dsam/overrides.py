@@ -134,10 +134,21 @@ def _values(override: Override, text: str, choices: Sequence[str]) -> list[str]:
         return [str(sweep.start)]
     if isinstance(sweep, RangeSweep) and not _ends(sweep):
         raise UserError(f"'{text}': more than {MOST_RUNS} runs")
-    values = sweep.filter(list(choices)) if isinstance(sweep, Glob) else list(override.sweep_string_iterator())
+    values = sweep.filter(list(choices)) if isinstance(sweep, Glob) else swept(override)
     if not values:
         raise UserError(f"'{text}' is a sweep over nothing")
     return values
+
+
+def swept(override: Override) -> list[str]:
+    """The values that an override sweeps over, a range's as one would type them. Hydra adds up binary fractions: its
+    range(0.1,0.5,0.1) has 0.30000000000000004, another run than 0.3, and its range(0.01,0.05,0.01) has the end too."""
+    values, sweep = list(override.sweep_string_iterator()), override.value()
+    if not isinstance(sweep, RangeSweep) or all(value.lstrip("-").isdigit() for value in values):
+        return values
+    end = sweep.stop or 0
+    rounded = [float(f"{float(value):.12g}") for value in values]
+    return [repr(x) for x in rounded if (x < end if sweep.step > 0 else x > end)]
 
 
 def _ends(sweep: RangeSweep) -> bool:

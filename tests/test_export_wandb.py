@@ -53,7 +53,8 @@ def lines(folder):
 
 
 def as_wandb_has_it(line):
-    return {k: v for k, v in flat(line).items() if k != "event"}
+    loss = "evaluation/loss" if line["event"] == "evaluation" else "loss"  # two series, and not one that jumps
+    return {loss if k == "loss" else k: v for k, v in flat(line).items() if k != "event"}
 
 
 class Back:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dsam.errors import UserError
 from dsam.sweeps import search
 from dsam.sweeps.search import Search, is_searched
-from hydra_plugins.dsam_launcher.launcher import values_of
+from hydra_plugins.dsam_launcher.launcher import DsamSweeper, values_of
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +91,10 @@ def test_a_diverged_run_is_the_worst(monkeypatch):
 @pytest.mark.parametrize("text, values", [
     ("range(0.1,0.5,0.1)", ["0.1", "0.2", "0.3", "0.4"]),
     ("range(0.01,0.12,0.03)", ["0.01", "0.04", "0.07", "0.1"]),
+    ("range(0.01,0.05,0.01)", ["0.01", "0.02", "0.03", "0.04"]),
+    ("range(1e-5,4e-5,1e-5)", ["1e-05", "2e-05", "3e-05"]),
+    ("range(0.05,0.01,-0.01)", ["0.05", "0.04", "0.03", "0.02"]),
+    ("range(0,0.9,0.3)", ["0.0", "0.3", "0.6"]),
     ("range(5,0,-1.5)", ["5.0", "3.5", "2.0", "0.5"]),
     ("range(-1,2)", ["-1", "0", "1"]),
     ("0.30000000000000004,1e-4", ["0.30000000000000004", "0.0001"]),
@@ -146,6 +150,22 @@ def test_a_search_chooses_the_best_trial_goes_on_where_it_stopped_and_reruns_wit
     assert len(folders(runs)) == len(trials) + 2  # the chosen of each method with seed 5
     more = command(*[a.replace("n_trials=4", "n_trials=6") for a in given], "launcher.plan=true")
     assert "trials 5 to 6 of 6" in more.stdout and "12 runs: 8 finished, 4 missing" in more.stdout, more.stderr
+
+
+def test_a_search_that_a_failed_run_stops_chooses_nothing(tmp_path, paths):
+    done = command(*FAST, "hydra.sweeper.n_trials=2", "seed=0,104", "fresh_seeds=[5]", "launcher.retries=0", *paths,
+                   before="faults:ends_of_runs")  # fmt: skip
+    assert done.returncode == 1 and "a loss of patience" in done.stderr, done.stderr
+    assert "* " not in done.stdout and "chosen" not in done.stdout
+    assert not list((tmp_path / "runs" / ".sweeps").glob("*chosen*"))
+
+
+def test_what_is_typed_takes_the_place_of_what_a_file_searches():
+    """With + or without, and in its own later place."""
+    sweeper = DsamSweeper({"optimizer.rho": "interval(0.1,0.5)", "seed": "0,1"})
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)
+    found = sweeper.overrides(["seed=3", "++optimizer.rho=0.05"])
+    assert [o.input_line for o in found] == ["seed=3", "++optimizer.rho=0.05"] and not any(map(is_searched, found))
 
 
 @pytest.mark.parametrize(

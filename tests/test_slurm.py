@@ -165,6 +165,8 @@ def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
     given = {"SLURM_CPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,3"}
     with_gpus, (frozen, *_) = slurm.here(launcher, [config] * 4, given)
     assert with_gpus.slots == ["0", "3", "0", "3"]
+    by_type = Launcher(name="slurm", sbatch=["--gres=gpu:a100:2"], workers=2, pack=2)
+    assert slurm.here(by_type, [config] * 2, given)[0].slots == ["0", "3"]
     assert frozen.device.threads == 2
     without, (frozen, *_) = slurm.here(Launcher(name="slurm", workers=3, pack=3), [config] * 3, given)
     assert without.slots == [None] * 3

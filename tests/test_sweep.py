@@ -414,3 +414,33 @@ def test_a_run_that_can_leave_no_reason_is_said_to_lie_where_nothing_can_be_writ
     monkeypatch.setattr(Record, "write", write)
     sweeps._fail(one, "left with status 1 and no result")
     assert (one.status, one.reason) == ("failed", f"left with status 1 and no result{added}")
+
+
+def test_a_finished_run_without_a_score_is_a_line_like_others(paths, capsys, monkeypatch):
+    (one,) = sweeps.plan([Config.load(compose_config([*QUICK, *paths], CONF))])
+    one.status, one.seconds = "finished", 1.0
+    result = {"best": {"score": None}, "metric": "f1", "train": {"seconds": 1.0}}
+    monkeypatch.setattr(Record, "result", lambda *_, **__: result)
+    display.Display([one]).ended(one)
+    assert "finished: " in capsys.readouterr().err
+
+
+def test_memory_is_learnt_from_runs_that_trained_here_alone(paths):
+    """One that is finished and comes for its weights hands back what another machine, or company, needed."""
+    (one,) = sweeps.plan([Config.load(compose_config([*QUICK, *paths], CONF))])
+    result = {"status": "finished", "train": {"device_memory_bytes": {"0": 78}}}
+    one.outcome, one.started = lambda **_: result, time.monotonic()
+    for trains, learnt in ((True, {"0": 78}), (False, None)):
+        running = sweeps._Running(SimpleNamespace(exitcode=0), one, None, trains)
+        sweeps._conclude(running)
+        assert running.memory == learnt
+
+
+def test_a_sweep_says_that_nobody_is_logged_in(paths, capsys, monkeypatch):
+    def connect(mode):
+        raise UserError("no login to W&B: run `wandb login`")
+
+    monkeypatch.setattr("dsam.runs.tracking.connect", connect)
+    config = Config.load(compose_config([*QUICK, *paths, "tracking.mode=online"], CONF))
+    sweeps._survey([config])
+    assert "note: no login to W&B: run `wandb login`; the runs go without W&B" in capsys.readouterr().out

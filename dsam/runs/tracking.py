@@ -97,8 +97,11 @@ class Mirror:
         self.run.define_metric("*", step_metric="step")
 
     def log(self, number: int, line: dict) -> None:
-        """Line `number`, from 0, of metrics.jsonl: nested metrics become names with slashes."""
-        self.run.log({k: v for k, v in flat(for_json(line)).items() if k != "event"}, step=number, commit=True)
+        """Line `number`, from 0, of metrics.jsonl: nested metrics become names with slashes, and an evaluation's loss
+        evaluation/loss, since `loss` is the training's."""
+        names = {"loss": "evaluation/loss"} if line.get("event") == "evaluation" else {}
+        values = {names.get(k, k): v for k, v in flat(for_json(line)).items() if k != "event"}
+        self.run.log(values, step=number, commit=True)
 
     def summary(self, result: dict) -> None:
         self.run.summary.update(flat(for_json(result)))

@@ -62,7 +62,7 @@ class Display:
         line = f"[{self.done}/{self.todo}] {r.status}: {r.title} in {r.seconds:.1f} s"
         if r.status == "failed":
             line += f": {r.reason}"
-        elif result and result["best"]:
+        elif result and result["best"] and result["best"]["score"] is not None:
             line += f": {result['metric']} {result['best']['score']:.4f}"
         self.note(line if self.live else f"{line}; {self.left()}")
 

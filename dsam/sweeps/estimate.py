@@ -21,7 +21,7 @@ FREE = ("lr", "weight_decay", "warmup_ratio", "betas", "eps", "dropout", "max_gr
 def setting(config: Config) -> tuple:
     """Runs with equal settings train on equally many batches of the same sizes in the same model."""
     train = {k: v for k, v in config.train.model_dump().items() if k not in FREE}
-    model = config.model.model_dump(exclude={"rho"})
+    model = config.model.model_dump(exclude={"rho", *FREE})
     return config.task.name, str(config.data), json.dumps(model), config.device.name, json.dumps(train)
 
 

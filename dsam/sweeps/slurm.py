@@ -144,7 +144,7 @@ def work(launcher: Launcher, configs: list[Config]) -> None:
 
 def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, str]) -> tuple[Launcher, list[Config]]:
     """Launcher and configurations with what the job was given: a slot per GPU, the CPUs shared among the runs."""
-    devices = environment.get("CUDA_VISIBLE_DEVICES") if launcher.gpus else None
+    devices = environment.get("CUDA_VISIBLE_DEVICES") if asks_for_gpu(launcher) else None
     launcher = launcher.model_copy(update={"devices": devices.split(",") if devices else None})
     # Not all clusters bind a job to its CPUs, so their number on the node says nothing.
     threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // min(len(launcher.slots), launcher.pack))

@@ -114,6 +114,7 @@ def _survey(configs: list[Config]) -> list[float]:
     import torch
 
     from ..runs.run import make_method, prepare, trained_examples
+    from ..runs.tracking import connect
     from ..training.device import check_devices, fallen_back, find_device
     from ..training.loop import total_steps
 
@@ -130,6 +131,11 @@ def _survey(configs: list[Config]) -> list[float]:
             find_device(config)
         if note := fallen_back(configs[0]):
             print(note, flush=True)
+    if any(c.tracking.mode == "online" for c in configs):
+        try:
+            connect("online")
+        except UserError as error:
+            print(f"note: {error}; the runs go without W&B, and make wandb-sync uploads them later", flush=True)
     seen, costs = {}, []
     for c in configs:
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
@@ -222,7 +228,8 @@ def run_all(runs: list[Planned], launcher: Launcher) -> list[Planned]:
                     _fail(r, str(error))
                     display.ended(r)
                     continue
-                running[process.sentinel] = _Running(process, r, place)
+                trains = not (r.identity.folder / "result.json").exists()  # else it comes for the weights alone
+                running[process.sentinel] = _Running(process, r, place, trains)
                 display.show()
             if stop.signum:
                 waiting.clear()
@@ -287,6 +294,7 @@ class _Running:
     process: BaseProcess
     run: Planned
     place: Place
+    trains: bool = True
     why: str = ""
     asked: float | None = None
     out_of_memory: bool = False
@@ -324,7 +332,7 @@ def _conclude(one: _Running) -> None:
     result, failure = r.outcome(set_aside=True), r.record.failure()
     if result is not None:
         r.status = result["status"]
-        if code == 0:  # it was this process that came to it
+        if code == 0 and one.trains:  # it was this process that came to it
             one.memory = result["train"].get("device_memory_bytes")
     elif failure is not None:
         r.status, r.reason = "failed", failure["reason"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -60,25 +60,24 @@ class DsamSweeper(Sweeper):
         """Those of the configuration and of the command line; a later one of the same key takes the earlier's place."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parsed = parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-        return list({override.get_key_element(): override for override in parsed}.values())
+        found: dict[tuple[str, str | None], Override] = {}
+        for override in parsed:
+            key = override.key_or_group, override.package  # with + or without
+            found.pop(key, None)
+            found[key] = override
+        return list(found.values())
 
 
 def values_of(overrides: Sequence[Override]) -> list[list[str]]:
     """For each override the settings that it sweeps over, or its one."""
-    return [[f"{o.get_key_element()}={value}" for value in _values(o)] for o in overrides]
+    from dsam.overrides import swept
 
-
-def _values(override: Override) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    values = list(override.sweep_string_iterator())
-    if isinstance(override.value(), RangeSweep):  # which adds up: 0.3 is another run than 0.30000000000000004
-        return [value if _is_whole(value) else repr(float(f"{float(value):.12g}")) for value in values]
-    return values
-
-
-def _is_whole(value: str) -> bool:
-    return value.lstrip("-").isdigit()
+    return [
+        [f"{o.get_key_element()}={value}" for value in swept(o)]
+        if o.is_sweep_override()
+        else [f"{o.get_key_element()}={o.get_value_element_as_str()}"]
+        for o in overrides
+    ]
 
 
 def combined(values: Sequence[Sequence[str]]) -> list[list[str]]:
