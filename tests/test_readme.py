@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.overrides import check
+from dsam.results.statistics import sign_flip_test, t_interval
 from dsam.submission import make
 from dsam.text import published
 
@@ -262,18 +263,46 @@ def test_what_is_said_of_the_levels_together_is_what_their_table_says():
 
 def test_what_was_asked_beforehand_is_answered_by_its_runs():
     folder = ROOT / "results" / "tables" / "per_instance_clean"
-    cells = pd.read_csv(folder / "cells.csv").pivot(index="method", columns=["task", "seed"], values="score")
-    table = pd.read_csv(folder / "main.csv").set_index("method")
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("### Again, named beforehand")[1]
-    lines = [" ".join(line.split()) for line in page.split("\n### ")[0].splitlines()]
+    cells = pd.read_csv(folder / "cells.csv").pivot(index=["task", "seed"], columns="method", values="score")
+    assert list(cells.index) == [(task, seed) for task in ("sst2", "stsb") for seed in range(6, 11)]
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = text.split("### Again, named beforehand")[1].split("\n### ")[0]
+    lines = [" ".join(line.replace("**", "").split()) for line in page.splitlines()]
+    ps = {m: sign_flip_test(cells[m] - cells["adamw"])[0] for m in ("sam", "per_instance")}
+    holm = {"sam": ps["sam"], "per_instance": 2 * ps["per_instance"]}  # the smaller of two
     for method in ("adamw", "sam", "per_instance"):
-        scores = [f"{100 * cells.loc[method, (task, seed)]:.2f}" for task in ("sst2", "stsb") for seed in (6, 7)]
-        difference = 100 * table.loc[method, ["difference", "low", "high"]].astype(float)
-        shown = "" if method == "adamw" else "{:+.2f} [{:+.2f}, {:+.2f}] ".format(*difference)
-        assert f"| {method} | {' | '.join(scores)} | {shown}|" in lines
-    ahead = 100 * (cells.loc["per_instance"] - cells.loc["adamw"])
-    assert len(ahead) == 4 and round(ahead.min(), 1) == 0.5 and round(ahead.max(), 1) == 1.4
-    assert (cells.loc["per_instance"] > cells.loc["sam"]).sum() == 3
+        both = [100 * cells.loc[task, method] for task in ("sst2", "stsb")]
+        shown = [f"{scores.mean():.2f} ± {scores.std():.2f}" for scores in both]
+        if method == "adamw":
+            assert f"| adamw | {' | '.join(shown)} | | |" in lines
+            continue
+        found = interval_of(cells[method] - cells["adamw"])
+        assert f"| {method} | {' | '.join(shown)} | {found} | {ps[method]:.3f}, {holm[method]:.3f} |" in lines
+    page = " ".join(page.split())
+    ahead, beyond = (100 * (cells["per_instance"] - cells[other]) for other in ("adamw", "sam"))
+    assert (ahead > 0).sum() == (beyond > 0).sum() == 9
+    assert f"by −{-ahead.min():.1f} to {ahead.max():.1f} points" in page
+    assert f"{beyond.mean():.2f} in the mean {interval_of(beyond / 100).split(' ', 1)[1]}, p " in page
+    assert f"p {sign_flip_test(beyond)[0]:.3f}. Each task" in page
+    for task, name in (("sst2", "SST-2"), ("stsb", "STS-B")):
+        assert f"{interval_of(ahead[[task]] / 100)[1:]} on {name}" in page
+    last = pd.read_csv(folder / "last_epoch.csv").set_index("method").loc["per_instance"]
+    of_last = [100 * float(last[name]) for name in ("difference", "low", "high")]
+    assert "difference to AdamW is {:.2f} [{:+.2f}, {:+.2f}], Holm p ".format(*of_last) in page
+    for short in (text, README):
+        said = re.search(
+            r"it is ([\d.]+) above AdamW \(([\d.]+) to ([\d.]+), Holm p ([\d.]+)\) and ([\d.]+) above SAM "
+            r"\(([\d.]+) to ([\d.]+)\)",
+            " ".join(short.split()),
+        )
+        expected = [ahead.mean(), *(100 * x for x in t_interval(ahead / 100)), holm["per_instance"]]
+        expected += [beyond.mean(), *(100 * x for x in t_interval(beyond / 100))]
+        assert [float(x) for x in said.groups()] == [round(x, 3 if i == 3 else 1) for i, x in enumerate(expected)]
+
+
+def interval_of(differences):
+    """+0.49 [+0.11, +0.87], of fractions."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in (differences.mean(), *t_interval(differences))))
 
 
 def test_what_the_best_weights_leave_of_sam_s_error_is_what_was_measured():
