@@ -13,8 +13,10 @@ from conftest import ROOT, command, start
 
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
+from dsam.errors import UserError
 from dsam.overrides import compose_config
-from dsam.sweeps import slurm
+from dsam.runs.record import Record
+from dsam.sweeps import slurm, sweep
 
 pytestmark = pytest.mark.slow
 
@@ -200,3 +202,21 @@ def test_a_job_with_more_gpus_than_runs_is_refused_and_a_plan_counts_the_places_
     assert Launcher(workers=4).at_once(8) == 4
     assert not slurm.asks_for_gpu(Launcher(name="slurm", sbatch=["--qos=low"]))
     assert slurm.asks_for_gpu(Launcher(name="slurm", sbatch=["--gres=gpu:1"]))
+
+
+def test_a_controller_that_does_not_answer_at_first_ends_no_job(paths, tmp_path, monkeypatch):
+    """Nobody knows yet what became of the jobs: that is not that they ended without a result."""
+    (one,) = sweep.plan([Config.load(compose_config(["launcher=slurm", "task=agreement", *paths], CONF))])
+    polls = []
+
+    def queue():
+        polls.append(1)
+        raise UserError("squeue: Unable to contact slurm controller")
+
+    result = {"status": "finished", "train": {"seconds": 1.0}, "best": None, "metric": "accuracy"}
+    one.outcome = lambda **_: result if len(polls) > 3 else None
+    monkeypatch.setattr(Record, "result", lambda *_, **__: result)
+    for name, value in (("queue", queue), ("LATE", -1.0), ("SLOWEST", 0.0)):
+        monkeypatch.setattr(slurm, name, value)
+    slurm.wait([one], {one.identity.id: "7_0"}, tmp_path)
+    assert (one.status, one.reason, len(polls)) == ("finished", "", 4)

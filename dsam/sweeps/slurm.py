@@ -169,7 +169,7 @@ def wait(runs: list[Planned], jobs: dict[str, str], folder: Path) -> None:
     for r in waiting:
         r.status, r.reason = "missing", ""
     over: dict[str, float] = {}
-    states, shown = {}, ""
+    states, shown = dict.fromkeys(jobs.values(), "PENDING"), ""  # until the controller has answered once
     begin = time.monotonic()
     with Display(runs) as display:
         while waiting:
