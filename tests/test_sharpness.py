@@ -296,6 +296,7 @@ def test_what_was_measured_before_is_neither_lost_nor_left_beside_what_it_is_not
     assert (out / "plane.png").exists() and (out / "line.pdf").exists()
     main([str(run), *few, "--grid", "0", "--rho", "0.1"])
     assert not (out / "plane.png").exists() and not (out / "plane.pdf").exists() and (out / "line.pdf").exists()
+    assert json.loads((out / "sharpness.json").read_text())["complete"] is True
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -305,6 +306,7 @@ def test_what_was_measured_before_is_neither_lost_nor_left_beside_what_it_is_not
         main([str(run), *few, "--grid", "3", "--rho", "0.2"])
     kept = json.loads((out / "sharpness.json").read_text())
     assert kept["rise"]["rho"] == 0.2 and kept["trace"]["probes"] == 2 and kept["status"] == "finished"
+    assert kept["complete"] is False
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ def main(arguments: Sequence[str]) -> None:
 
     def keep(found: dict) -> None:
         try:
-            write_atomically(out / "sharpness.json", json.dumps(for_json(of_run | found), indent=2) + "\n")
+            said = of_run | {"complete": "seconds" in found} | found
+            write_atomically(out / "sharpness.json", json.dumps(for_json(said), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
 
