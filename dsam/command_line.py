@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 import tempfile
 import warnings
@@ -278,7 +279,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
             run_all = slurm.run_all
         if line:
             print(line)
-        name, command = first.experiment or manifest.UNNAMED, " ".join(sys.argv)
+        name, command = first.experiment or manifest.UNNAMED, shlex.join(sys.argv)
         failed = sweeps.work(runs, name, command, run_all)
         if unfinished(runs):
             break

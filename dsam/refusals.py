@@ -85,9 +85,15 @@ def require_apart(runs: list["Planned"]) -> None:
     known: dict[str, Planned] = {}
     for r in runs:
         c = r.config
-        cell = [c.task_label, c.model.name, c.optimizer.name, hyperparameters(c), c.seed, vars(c.seeds)]
+        cell = [c.task_label, c.model.name, c.optimizer.name, hyperparameters(c), c.seed]
         one = known.setdefault(json.dumps(cell, sort_keys=True), r)
         if one is not r:
+            for name, value in vars(c.seeds).items():
+                if value != (other := vars(one.config.seeds)[name]):
+                    raise UserError(
+                        f"seeds.{name} is {other} and {value} for runs of one seed={c.seed}, by which tables tell runs "
+                        "apart: sweep over seed, with what shall stay beside it, as seed=1,2,3 seeds.init=0"
+                    )
             raise UserError(
                 f"{one.title} and {r.identity.id} differ in model or data only, and tables could not tell them apart: "
                 "give each a model.name or task.name of its own, in a file or command of its own"

@@ -1,5 +1,7 @@
 """Wording that messages share."""
 
+import re
+import shlex
 from collections.abc import Sequence
 
 
@@ -32,16 +34,25 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def words(command: str) -> list[str]:
+    """Those of a command line as it was recorded, by a shell's rules where they hold."""
+    try:
+        return shlex.split(command)
+    except ValueError:  # recorded without quotes, as once was done
+        return command.split(" ")
+
+
 def published(command: Sequence[str]) -> str:
-    """Words of a command line for others: folders of this machine are DIR, and a script is named from the project's
-    root."""
+    """The command line of these words for others, who can type it: `public` ones."""
+    return shlex.join(map(public, command))
 
-    def word(given: str) -> str:
-        name, sign, value = given.partition("=")
-        if not sign:
-            name, value = "", given
-        if not value.lstrip("'\"").startswith(("/", "~")) or value == "/":
-            return given
-        return f"{name}{sign}" + ("/".join(value.split("/")[-2:]) if value.endswith(".py") else "DIR")
 
-    return " ".join(map(word, command))
+def public(word: str) -> str:
+    """A word of a command or of a text for others: a folder of this machine is DIR, and a script is named from the
+    project's root."""
+    name, sign, value = word.partition("=")
+    if not sign:
+        name, value = "", word
+    if not re.match(r"['\"]?(/.|~[\w.-]*/)", value):
+        return word
+    return f"{name}{sign}" + ("/".join(value.split("/")[-2:]) if value.endswith(".py") else "DIR")

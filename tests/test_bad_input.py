@@ -442,6 +442,7 @@ SWEEPS = [
     ("data=builtin,local task=agreement,rte", "data.root"),
     ("data=builtin,hub data.root=/x", "data.root=/x is of data=local, and this is data=builtin"),
     ("model.architecture.hidden_size=32,64 seed=0,1", "differ in model or data only"),
+    ("seeds.data=1,2", "seeds.data is 1 and 2 for runs of one seed=0"),
     ("checkpoint.keep_at=[10],[20]", "checkpoint.keep_at is [10] and [20] for one and the same run"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
     (

@@ -1,6 +1,7 @@
 """`make pack` and `make unpack`: an experiment's records go through one committed file and come back as they were."""
 
 import json
+import shlex
 import re
 import shutil
 import tempfile
@@ -69,22 +70,22 @@ def test_no_folder_of_this_machine_is_packed(tmp_path):
     }
     (runs / one / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     identity = {"options": {"prompt": str(tmp_path)}}  # hashed: as it is
-    line = [f"{tmp_path}/experiments/train.py", "experiment=study", f"model.path={tmp_path}/m", "task=rte"]
-    made = {"command": " ".join(line), "device": "AMD", "identity": identity}
+    line = [f"{tmp_path}/experiments/train.py", f"model.path={tmp_path}/my m", "task=rte", "seed=range(0,2)", "~nope"]
+    made = {"command": shlex.join(line), "device": "AMD", "identity": identity, "notes": ["about ~3 % of n/a / x"]}
     (runs / one / "provenance.json").write_text(json.dumps(made, indent=1) + "\n")
     (runs / two / "failure.json").write_text(json.dumps({"reason": f"OSError: no {tmp_path}/x", "log": str(runs)}))
     manifest = runs / ".sweeps" / "study.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": " ".join(line)}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": shlex.join(line)}))
     archive.pack(runs, "study", packed)
     archive.unpack(packed, tmp_path / "back")
     back = tmp_path / "back"
     config["model"]["path"] = config["parent"]["model"]["path"] = config["data"]["root"] = "DIR"
     config["paths"]["runs"], config["launcher"]["setup"] = "DIR", ["source DIR"]
     assert (back / one / "config.yaml").read_text() == yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    line[0], line[2] = "experiments/train.py", "model.path=DIR"
-    assert json.loads((back / one / "provenance.json").read_text()) == made | {"command": " ".join(line)}
+    line[0], line[1] = "experiments/train.py", "model.path=DIR"
+    assert json.loads((back / one / "provenance.json").read_text()) == made | {"command": shlex.join(line)}
     assert json.loads((back / two / "failure.json").read_text()) == {"reason": "OSError: no DIR", "log": "DIR"}
-    assert json.loads((back / ".sweeps" / "study.json").read_text())["command"] == " ".join(line)
+    assert json.loads((back / ".sweeps" / "study.json").read_text())["command"] == shlex.join(line)
     assert Record(back / one).result() == Record(runs / one).result() is not None
     once = packed.read_bytes()
     archive.pack(back, "study", packed)

@@ -112,6 +112,17 @@ def test_each_task_is_called_what_it_is(tmp_path):
     assert "- sst2 noise 0.4: 40 % of the training labels were spoilt on purpose" in limits
 
 
+def test_runs_that_all_lack_a_score_have_a_card(tmp_path):
+    runs = tmp_path / "runs"
+    planned = [plan("mrpc", model, method, 0) for model in ("bert", "tiny") for method in ("adamw", "sam")]
+    sweep(runs, "few", planned)
+    for run in planned:
+        finish(runs, run, changes={"best": None})
+    frame = collect(runs, "few")
+    report.write_tables(tables.build(frame), frame, "few", runs, tmp_path / "tables")
+    assert "fine-tuned with 2 methods on mrpc" in (tmp_path / "tables" / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_says_how_the_numbers_came_to_be(few, tmp_path):
     text = few[0]
     for fact in ("`make`", "4 (3 finished, 1 failed)", "0, 1", "commit c0ffee; files changed since it: False",

@@ -311,6 +311,55 @@ def test_seconds_and_memory_of_two_machines_are_not_compared(tmp_path):
         assert table.notes[-1].endswith(" Here they, and memory, are of the runs on GPU alone.")
 
 
+def test_a_run_that_went_on_elsewhere_tells_no_seconds(tmp_path):
+    """Neither machine's, though both are less than those of the undisturbed run."""
+    for seed, device, earlier, seconds in ((0, "V100", [{"device": "H100"}], 0.004), (1, "V100", [], 0.13)):
+        train = {"steps": 1, "seconds": 3600, "peak_memory_bytes": 1, "passes_per_step": 1, "examples_per_second": 1}
+        one = plan("rte", "tiny", "sam", seed)
+        finish(tmp_path, one, train=train | {"seconds_per_step": seconds})
+        made_with = {"device": device, "earlier": earlier}
+        (tmp_path / one["folder"] / "provenance.json").write_text(json.dumps(made_with))
+    assert list(tables.build(collect(tmp_path)).cost.text["seconds per step"]) == ["0.130"]
+    shutil.rmtree(tmp_path / one["folder"])
+    cost = tables.build(collect(tmp_path)).cost
+    assert list(cost.text["seconds per step"]) == ["–"] and "another machine's checkpoint" in cost.notes[-1]
+
+
+def test_pairs_that_differ_in_more_than_the_method_are_said(tmp_path):
+    """sam on another machine in one of two pairs, dsam from other weights in both, rdrop in nothing."""
+    for method in ("adamw", "sam", "dsam", "rdrop"):
+        for seed in (0, 1):
+            one = plan("rte", "tiny", method, seed)
+            finish(tmp_path, one, best=0.6 + 0.01 * seed)
+            device = "H100" if (method, seed) == ("sam", 1) else "EPYC"
+            identity = {"data": "local rte a", "model": "sha256:b" if method == "dsam" else "sha256:a"}
+            path = tmp_path / one["folder"] / "provenance.json"
+            path.write_text(json.dumps({"device": device, "identity": identity}))
+    built = tables.build(collect(tmp_path))
+    for table in (built.main, built.last_epoch, built.statistics):
+        told = [note for note in table.notes if "the two runs ran" in note]
+        assert [note.split(" the two runs ran ")[1].split(":")[-1] for note in told] == [
+            " sam 1 of 2.",
+            " dsam 2 of 2.",
+        ]
+        assert "on two machines" in told[0] and "two versions of the model's weights" in told[1]
+
+
+def test_what_differs_by_rounding_alone_is_a_tie(tmp_path):
+    """Five accuracies of RTE each, with 907 of 1,385 right: their means differ in the last bit."""
+    for method, right in (("adamw", (181, 179, 184, 190, 173)), ("sam", (187, 182, 180, 175, 183))):
+        own = [k / 277 for k in right]
+        for seed, score in enumerate(own):
+            finish(tmp_path, plan("rte", "tiny", method, seed, rho=0.1), best=score)
+            finish(tmp_path, plan("rte", "tiny", method, seed, rho=0.2), best=own[seed - 1])
+    built = tables.build(collect(tmp_path), baseline="adamw (rho=0.1)")
+    assert set(built.main.styles["rte"]) == {"bold"}
+    assert set(built.statistics.text["average rank"]) == {"2.50"}
+    shown = [cell.split(" [")[0] for cell in built.main.text["difference to adamw (rho=0.1)"]]
+    assert set(shown) == {"–", "+0.00"}
+    assert list(built.rho.styles.loc[1, ["ρ = 0.1", "ρ = 0.2"]]) == ["bold", "bold"]  # sam, beside the baseline
+
+
 def test_cells_rebuild_the_means(runs_dir, tmp_path):
     built = tables.build(collect(runs_dir, "smoke"))
     tables.write(built, tmp_path / "out")
@@ -609,6 +658,28 @@ def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"no run of 'smoke' is finished \(1 missing\): run `make reproduce`"):
         report.make("smoke", tmp_path / "runs", tmp_path / "tables", tmp_path / "figures")
     assert not (tmp_path / "tables").exists()
+
+
+@pytest.mark.parametrize("tables_dir, figures_dir", [("file", "figures"), ("tables", "file")])
+def test_a_place_that_cannot_be_written_is_one_line(runs_dir, tmp_path, monkeypatch, tables_dir, figures_dir):
+    monkeypatch.setattr(report, "_page", lambda *_: "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file.*; set paths.tables=DIR and paths.figures=DIR"):
+        report.make("smoke", runs_dir, tmp_path / tables_dir / "x", tmp_path / figures_dir / "x")
+
+
+def test_the_page_is_of_the_runs_that_the_tables_are_of(runs_dir, monkeypatch):
+    """Though a run ends between the two."""
+    inner = report._page
+
+    def later(*given):
+        finish(runs_dir, plan("rte", "tiny", "sam", 2), best=0.71)
+        return inner(*given)
+
+    monkeypatch.setattr(report, "_page", later)
+    made = report.make("smoke", runs_dir, runs_dir.parent / "tables", runs_dir.parent / "figures")
+    assert "68.00 ± 2.83 (2/3, 1 diverged)" in made.text
+    assert "68.00 ± 2.83 (2/3, 1 diverged)" in made.html.read_text(encoding="utf-8")
 
 
 def test_the_report_is_one_file_that_needs_no_network_and_files_of_earlier_runs_are_named(runs_dir):

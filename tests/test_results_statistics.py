@@ -130,13 +130,26 @@ def test_levels_with_other_seeds_keep_the_mean_and_have_an_interval():
     ragged = paired({"sst2": [0.01, 0.03, 0.02], "sst2 noise 0.4": [0.05, 0.01]})
     low, high = statistics.t_interval(ragged)
     assert (low + high) / 2 == pytest.approx(statistics.mean_difference(ragged)) == pytest.approx((0.02 + 0.03) / 2)
-    # By hand: seed 0 adds -0.01/6 + 0.02/4, seed 1 0.01/6 - 0.02/4, seed 2 nothing; 3/2 of the squares, 2 degrees.
-    reach = stats.t.ppf(0.975, 2) * np.sqrt(1.5 * 2) * (0.02 / 4 - 0.01 / 6)
+    # By hand: each level's deviations times √(n/(n-1)), over n and the two levels. Seed 0 adds -0.01 √(3/2)/6 + 0.02 √2/4,
+    # seed 1 the same with the other sign, seed 2 nothing; the second level, with two seeds, has one degree of freedom.
+    reach = stats.t.ppf(0.975, 1) * np.sqrt(2) * (0.02 * np.sqrt(2) / 4 - 0.01 * np.sqrt(1.5) / 6)
     assert high - low == pytest.approx(2 * reach)
 
 
+@pytest.mark.parametrize("fewer", [2, 3])
+def test_the_interval_covers_what_it_says_where_a_level_has_fewer_seeds(fewer):
+    """As a sweep that is still running has it. The seeds' levels are correlated, 0.5."""
+    generator = np.random.default_rng(1)
+    both = generator.normal(size=(800, 5, 1)) + generator.normal(size=(800, 5, 2))
+    index = paired({"sst2": both[0, :, 0], "sst2 noise 0.4": both[0, :fewer, 1]}).index
+    values = [np.concatenate([draw[:, 0], draw[:fewer, 1]]) for draw in both]
+    ends = np.array([statistics.t_interval(pd.Series(value, index)) for value in values])
+    assert np.mean((ends[:, 0] < 0) & (ends[:, 1] > 0)) > 0.95 - 0.023  # 3 standard errors
+
+
 def test_no_interval_where_nothing_is_known_of_the_spread():
-    for cells in ({}, {"rte": [0.1]}, {"rte": [0.1], "mrpc": [0.1, 0.2]}, {"rte": [0.1, 0.1, 0.1]}):
+    for cells in ({}, {"rte": [0.1]}, {"rte": [0.1], "mrpc": [0.1, 0.2]}, {"rte": [0.1, 0.1, 0.1]},
+                  {"sst2": [0.1, 0.2], "sst2 noise 0.4": [0.3]}):  # fmt: skip
         assert np.isnan(statistics.t_interval(paired(cells))).all()
 
 

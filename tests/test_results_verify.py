@@ -14,7 +14,7 @@ from dsam.results import verify
 from dsam.results.collect import collect
 from dsam.results.report import make as report
 from dsam.results.tables import build as tables
-from dsam.runs import manifest
+from dsam.runs import archive, manifest
 from dsam.runs.record import seal
 from dsam.sweeps import sweep
 from dsam.training import model as models
@@ -52,6 +52,14 @@ def found(folder, rerun=0, **places):
     again = verify.Again(rerun, 0, str(folder / "cache"), places)
     lines = list(verify.check("sweep", folder / "runs", folder / "tables", again))
     return [line for fine, line in lines if fine], [line for fine, line in lines if not fine]
+
+
+def test_records_of_another_experiment_are_named(copied):
+    archive.pack(copied / "runs", "sweep", copied / "records" / "mine.zip")
+    shutil.copytree(copied / "tables" / "sweep", copied / "tables" / "mine")
+    with pytest.raises(UserError, match="mine.zip has the runs of sweep, and not of 'mine'"):
+        again = verify.Again(0, 0, str(copied / "cache"))
+        list(verify.check("mine", copied / "none", copied / "tables", again, copied / "records"))
 
 
 def a_run(folder, method="sam"):

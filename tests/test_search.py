@@ -161,11 +161,12 @@ def test_a_search_that_a_failed_run_stops_chooses_nothing(tmp_path, paths):
 
 
 def test_what_is_typed_takes_the_place_of_what_a_file_searches():
-    """With + or without, and in its own later place."""
-    sweeper = DsamSweeper({"optimizer.rho": "interval(0.1,0.5)", "seed": "0,1"})
+    """With + or without, and in its own later place. A null of the file is no text."""
+    sweeper = DsamSweeper({"train.max_steps": None, "optimizer.rho": "interval(0.1,0.5)", "seed": "0,1"})
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
     found = sweeper.overrides(["seed=3", "++optimizer.rho=0.05"])
-    assert [o.input_line for o in found] == ["seed=3", "++optimizer.rho=0.05"] and not any(map(is_searched, found))
+    assert [o.input_line for o in found] == ["train.max_steps=null", "seed=3", "++optimizer.rho=0.05"]
+    assert found[0].value() is None and not any(map(is_searched, found))
 
 
 @pytest.mark.parametrize(

@@ -436,6 +436,22 @@ def test_a_run_that_goes_on_with_other_threads_or_code_says_so(tmp_path, monkeyp
     assert (then["threads"], then["source_sha256"], then["git"]) == (64, "other", before["git"])
 
 
+def test_a_run_of_whose_checkpoints_none_can_be_used_began_afresh(tmp_path, monkeypatch, often):
+    """And does not say of its numbers that they came from elsewhere."""
+    chosen = short(tmp_path, often)
+    with monkeypatch.context() as during:
+        stepping(during, 5, lambda n: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(chosen)
+    folder = identify(chosen).folder
+    provenance = json.loads((folder / "provenance.json").read_text())
+    (folder / "provenance.json").write_text(json.dumps(provenance | {"threads": 64}))
+    for path in (folder / "checkpoint").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    assert "notes" not in run(chosen)
+    assert "earlier" not in json.loads((folder / "provenance.json").read_text())
+
+
 def test_a_run_that_went_on_from_after_where_weights_are_asked_for_has_them(tmp_path, monkeypatch, often):
     first, wanted = short(tmp_path, often), short(tmp_path, "checkpoint.keep_at=[10,100]")
     with monkeypatch.context() as during:

@@ -138,7 +138,7 @@ def why(error: Exception, repo: Repo) -> str:
                 return f"it is gated and your token gives no access to it: ask for access at {address}"
             return f"it is gated: ask for access at {address}, then {log_in}"
         if isinstance(error, errors.RevisionNotFoundError):
-            return "it has no such revision"
+            return "it has no such revision: give the hash of one of its own commits"
         if isinstance(error, errors.RemoteEntryNotFoundError):
             return "it has no such file"
         if response.status_code == 401 and "credentials" in said:

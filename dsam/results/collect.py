@@ -13,8 +13,9 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
-           "last", "majority", "evaluations", "memorised", "machine", "reason", "folder"]  # fmt: skip
+           "last", "majority", "evaluations", "memorised", "machine", "data", "weights", "reason", "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
+SEVERAL = "several machines"  # one after the other
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
 
@@ -25,7 +26,8 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     damaged (its result.json cannot be read; `reason` says why). Scores are the recorded fractions, NaN where
     none was recorded.
     `evaluations` holds [step, score, loss] of each, `memorised` [step, `dsam.training.memorised.memorised`] of
-    each of a run with label noise, `machine` what it ran on, `folder` the path below `runs_dir`.
+    each of a run with label noise, `machine` what it ran on ("several machines" where it went on elsewhere), `data`
+    and `weights` the fingerprints of its examples and of what it started from, `folder` the path below `runs_dir`.
     Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
@@ -75,16 +77,23 @@ def _row(runs_dir: Path, folder: str) -> dict:
     path = os.path.join(runs_dir, folder, "result.json")
     if not os.path.exists(path):
         return _unfinished(runs_dir / folder)
-    return read(path) | {"machine": _machine(os.path.join(runs_dir, folder, "provenance.json"))}
+    return read(path) | _origin(os.path.join(runs_dir, folder, "provenance.json"))
 
 
-def _machine(path: str) -> str | None:
-    """The processor or GPU that the run ran on, where it is known."""
+def _origin(path: str) -> dict:
+    """The processor or GPU that the run ran on, and what its data and weights were, where it is known."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)["device"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+            known = json.load(file)
+        machines = {attempt["device"] for attempt in (known, *known.get("earlier", []))}
+        identity = known.get("identity", {})
+        return {
+            "machine": SEVERAL if len(machines) > 1 else known["device"],
+            "data": identity.get("data"),
+            "weights": identity.get("model"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _unfinished(folder: Path) -> dict:

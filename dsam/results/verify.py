@@ -57,6 +57,9 @@ def check(
     if not manifest.path_in(runs_dir, experiment).is_file() and packed.is_file():
         with tempfile.TemporaryDirectory() as scratch:
             written, _ = archive.unpack(packed, Path(scratch))
+            if not manifest.path_in(Path(scratch), experiment).is_file():
+                of = ", ".join(manifest.names(Path(scratch))) or "no experiment"
+                raise UserError(f"{packed} has the runs of {of}, and not of '{experiment}'")
             yield True, f"no runs of '{experiment}' under '{runs_dir}': the {written} of {packed} are checked"
             yield from check(experiment, Path(scratch), tables_dir, again, records_dir)
         return

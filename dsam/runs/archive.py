@@ -10,7 +10,7 @@ import yaml
 
 from ..errors import UNREADABLE_ZIP, UserError
 from ..files import write_atomically
-from ..text import counted, published
+from ..text import counted, public, published, words
 from . import lease, manifest
 from .record import Record
 
@@ -140,17 +140,19 @@ def _planned(contents: bytes) -> dict[str, dict]:
 def _for_others(files: dict[str, bytes]) -> dict[str, bytes]:
     """The files with DIR for folders of this machine, which whoever takes the records has not and need not know."""
 
-    def masked(value: Any) -> Any:
+    def masked(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):  # what names the run stays as it was hashed
-            return {key: there if key == "identity" else masked(there) for key, there in value.items()}
+            return {key: there if key == "identity" else masked(there, key) for key, there in value.items()}
         if isinstance(value, list):
             return [masked(part) for part in value]
         if not isinstance(value, str):
             return value
-        place = value.startswith("/") and len(value) > 1 and ".py " not in value  # a folder, not a command
-        return "DIR" if place else published(value.split(" "))
+        if key == "command":
+            return published(words(value))
+        place = value.startswith("/") and len(value) > 1
+        return "DIR" if place else " ".join(map(public, value.split(" ")))
 
-    public = dict(files)
+    shown = dict(files)
     for name, contents in files.items():
         if name in (RESULT, "metrics.jsonl"):  # the first is sealed; neither names a folder
             continue
@@ -162,10 +164,10 @@ def _for_others(files: dict[str, bytes]) -> dict[str, bytes]:
                 there = json.loads(contents)
                 text = json.dumps(masked(there), indent=1, ensure_ascii=False) + "\n" * contents.endswith(b"\n")
             if masked(there) != there:
-                public[name] = text.encode()
+                shown[name] = text.encode()
         except (ValueError, yaml.YAMLError):
             continue  # damaged: as it is
-    return public
+    return shown
 
 
 def _zipped(held: dict[str, dict[str, bytes]]) -> bytes:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -118,7 +119,7 @@ def provenance(device: "torch.device", identity: dict) -> dict:
         "host": platform.node(),
         "platform": platform.platform(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "pid": os.getpid(),
         "identity": identity,
     }

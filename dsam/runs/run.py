@@ -106,7 +106,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
 
     checkpoints = Checkpoints(record.folder / "checkpoint", record.require_held)
     made_with = provenance(device, identity.contents) | {"notes": notes}
-    if (before := record.provenance()) and any(checkpoints.folder.glob("*.pt")):
+    if (before := record.provenance()) and checkpoints.found(device.type):
         made_with, other = going_on(made_with, before)
         if other:
             otherwise.append(f"went on from a checkpoint that was made with another {', '.join(other)}")

@@ -41,7 +41,7 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
                 {"task": task, "model": model, "optimizer": optimizer}
                 | {"settings": {name: values[name] for name in differ if name in values}}
                 | {"selection": members[0].config.selection, "runs": len(scores), "expected": len(members)}
-                | {"mean": float(np.mean(scores)) if scores else None}
+                | {"mean": round(float(np.mean(scores)), 12) if scores else None}  # else rounding would break ties
                 | {"sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None}
                 | {"chosen": False, "whole": whole, "config": members[0].config}
             )

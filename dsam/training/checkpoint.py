@@ -35,6 +35,7 @@ class Checkpoints:
         self.folder, self._allowed = folder, allowed
         self.worked = 0.0  # processor seconds that writing the last one took, which the training may have lacked
         self._last: Future[None] | None = None
+        self._loaded: dict | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -88,8 +89,16 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         self.worked = time.thread_time() - began
 
+    def found(self, device: str = "cpu") -> bool:
+        """Whether there is one for `load`, which then returns what was read here."""
+        self._loaded = self.load(device)
+        return self._loaded is not None
+
     def load(self, device: str = "cpu") -> dict | None:
         """The state of the newest checkpoint that is whole and was written on such a device, or None."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            return loaded
         for path in self._newest_first():
             if _digest(path) == path.stem.split("-")[1]:
                 state = torch.load(path, map_location="cpu", weights_only=True)

@@ -59,7 +59,8 @@ class DsamSweeper(Sweeper):
     def overrides(self, arguments: list[str]) -> list[Override]:
         """Those of the configuration and of the command line; a later one of the same key takes the earlier's place."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        parsed = parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
+        configured = [f"{k}={'null' if v is None else v}" for k, v in self.params.items()]
+        parsed = parser.parse_overrides([*configured, *arguments])
         found: dict[tuple[str, str | None], Override] = {}
         for override in parsed:
             key = override.key_or_group, override.package  # with + or without

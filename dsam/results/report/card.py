@@ -16,7 +16,7 @@ from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
 from dsam.task import GLUE, HELD_OUT, Hub, shipped
-from dsam.text import counted, published
+from dsam.text import counted, published, words
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
 FORMS = {".csv": "every number with all its digits", ".md": "Markdown", ".tex": "LaTeX, for booktabs", ".html": "HTML"}
@@ -171,7 +171,7 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
 
 # {experiment}: {len(frame)} fine-tuning runs
 
-A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with {len(head["model-index"])} methods \
+A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with {counted(frame["method_label"].nunique(), "method")} \
 on {", ".join(frame["task"].unique())}, with {whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in \
 the header is the mean over a method's finished runs. `README.md` says how the numbers came to be and how to verify \
 them.
@@ -249,7 +249,7 @@ def _hub_metric(name: str) -> str:
 def _base(model: str, base: dict) -> str:
     if not base.get("id"):
         return f"- {model}: " + (
-            f"the folder {Path(base['path']).name}." if base.get("path") else "trained from random weights."
+            "a local folder; README.md has its fingerprint." if base.get("path") else "trained from random weights."
         )
     copy = " A local copy was read; README.md has its fingerprint." if base.get("path") else ""
     return f"- {model}: [{base['id']}](https://huggingface.co/{base['id']}) at revision {base.get('revision')}.{copy}"
@@ -257,7 +257,7 @@ def _base(model: str, base: dict) -> str:
 
 def _command(runs_dir: Path, experiment: str) -> str:
     try:
-        return published(manifest.read(runs_dir, experiment)["command"].split(" "))
+        return published(words(manifest.read(runs_dir, experiment)["command"]))
     except (UserError, KeyError):
         return "not recorded"
 

@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import nbformat
@@ -56,13 +57,19 @@ def make(
         counts = ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())
         raise UserError(f"no run of '{experiment}' is finished ({counts or 'none planned'}): run `make reproduce`")
     page = Path(tables_dir).parent / "report.html"
-    with ThreadPoolExecutor(1) as beside:
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:
+        collected = Path(scratch) / "collected.pickle"  # the runs as they are now: a sweep may be going on
+        frame.to_pickle(collected)
         # Waits for a process of its own most of the time: the notebook's kernel.
-        body = beside.submit(_page, experiment, runs_dir, page.resolve().parent, which)
+        body = beside.submit(_page, experiment, runs_dir, collected, page.resolve().parent, which)
         built = tables.build(frame, which)
-        written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
-        drawn = plots.write(frame, Path(figures_dir) / experiment, which)
-        page.write_text(body.result(), encoding="utf-8")
+        try:
+            written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
+            drawn = plots.write(frame, Path(figures_dir) / experiment, which)
+            page.write_text(body.result(), encoding="utf-8")
+        except OSError as error:
+            why = f"{error.filename or tables_dir}: {error.strerror or error}"
+            raise UserError(f"cannot write {why}; set paths.tables=DIR and paths.figures=DIR") from None
     text = "\n".join(rendering.as_markdown(table) for table in (built.main, built.memorised) if table is not None)
     return Report(html=page, tables=written, figures=drawn, text=text)
 
@@ -78,7 +85,7 @@ def write_tables(
     return paths
 
 
-def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
+def _page(experiment: str, runs_dir: Path, collected: Path, folder: Path, which: str) -> str:
     """The executed notebook as one HTML page that needs no network; links to runs are relative to `folder`."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells[0].source = notebook.cells[0].source.replace("# Results", f"# {experiment}: results", 1)
@@ -88,6 +95,7 @@ def _page(experiment: str, runs_dir: Path, folder: Path, which: str) -> str:
     assert kernel.kernel_spec is not None
     kernel.kernel_spec.argv = [sys.executable, *launch.split()]
     settings = {"DSAM_EXPERIMENT": experiment, "DSAM_RUNS": str(runs_dir), "DSAM_EPOCH": which}
+    settings["DSAM_COLLECTED"] = str(collected)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute(env=os.environ | settings | {"PYTHONPATH": path}, cleanup_kc=True)

@@ -26,11 +26,13 @@ NUMBERS = ["seed", "score", "best epoch", "last", "seconds"]
 def runs_from_environment() -> tuple[pd.DataFrame, Path, str | None, str]:
     """The collected runs, their folder, the experiment (None: all runs) and the epoch ('best' or 'last').
 
-    Read from DSAM_RUNS, DSAM_EXPERIMENT and DSAM_EPOCH; opened by hand, every run under results/runs.
+    Read from DSAM_RUNS, DSAM_EXPERIMENT and DSAM_EPOCH; opened by hand, every run under results/runs. DSAM_COLLECTED is
+    a file of runs that were collected already, those of the tables that are made beside the page.
     """
     runs_dir = Path(os.environ.get("DSAM_RUNS", ROOT / "results" / "runs")).resolve()
     experiment = os.environ.get("DSAM_EXPERIMENT") or None
-    frame = collect(runs_dir, experiment)
+    collected = os.environ.get("DSAM_COLLECTED")
+    frame = pd.read_pickle(collected) if collected else collect(runs_dir, experiment)
     if frame.empty:
         raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first")
     return frame, runs_dir, experiment, os.environ.get("DSAM_EPOCH", "best")

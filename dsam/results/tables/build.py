@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsam.results.statistics import baseline_label, compare, methods, scored, summarise, worse_than_best
+from dsam.results.statistics import ROUNDING, baseline_label, compare, methods, scored, summarise, worse_than_best
 from dsam.results.tables import rendering
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
 from dsam.results.tables.formatting import DASH, interval, percent, score_cell
@@ -137,7 +137,7 @@ def _marks(runs, means, which) -> dict[str, dict[str, str]]:
             table = scores[scores["task"] == task].pivot(index="seed", columns="method_label", values="score")
             worse = worse_than_best(table)
             marks[task] = {
-                method: BOLD if mean == own.max() else "" if worse[method] else UNDERLINED
+                method: BOLD if own.max() - mean < ROUNDING else "" if worse[method] else UNDERLINED
                 for method, mean in own.items()
             }
     return marks
@@ -169,6 +169,7 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
             f"methods. Before correction no p can be below {_from_to(smallest)} with these cells."
         )
     notes += _one_data_set(frame)
+    notes += _unlike_pairs(scored(frame, which), baseline)
     notes += _other_tasks(scored(frame, which), baseline)
     if summarise(frame, which)["degenerate"].any():
         notes.append(f"Degenerate: the run's score ({which} epoch) is at or below the majority answer; it counts.")
@@ -196,6 +197,30 @@ def _one_data_set(frame: pd.DataFrame) -> list[str]:
         return []
     return [f"{', '.join(several)}: one seed's runs on several levels of noise are no independent pairs. Interval and "
             "test take them for one cell."]  # fmt: skip
+
+
+UNLIKE = {
+    "machine": "on two machines, which round otherwise and, where one is a GPU, draw other dropout masks",
+    "data": "with two versions of the data",
+    "weights": "from two versions of the model's weights",
+}
+
+
+def _unlike_pairs(runs: pd.DataFrame, baseline: str) -> list[str]:
+    """A note on each model of whose pairs the two runs differ in more than the method."""
+    notes = []
+    for model, own in runs.groupby("model", sort=False):
+        reference = baseline_label(own["method_label"].unique(), baseline)
+        theirs = own[own["method_label"] == reference].set_index(["task", "seed"])[list(UNLIKE)]
+        pairs = own[own["method_label"] != reference].join(theirs.add_suffix(" there"), on=["task", "seed"])
+        for what, words in UNLIKE.items():
+            here, there = pairs[what], pairs[f"{what} there"]
+            unlike = pairs[here.notna() & there.notna() & (here != there)].groupby("method_label", sort=False).size()
+            if len(unlike):
+                counts = pairs[there.notna()].groupby("method_label").size()
+                told = ", ".join(f"{method} {count} of {counts[method]}" for method, count in unlike.items())
+                notes.append(f"{model}: of these pairs with {baseline} the two runs ran {words}: {told}.")
+    return notes
 
 
 def _other_tasks(runs: pd.DataFrame, baseline: str) -> list[str]:
@@ -324,6 +349,7 @@ def _statistics(frame, comparison, which, baseline, name="statistics") -> Table:
         "Welch's and Satterthwaite's degrees of freedom).",
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         *_one_data_set(frame),
+        *_unlike_pairs(scored(frame, which), baseline),
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
     ]
     return Table(name, f"Methods compared with {baseline}", notes, comparison, text).without_single_model()

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from dsam.results.collect import SEVERAL
 from dsam.results.statistics import baseline_label, methods
 from dsam.results.tables.formatting import number
 from dsam.results.tables.rendering import Table
@@ -23,12 +24,17 @@ def seconds_note(frame: pd.DataFrame) -> str:
         "provenance."
     )
     several = frame.loc[frame["status"] == "finished", "machine"].nunique() > 1
-    return note + (f" Here they, and memory, are of the runs on {main_machine(frame)} alone." if several else "")
+    machine = main_machine(frame)
+    if several:
+        note += f" Here they, and memory, are of the runs on {machine} alone."
+    elif machine is None and frame["machine"].notna().any():
+        note += " Here each run went on from another machine's checkpoint, so that there are none."
+    return note
 
 
 def main_machine(frame: pd.DataFrame) -> str | None:
     """That on which most (model, method, task) finished a run; of equals, that of the most runs."""
-    finished = frame[(frame["status"] == "finished") & frame["machine"].notna()]
+    finished = frame[(frame["status"] == "finished") & frame["machine"].notna() & (frame["machine"] != SEVERAL)]
     if finished.empty:
         return None
     cells = finished.groupby("machine")[["model", "method_label", "task"]]
@@ -43,7 +49,7 @@ def per_step(frame: pd.DataFrame) -> pd.DataFrame:
     finished = frame[frame["status"] == "finished"]
     finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
     machine = main_machine(frame)
-    if machine is not None:
+    if finished["machine"].notna().any():
         finished.loc[finished["machine"] != machine, OF_A_MACHINE] = float("nan")
     return finished.groupby(["model", "method_label", "task"]).agg(FIGURES)
 

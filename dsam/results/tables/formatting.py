@@ -9,7 +9,7 @@ DASH = "–"
 
 def percent(value: float, sign: str = "") -> str:
     """A fraction ×100 with 2 decimals."""
-    return DASH if pd.isna(value) else f"{100 * value:{sign}.2f}"
+    return DASH if pd.isna(value) else f"{round(100 * value, 2) + 0.0:{sign}.2f}"  # + 0.0: no -0.00
 
 
 def number(value: float, kind: str = "") -> str:

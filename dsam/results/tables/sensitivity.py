@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dsam.results.statistics import baseline_label, scored, summarise, t_interval
+from dsam.results.statistics import ROUNDING, baseline_label, scored, summarise, t_interval
 from dsam.results.tables.formatting import DASH, score_cell
 from dsam.results.tables.labels import value_text, without
 from dsam.results.tables.rendering import BOLD, Table, styled
@@ -52,7 +52,7 @@ def rho_table(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw")
             row[baseline] = score_cell(references.loc[(model, task)])
         best = own["mean"].max() if own["mean"].count() > 1 else float("nan")
         text.append(row | {columns[rho.rho]: score_cell(rho) for _, rho in own.iterrows()})
-        styles.append({columns[rho]: BOLD for rho in own.loc[own["mean"] == best, "rho"]})
+        styles.append({columns[rho]: BOLD for rho in own.loc[best - own["mean"] < ROUNDING, "rho"]})
     order = ["model", "task", "method", *([baseline] if len(references) else []), *columns.values()]
     shown = pd.DataFrame(text).reindex(columns=order).fillna(DASH)
     notes = [
