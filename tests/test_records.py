@@ -1,8 +1,8 @@
 """`make pack` and `make unpack`: an experiment's records go through one committed file and come back as they were."""
 
 import json
-import shlex
 import re
+import shlex
 import shutil
 import tempfile
 import zipfile

@@ -12,8 +12,8 @@ from dsam.results.tables.labels import method_labels
 from dsam.runs import manifest
 from dsam.runs.record import seal
 
-COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch",
-           "last", "majority", "evaluations", "memorised", "machine", "data", "weights", "reason", "folder"]  # fmt: skip
+COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch", "last",
+           "majority", "evaluations", "memorised", "machine", "data", "weights", "reason", "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 SEVERAL = "several machines"  # one after the other
 NUMBERS = ["best", "best_epoch", "last", "majority"]
