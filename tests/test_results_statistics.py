@@ -130,7 +130,7 @@ def test_levels_with_other_seeds_keep_the_mean_and_have_an_interval():
     ragged = paired({"sst2": [0.01, 0.03, 0.02], "sst2 noise 0.4": [0.05, 0.01]})
     low, high = statistics.t_interval(ragged)
     assert (low + high) / 2 == pytest.approx(statistics.mean_difference(ragged)) == pytest.approx((0.02 + 0.03) / 2)
-    # By hand: each level's deviations times √(n/(n-1)), over n and the two levels. Seed 0 adds -0.01 √(3/2)/6 + 0.02 √2/4,
+    # By hand: each level's deviations times √(n/(n-1)), over n and the two levels. Seed 0 adds 0.02 √2/4 - 0.01 √1.5/6,
     # seed 1 the same with the other sign, seed 2 nothing; the second level, with two seeds, has one degree of freedom.
     reach = stats.t.ppf(0.975, 1) * np.sqrt(2) * (0.02 * np.sqrt(2) / 4 - 0.01 * np.sqrt(1.5) / 6)
     assert high - low == pytest.approx(2 * reach)

@@ -171,10 +171,10 @@ def _model_card(built, frame, experiment, which, facts, configs) -> str:
 
 # {experiment}: {len(frame)} fine-tuning runs
 
-A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned \
-with {counted(frame["method_label"].nunique(), "method")} on {", ".join(frame["task"].unique())}, with {whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in \
-the header is the mean over a method's finished runs. `README.md` says how the numbers came to be and how to verify \
-them.
+A set of runs, not one model: {", ".join(frame["model"].unique())} fine-tuned with \
+{counted(frame["method_label"].nunique(), "method")} on {", ".join(frame["task"].unique())}, with \
+{whole_numbers(frame["seed"].dropna().unique())} as seeds. A result in the header is the mean over a method's finished \
+runs. `README.md` says how the numbers came to be and how to verify them.
 
 {rendering.as_markdown(built.main)}
 ## Models
