@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 class Losses(ExampleLosses):
     """`ExampleLosses` in the precision of the weights."""
 
-    def _losses(self, precision):
+    def __call__(self):
         return self.outputs()[0]
 
     def outputs(self, noise=None, detached=False):
@@ -52,10 +52,6 @@ class Losses(ExampleLosses):
                 hook.remove()
         self.logits = logits.detach()
         return nn.functional.cross_entropy(logits, self.labels, reduction="none"), logits
-
-    def subset(self, indices):
-        batch = {name: value[indices] for name, value in self.inputs.items()} | {"labels": self.labels[indices]}
-        return type(self)(self.model, batch)
 
 
 def batch(examples=12, seed=1, tokens=4):

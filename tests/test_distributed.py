@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dsam
-from dsam import ASAM, SAM, DeltaSAM, GroupSAM, NonFiniteGradient, Plain
+from dsam import ASAM, SAM, DeltaSAM, GroupSAM, LookSAM, NonFiniteGradient, Plain
 from dsam.integrations.distributed import Distributed, JointStep
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -170,6 +170,8 @@ def a_rank(rank, port, folder):
     found["scaled"] = scaled(rank)
     found["fresh"] = fresh(rank)
     found["no_sync"] = reductions_by_ddp(rank)
+    found["phases"] = {scaled: phases(rank, scaled) for scaled in (False, True)}
+    found["scheduled"] = scheduled(rank)
     torch.save(found, folder / f"{rank}.pt")
     warm.leave_group()
 
@@ -219,6 +221,31 @@ def fresh(rank):
         method.backward([closure(network, 0, *ends) for ends in pieces[: 1 + rank]])
     except ValueError as error:
         return state, str(error)
+
+
+def phases(rank, scaled):
+    """Which of LookSAM's steps ascend where the second is not finite on rank 0 alone; with a scaler it is skipped."""
+    network, ascended = Network(), []
+    method = Distributed(LookSAM(network, 0.3, k=3), ascent="local")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    for step in range(6):
+        bad = torch.inf if step == 1 and rank == 0 else 0.0
+        try:
+            method.backward(closure(network, step, 6 * rank, 6 * rank + 6, scale=1.0 + bad), scaler)
+            ascended.append(float(method.report["ascended"]))
+        except NonFiniteGradient:
+            ascended.append(-1.0)
+        network.zero_grad()
+    return ascended, method.step
+
+
+def scheduled(rank):
+    """SAM's ρ, set on the wrapper as on the method itself: (as read, as found in the step)."""
+    network = Network()
+    method = Distributed(SAM(network, 0.3))
+    method.rho = 0.7
+    method.backward(closure(network, 0, 6 * rank, 6 * rank + 6))
+    return method.rho, method.method.rho, float(method.report["perturbation_norm"])
 
 
 def reductions_by_ddp(rank):
@@ -458,3 +485,16 @@ def test_every_rank_reduces_the_dtypes_in_the_parameters_order(monkeypatch):
     reduced = JointStep.reduced(step, [2 * p for p in params], 0.5)
     assert seen == dtypes
     assert all(torch.equal(one, p) for one, p in zip(reduced, params, strict=True))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_looksam_s_steps_stay_of_one_kind_on_all_ranks(found, scaled):
+    """A step that is not taken anywhere is counted nowhere: the third is then of the second's kind."""
+    own, other = (found[rank]["phases"][scaled] for rank in (0, 1))
+    skipped = 0.0 if scaled else -1.0
+    assert own == other == ([1.0, skipped, 0.0, 0.0, 1.0, 0.0], 5)
+
+
+def test_what_is_set_on_the_wrapper_is_the_method_s(found):
+    for rank in (0, 1):
+        assert found[rank]["scheduled"] == pytest.approx((0.7, 0.7, 0.7))

@@ -15,6 +15,8 @@ from ..methods import Closure, Method, Probe, Weighting
 from ..methods.perturbation import Gradients
 from ..methods.step import Step, count_of
 
+OWN = ("method", "model", "ascent", "group", "sharded")
+
 
 class Distributed:
     """A method whose step is that of the ranks' batches together; used as the method itself is.
@@ -80,6 +82,13 @@ class Distributed:
 
             return ShardedStep(self.method, closure, scaler, group=self.group, model=self._whole_model)
         return (GlobalStep if self.ascent == "global" else LocalStep)(self.method, closure, scaler, group=self.group)
+
+    def __setattr__(self, name: str, value) -> None:
+        """What is set is the method's, as what is read is: a schedule of ρ goes on being one."""
+        if name in OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.method, name, value)
 
     def __getattr__(self, name: str):
         if name == "method":  # while unpickling or copying, before __init__

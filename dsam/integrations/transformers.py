@@ -240,9 +240,5 @@ class _TrainerLosses(ExampleLosses):
     def network(self) -> nn.Module:
         return self.trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def subset(self, indices: list[int]) -> "_TrainerLosses":
-        batch = {n: v[indices] if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
-        return _TrainerLosses(self.trainer, self.model, batch | {"labels": self.labels[indices]})
-
     def __len__(self) -> int:
         return len(self.labels)

@@ -134,7 +134,12 @@ class Method:
         except Overflowed as overflow:
             losses, gradient = overflow.losses, overflow.gradient
         require_reached(gradient, self.params)
-        return step.finish(losses, gradient)
+        loss = step.finish(losses, gradient)
+        self.commit(step)
+        return loss
+
+    def commit(self, step: Step) -> None:
+        """Called once a step's gradient stands in `.grad`, for what is learnt only from steps that are taken."""
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), the step's gradient, one tensor for each of `params`, None where none came)."""

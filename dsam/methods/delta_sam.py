@@ -233,7 +233,7 @@ class DeltaSAM(SAM):
             self._look_singly(step, probe)
         if not self.weighting.sides:
             return losses, probe
-        if any(piece.autocast for piece in step.pieces):
+        if step.autocast:
             losses = self._losses(step)  # float32 on both sides of the difference
         plus, minus = [], []
         for _ in range(self.weighting.probes):
@@ -255,7 +255,7 @@ class DeltaSAM(SAM):
     def _losses(self, step: Step) -> Tensor:
         found, share = [], self._top.share if self._top is not None else 1.0
         # In a bfloat16 training: first differences keep the weights in TF32, second ones do not (docs/speed.md).
-        enough = self.weighting.sides == 1 and any(piece.autocast for piece in step.pieces)
+        enough = self.weighting.sides == 1 and step.autocast
         for k in range(len(step)):
             with self._top.resume(k) if self._top is not None else nullcontext(), tf32_products(enough):
                 found.append(step.losses(k, ascent=True, precise=True, share=share))

@@ -34,16 +34,21 @@ class FSAM(SAM):
             return gradient, total_norm(gradient)
         self.average = self._like_params(self.average)
         direction = combine(gradient, self.average, -self.sigma)
-        # A layer that this pass skipped is not moved, and a non-finite gradient shows in the direction's norm.
+        # A layer that this pass skipped is not moved, and one that none had reached before has nothing to leave out. A
+        # gradient that is not finite shows in the direction's norm.
         moved = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
         return moved, total_norm(moved)
 
     def descent(self, step: Step, losses: Tensor, ascent: Gradients) -> list[Tensor | None]:
         gradient = super().descent(step, losses, ascent)  # which ends where the ascent is not finite
-        if self.average is None:
-            self.average = [None if g is None else g.clone() for g in ascent]
-        else:
-            self.average = combine(self.average, ascent, 1 - self.decay, self.decay)
+        before = self.average or [None] * len(ascent)
+        there = [None if m is None else g for m, g in zip(before, ascent, strict=True)]
+        moved = combine(before, there, 1 - self.decay, self.decay)
+        # Each parameter's begins with its first gradient, and stays where a pass does not reach it.
+        self.average = [
+            (None if g is None else g.clone()) if m is None else m if g is None else new
+            for m, g, new in zip(before, ascent, moved, strict=True)
+        ]
         return gradient
 
     def state_dict(self) -> dict:

@@ -32,8 +32,10 @@ class LookSAM(SAM):
         self.passes = 1 + 1 / k
         self.step = 0
         self.reused: list[Tensor | None] = [None] * len(self.params)
+        self._learnt: list[Tensor | None] | None = None
 
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
+        self._learnt = None
         ascend = self.step % self.k == 0
         step.report["ascended"] = float(ascend)
         losses, gradient = step.gradient(ascent=ascend)
@@ -43,16 +45,24 @@ class LookSAM(SAM):
         norm = total_norm(gradient)
         if not step.is_finite(norm):  # nothing is learnt, and the next step is of the same kind
             return losses, gradient
-        self.step += 1
-        if ascend:
-            if self.k > 1:
-                self._keep(gradient, at_w, norm)
-            return losses, gradient
         self.reused = self._like_params(self.reused)
-        size = total_norm(self.reused)
-        return losses, combine(gradient, self.reused, torch.where(size > 0, self.alpha * norm / size, 0))
+        if ascend:
+            self._learnt = self._apart(gradient, at_w, norm) if self.k > 1 else self.reused
+            return losses, gradient
+        self._learnt = self.reused
+        # What this step's loss does not reach stays as it is.
+        reused = [None if g is None else r for g, r in zip(gradient, self.reused, strict=True)]
+        size = total_norm(reused)
+        return losses, combine(gradient, reused, torch.where(size > 0, self.alpha * norm / size, 0))
 
-    def _keep(self, gradient: Gradients, at_w: Gradients, norm: Tensor) -> None:
+    def commit(self, step: Step) -> None:
+        """The step counts, and what it learnt is kept, where every process took it: their steps stay of one kind."""
+        if self._learnt is None or (step.scaler and not step.is_finite(total_norm([p.grad for p in self.params]))):
+            return
+        self.step += 1
+        self.reused = self._learnt
+
+    def _apart(self, gradient: Gradients, at_w: Gradients, norm: Tensor) -> list[Tensor | None]:
         reused = without_component(gradient, at_w)
         # What is left where the two gradients are equal is rounding, which the ratio ‖g‖/‖g_v‖ would blow up.
         rounding = min(100 * max(torch.finfo(p.dtype).eps for p in self.params), 0.02)
@@ -61,7 +71,7 @@ class LookSAM(SAM):
         present = [g for g in reused if g is not None]
         if present:
             torch._foreach_mul_(present, (total_norm(present) > rounding * norm).to(norm.dtype))
-        self.reused = reused
+        return reused
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"step": self.step, "reused": list(self.reused)}

@@ -1,8 +1,9 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,31 @@ NO_LABEL = torch.iinfo(torch.int64).min
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Losses (B,) in at least float32: cross-entropy for integer labels (B,), squared error for floats; logits (B, C).
 
-    Raises ValueError for integer labels of a model with one output, which is a regression, and for an empty batch.
+    Raises ValueError for integer labels of a model with one output, which is a regression, for floats of one with
+    several, for labels of another shape and for an empty batch.
     Labels that are no class are PyTorch's error, −100 too: a loss of 0 for it would count in the batch's mean.
     """
     if not len(labels):
         raise ValueError("the batch is empty: it has no losses")
+    if labels.ndim != 1:
+        raise ValueError(
+            f"the labels have the shape {tuple(labels.shape)}, and losses need one for each example, (B,): pass "
+            "labels.flatten(), or for several at once a closure that returns losses of its own"
+        )
     if logits.shape[-1] == 1 and not labels.is_floating_point():
         raise ValueError(
             f"the model has one output, a regression, and the labels are {labels.dtype}: pass labels.float(), or make "
             "the model with num_labels=2 for two classes"
         )
+    if logits.shape[-1] > 1 and labels.is_floating_point():
+        raise ValueError(
+            f"the model has {logits.shape[-1]} outputs, classes, and the labels are {labels.dtype}: pass "
+            "labels.long(), or make the model with num_labels=1 for a regression"
+        )
     logits = wide(logits)
     if labels.is_floating_point():
         return (logits.reshape(len(labels)) - labels.to(logits.dtype)).square()
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
+    return F.cross_entropy(logits, labels.long(), reduction="none", ignore_index=NO_LABEL)
 
 
 class ExampleLosses:
@@ -43,7 +55,8 @@ class ExampleLosses:
         batch: its inputs and `labels`.
         autocast: the precision of the forward pass, e.g. torch.bfloat16; None is that of the weights.
 
-    `logits` (B, C), detached, are those of the latest call.
+    `logits` (B, C), detached, are those of the latest call. A subclass with a `__call__` of its own has these losses in
+    parts of the batch and in float32 too; for the methods that take the outputs it needs an `outputs` of its own.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None):
@@ -54,24 +67,31 @@ class ExampleLosses:
         self.logits: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        return self._losses(self.autocast)
-
-    def in_float32(self) -> Tensor:
-        """The losses without autocast: differences of bfloat16 losses are mostly rounding."""
-        return self._losses(None)
-
-    def _losses(self, precision: torch.dtype | None) -> Tensor:
-        with torch.autocast(self.labels.device.type, precision, enabled=precision is not None):
+        with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.model(**self.inputs).logits
         self.logits = logits.detach()
         return example_losses(logits, self.labels)
 
-    def subset(self, indices: list[int]) -> "ExampleLosses":
-        """The same closure for some of its examples, still padded as before."""
+    def in_float32(self) -> Tensor:
+        """The losses without autocast: differences of bfloat16 losses are mostly rounding."""
+        other = copy.copy(self)
+        other.autocast = None
+        losses = other()
+        self.logits = other.logits
+        return losses
+
+    def subset(self, indices: list[int]) -> Self:
+        """The same closure for some of its examples, still padded as before. What of the inputs is no tensor with a row
+        for each example stays as it is."""
         in_a_row = indices == list(range(indices[0], indices[0] + len(indices)))
         which = slice(indices[0], indices[0] + len(indices)) if in_a_row else indices  # a list travels to the device
-        batch = {name: value[which] for name, value in self.inputs.items()} | {"labels": self.labels[which]}
-        return ExampleLosses(self.model, batch, self.autocast)
+        part, examples = copy.copy(self), len(self.labels)
+        part.inputs = {
+            name: value[which] if isinstance(value, Tensor) and value.shape[:1] == (examples,) else value
+            for name, value in self.inputs.items()
+        }
+        part.labels = self.labels[which]
+        return part
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,6 +147,12 @@ class ExampleLosses:
         table of `get_input_embeddings()`; of an encoder and a decoder (T5, BART) where the encoder does, as we
         understand the code of R3F's authors.
         """
+        own, base = type(self), ExampleLosses
+        if own.__call__ is not base.__call__ and own.outputs is base.outputs and own._losses_of is base._losses_of:
+            raise ValueError(
+                f"{own.__name__} has losses of its own in __call__, and this method takes them from outputs(): give it "
+                "one that returns them too, (losses, logits)"
+            )
         added = None if noise is None else noise * self.token_mask
         called = False
 

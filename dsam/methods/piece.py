@@ -84,17 +84,21 @@ class Piece:
 
     def losses(self, precise: bool = False) -> Tensor:
         """Losses, shape (B,); `precise`: in float32 where the closure can."""
-        losses = getattr(self.closure, "in_float32", self.closure)() if precise else self.closure()
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"the closure must return a tensor of per-example losses, shape (B,), got {_kind(losses)}")
-        if losses.ndim != 1 or not losses.is_floating_point():
-            raise ValueError(
-                "the closure must return per-example losses of shape (B,), e.g. with reduction='none'; "
-                f"got shape {tuple(losses.shape)}"
-            )
-        if not len(losses):
-            raise ValueError("the closure returned no losses: an empty batch has no gradient")
-        return losses
+        return require_losses(getattr(self.closure, "in_float32", self.closure)() if precise else self.closure())
+
+
+def require_losses(losses: Any) -> Tensor:
+    """What a closure gave, if it is one loss for each example. TypeError or ValueError for what is not."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"the closure must return a tensor of per-example losses, shape (B,), got {_kind(losses)}")
+    if losses.ndim != 1 or not losses.is_floating_point():
+        raise ValueError(
+            "the closure must return per-example losses of shape (B,), e.g. with reduction='none'; "
+            f"got shape {tuple(losses.shape)}"
+        )
+    if not len(losses):
+        raise ValueError("the closure returned no losses: an empty batch has no gradient")
+    return losses
 
 
 def pieces_of(closure: Closure | Sequence[Closure]) -> list[Piece]:

@@ -63,7 +63,9 @@ class SMART(OutputMethod):
             _, noisy = step.outputs(k, noise)
             target = logits.detach()
             far = _as_in_code(noisy, target) if code else divergence(target, noisy)
-            (gradient,) = torch.autograd.grad(far.sum(), noise)
+            scale = step.scale_of_one(examples)  # or half precision's smallest numbers become 0
+            (gradient,) = torch.autograd.grad(far.sum() * scale, noise)
+            gradient = gradient / scale
             step.report["backwards"] += step.costs[k]
             if code:
                 ahead = noise.detach() + self.step_size * gradient

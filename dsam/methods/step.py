@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteGradient
 from .gradients import add, owned, sparse_gradient, whole
 from .perturbation import Gradients, perturbed, total_norm
-from .piece import Closure, pieces_of
+from .piece import Closure, pieces_of, require_losses
 
 if TYPE_CHECKING:
     from .base import Method
@@ -66,6 +66,7 @@ class Step:
         # One that is not enabled neither scales nor skips: it is none.
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.checked, self.wait = method.checked, wait or self.scaler is not None
+        self.looked = False  # whether anything was checked in this step
         self.finite: Tensor | None = None  # whether all was, of what nobody waited for
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
@@ -85,7 +86,7 @@ class Step:
             precise: in float32 where the closure can.
             share: how much of the model is run, for the count.
         """
-        with self.passing(k, share), self._masks_of(k, ascent):
+        with self.passing(k, share), self._masks_of(k, ascent), self._precision(precise):
             return self.pieces[k].losses(precise)
 
     def aside(self, k: int, precise: bool = True) -> Tensor:
@@ -93,8 +94,17 @@ class Step:
         state = self._masks[k]
         if state is None:
             state = self.random.get()
-        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state):
+        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state), self._precision(precise):
             return self.pieces[k].losses(precise)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether losses come from autocast, be it a closure's own or that around the step."""
+        device = self.params[0].device.type
+        return torch.is_autocast_enabled(device) or any(piece.autocast for piece in self.pieces)
+
+    def _precision(self, precise: bool) -> AbstractContextManager:
+        return torch.autocast(self.params[0].device.type, enabled=False) if precise else nullcontext()
 
     def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
         """Losses of all pieces without their graphs."""
@@ -172,7 +182,8 @@ class Step:
         assert closure is not None
         other = other_masks or (self.mask == "fresh" and self._masks[k] is not None)
         with self.passing(k), self.other_masks() if other else self._masks_of(k, ascent=False):
-            return closure.outputs(noise, detached=True) if detached else closure.outputs(noise)
+            losses, logits = closure.outputs(noise, detached=True) if detached else closure.outputs(noise)
+            return require_losses(losses), logits
 
     def forget_masks(self) -> None:
         """The next pass draws its masks anew."""
@@ -246,7 +257,8 @@ class Step:
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
         try:
-            found = self.grad(loss, [*chosen, *also])
+            with self._buffers_kept():  # checkpointed layers run again here
+                found = self.grad(loss, [*chosen, *also])
         except RuntimeError as error:
             for words, said in MISTAKES.items():
                 if words in str(error):
@@ -282,7 +294,10 @@ class Step:
     def words(self) -> nn.Embedding | None:
         """The table of word embeddings of which only the rows of the batch matter. None off the CPU: elsewhere to
         clear a whole table costs less than to wait for which rows there are."""
-        return self.pieces[0].words if self.pieces and self.params[0].device.type == "cpu" else None
+        if not self.pieces or self.params[0].device.type != "cpu":
+            return None
+        words = self.pieces[0].words
+        return words if all(piece.words is words for piece in self.pieces[1:]) else None
 
     def rows_suffice(self) -> bool:
         return self.params[0].device.type == "cpu"
@@ -403,7 +418,7 @@ class Step:
         for p, g in zip(self.params, gradient, strict=True):
             if g is not None:
                 earlier = earlier or p.grad is not None
-                p.grad = g if p.grad is None else p.grad.add_(g)
+                p.grad = g if p.grad is None else g.add_(p.grad) if p.grad.is_sparse else p.grad.add_(g)
         if earlier and self.scaler is None:
             self.report["gradient_norm"] = total_norm([p.grad for p in self.params])
         return loss
