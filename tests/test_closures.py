@@ -1,6 +1,7 @@
 """Closures as people write them: own losses, odd labels, autocast around, layers that a step does not reach."""
 
 import functools
+import types
 
 import encoders
 import pytest
@@ -101,6 +102,38 @@ def test_a_closure_s_own_losses_are_those_of_its_parts_and_of_its_probes():
             dsam.METHODS[name](model).backward(closure)
 
 
+def test_a_call_may_take_the_base_class_s_outputs():
+    class Outer(ExampleLosses):
+        def __call__(self):
+            _, logits = self.outputs()
+            return F.cross_entropy(logits, self.labels, reduction="none", label_smoothing=0.1)
+
+    model = network()
+    SAM(model, 0.1).backward(Outer(model, {"input_ids": ids(), "labels": torch.tensor([0, 1, 1, 0])}))
+
+
+def test_a_closure_that_keeps_more_of_each_example_is_asked_for_its_parts():
+    """One example's loss times all four weights would be four losses."""
+
+    class Weighted(ExampleLosses):
+        weights = torch.tensor([0.1, 8.0, 0.1, 0.1], dtype=torch.float64)
+
+        def __call__(self):
+            return super().__call__() * self.weights
+
+    model = network()
+    closure = Weighted(model, {"input_ids": ids(), "labels": torch.tensor([0, 1, 1, 0])})
+    with pytest.raises(
+        ValueError, match=r"len\(\) is 1 examples, but it returned 4 losses.* a subset\(indices\) of its"
+    ):
+        GroupSAM(model, 0.1, m=1).backward(closure)
+
+
+def test_outputs_without_a_second_dimension_are_a_regression_s():
+    logits, labels = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.0])
+    assert dsam.methods.example_losses(logits, labels).tolist() == [0.0, 4.0, 0.0]
+
+
 def batch_of(closure):
     return [*closure.inputs.items(), ("labels", closure.labels)]
 
@@ -118,6 +151,23 @@ class TimeFirst(nn.Module):
     def forward(self, tokens):
         mixed = self.mix(self.words(tokens).transpose(0, 1)).tanh().transpose(0, 1)
         return self.head(mixed.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:per_instance runs one example")
+def test_steps_that_overflow_prove_nothing():
+    """Three of them, as a scale that begins high may give, before a first step whose gradients are 0 below the head."""
+    model, generator = TimeFirst(), torch.Generator().manual_seed(1)
+    method, scaler = PerInstance(model, 0.5), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for step in range(6):
+        tokens, labels = (torch.randint(0, n, s, generator=generator) for n, s in ((20, (8, 8)), (2, (8,))))
+        factor = torch.inf if step < 3 else 1.0
+        method.backward(lambda t=tokens, y=labels, f=factor: f * F.cross_entropy(model(t), y, reduction="none"), scaler)
+        with torch.no_grad():
+            for p in model.parameters():
+                if step >= 3:
+                    p -= p.grad / scaler.get_scale()
+        model.zero_grad()
+    assert method.singly
 
 
 @pytest.mark.filterwarnings("ignore:per_instance runs one example")
@@ -198,6 +248,33 @@ def test_fsam_s_average_of_a_layer_begins_with_its_first_gradient():
     torch.testing.assert_close(averages[id(head)], 0.9 * gradients[0] + 0.1 * gradients[2])
 
 
+def test_buffers_that_a_backward_pass_writes_stay_written():
+    """As scales that follow the gradients' size do; only a forward that runs again there is undone."""
+
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("largest", torch.zeros(()))
+
+        def forward(self, x):
+            out = super().forward(x)
+            out.register_hook(lambda g: (self.largest.copy_(g.abs().max()), None)[1])
+            return out
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(6, 4)
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    F.cross_entropy(model(x), y).backward()
+    once = model.largest.clone()
+    for name in ("plain", "sam"):
+        model.zero_grad()
+        nn.init.zeros_(model.largest)
+        dsam.METHODS[name](model, *([1e-6] if name == "sam" else [])).backward(
+            lambda: F.cross_entropy(model(x), y, reduction="none")
+        )
+        torch.testing.assert_close(model.largest, once)
+
+
 @pytest.mark.parametrize("name", ["plain", "sam", "gsam", "delta_sam"])
 def test_statistics_inside_a_checkpointed_layer_move_once_a_step_and_at_w(name):
     """Though that layer runs once more in each backward pass."""
@@ -233,6 +310,45 @@ def test_probes_under_a_caller_s_autocast_are_in_float32(weighting):
         sizes.append(method.report["effective_sample_size"])
     torch.testing.assert_close(*sizes, rtol=1e-6, atol=0)  # the weights come from the probes alone
     assert torch.bfloat16 in seen  # the ascent's and the descent's own passes stay as they were asked for
+
+
+def test_smart_s_ascent_moves_no_statistics_of_a_checkpointed_layer():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm, self.head = nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def get_input_embeddings(self):
+            return self.words
+
+        def forward(self, input_ids):
+            pooled = checkpoint(lambda h: self.norm(h.mean(1)), self.words(input_ids), use_reentrant=False)
+            return types.SimpleNamespace(logits=self.head(pooled))
+
+    model = Checkpointed()
+    closure = ExampleLosses(model, {"input_ids": ids(), "labels": torch.tensor([0, 1, 1, 0])})
+    dsam.METHODS["smart"](model).backward(closure)
+    assert model.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("weighting", ["probe", "curvature", "gibbs"])
+@pytest.mark.filterwarnings("ignore:probes run under the autocast")
+def test_a_closure_that_needs_the_autocast_around_it_has_its_probes_there(weighting):
+    """With half-precision features, which float32 layers take under autocast alone. It is said once."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(6, 4).bfloat16()
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    method = DeltaSAM(model, 0.05, weighting)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            method.backward(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+        forwards = method.report["forwards"]
+    assert [note for note in method.notes if "autocast around the step" in note] == method.notes != []
+    with torch.autocast("cpu", torch.bfloat16):
+        DeltaSAM(model, 0.05, weighting).backward(lambda: F.cross_entropy(model(x).float(), y, reduction="none"))
+    plain = DeltaSAM(model, 0.05, weighting)
+    plain.backward(lambda: F.cross_entropy(model(x.float()), y, reduction="none"))
+    assert forwards == plain.report["forwards"]
 
 
 def test_smart_s_ascent_does_not_underflow_under_a_scaler(monkeypatch):

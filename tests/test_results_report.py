@@ -326,22 +326,20 @@ def test_a_run_that_went_on_elsewhere_tells_no_seconds(tmp_path):
 
 
 def test_pairs_that_differ_in_more_than_the_method_are_said(tmp_path):
-    """sam on another machine in one of two pairs, dsam from other weights in both, rdrop in nothing."""
+    """sam on another machine in one of three pairs, adamw and sam on several in the last, dsam from other weights."""
     for method in ("adamw", "sam", "dsam", "rdrop"):
-        for seed in (0, 1):
+        for seed in (0, 1, 2):
             one = plan("rte", "tiny", method, seed)
             finish(tmp_path, one, best=0.6 + 0.01 * seed)
             device = "H100" if (method, seed) == ("sam", 1) else "EPYC"
+            elsewhere = [{"device": "H100"}] if seed == 2 and method in ("adamw", "sam") else []
             identity = {"data": "local rte a", "model": "sha256:b" if method == "dsam" else "sha256:a"}
             path = tmp_path / one["folder"] / "provenance.json"
-            path.write_text(json.dumps({"device": device, "identity": identity}))
+            path.write_text(json.dumps({"device": device, "identity": identity, "earlier": elsewhere}))
     built = tables.build(collect(tmp_path))
     for table in (built.main, built.last_epoch, built.statistics):
         told = [note for note in table.notes if "the two runs ran" in note]
-        assert [note.split(" the two runs ran ")[1].split(":")[-1] for note in told] == [
-            " sam 1 of 2.",
-            " dsam 2 of 2.",
-        ]
+        assert [note.split(": ")[-1] for note in told] == ["dsam 1 of 3, rdrop 1 of 3, sam 2 of 3.", "dsam 3 of 3."]
         assert "on two machines" in told[0] and "two versions of the model's weights" in told[1]
 
 

@@ -85,7 +85,7 @@ class Distributed:
 
     def __setattr__(self, name: str, value) -> None:
         """What is set is the method's, as what is read is: a schedule of ρ goes on being one."""
-        if name in OWN:
+        if name in OWN or "method" not in vars(self) or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:
             setattr(self.method, name, value)

@@ -42,9 +42,6 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
     what = PROVEN if found.square else PROVEN - {"square"}
     if what <= step.checked:
         return
-    if not step.looked:
-        step.looked = True
-        step.checked.add(f"look {sum(one.startswith('look ') for one in step.checked)}")
     params = [p for p in found.params if p.requires_grad]
     with torch.enable_grad():
         losses = step.aside(k, precise=False)
@@ -64,5 +61,9 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
             "calling the layer"
         )
     values = [g._values() if g.is_sparse else g for g in expected if g is not None]
-    if torch.stack([value.any() for value in values]).all() or f"look {MOST - 1}" in step.checked:
+    kind = "square" if found.square else "other"
+    if kind not in step.looked:
+        step.looked.add(kind)
+        step.checked.add(f"{kind} look {sum(one.startswith(f'{kind} look') for one in step.checked)}")
+    if torch.stack([value.any() for value in values]).all() or f"{kind} look {MOST - 1}" in step.checked:
         step.checked.update(what)

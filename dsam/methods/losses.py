@@ -36,7 +36,7 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
             f"the model has one output, a regression, and the labels are {labels.dtype}: pass labels.float(), or make "
             "the model with num_labels=2 for two classes"
         )
-    if logits.shape[-1] > 1 and labels.is_floating_point():
+    if logits.ndim > 1 and logits.shape[-1] > 1 and labels.is_floating_point():
         raise ValueError(
             f"the model has {logits.shape[-1]} outputs, classes, and the labels are {labels.dtype}: pass "
             "labels.long(), or make the model with num_labels=1 for a regression"
@@ -139,6 +139,15 @@ class ExampleLosses:
         mask = self.inputs.get("attention_mask")
         return (torch.ones_like(ids) if mask is None else mask).float().unsqueeze(-1)
 
+    def require_outputs(self) -> None:
+        """ValueError where `outputs` would give other losses than the call."""
+        own, base = type(self), ExampleLosses
+        if own.__call__ is not base.__call__ and own.outputs is base.outputs and own._losses_of is base._losses_of:
+            raise ValueError(
+                f"{own.__name__} has losses of its own in __call__, and this method takes them from outputs(): give it "
+                "one that returns them too, (losses, logits)"
+            )
+
     def outputs(self, noise: Tensor | None = None, detached: bool = False) -> tuple[Tensor, Tensor]:
         """(losses (B,), logits (B, C) in at least float32 with their graph), with `noise` (B, T, d) on the embeddings,
         `detached`: on copies of these that no gradient goes through.
@@ -147,12 +156,6 @@ class ExampleLosses:
         table of `get_input_embeddings()`; of an encoder and a decoder (T5, BART) where the encoder does, as we
         understand the code of R3F's authors.
         """
-        own, base = type(self), ExampleLosses
-        if own.__call__ is not base.__call__ and own.outputs is base.outputs and own._losses_of is base._losses_of:
-            raise ValueError(
-                f"{own.__name__} has losses of its own in __call__, and this method takes them from outputs(): give it "
-                "one that returns them too, (losses, logits)"
-            )
         added = None if noise is None else noise * self.token_mask
         called = False
 

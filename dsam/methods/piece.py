@@ -69,7 +69,11 @@ class Piece:
 
     @property
     def outputs(self) -> Outputs | None:
-        return self.closure if callable(getattr(self.closure, "outputs", None)) and self.size is not None else None
+        if not callable(getattr(self.closure, "outputs", None)) or self.size is None:
+            return None
+        if hasattr(self.closure, "require_outputs"):
+            self.closure.require_outputs()
+        return self.closure
 
     @property
     def restrictable(self) -> bool:
@@ -84,7 +88,13 @@ class Piece:
 
     def losses(self, precise: bool = False) -> Tensor:
         """Losses, shape (B,); `precise`: in float32 where the closure can."""
-        return require_losses(getattr(self.closure, "in_float32", self.closure)() if precise else self.closure())
+        losses = require_losses(getattr(self.closure, "in_float32", self.closure)() if precise else self.closure())
+        if self.size not in (None, len(losses)):
+            raise ValueError(
+                f"the closure's len() is {self.size} examples, but it returned {len(losses)} losses: one that keeps "
+                "something of its own for each example needs a subset(indices) of its own"
+            )
+        return losses
 
 
 def require_losses(losses: Any) -> Tensor:

@@ -64,7 +64,8 @@ class SMART(OutputMethod):
             target = logits.detach()
             far = _as_in_code(noisy, target) if code else divergence(target, noisy)
             scale = step.scale_of_one(examples)  # or half precision's smallest numbers become 0
-            (gradient,) = torch.autograd.grad(far.sum() * scale, noise)
+            with step.reruns_undone():
+                (gradient,) = torch.autograd.grad(far.sum() * scale, noise)
             gradient = gradient / scale
             step.report["backwards"] += step.costs[k]
             if code:

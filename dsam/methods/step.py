@@ -33,6 +33,7 @@ MISTAKES = {
     ),
 }
 """What PyTorch says where a closure is none -> what is wrong."""
+HALF = "probes under the caller's autocast"  # what `Method.checked` then has
 Around = Callable[[int], AbstractContextManager]
 
 
@@ -66,7 +67,8 @@ class Step:
         # One that is not enabled neither scales nor skips: it is none.
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.checked, self.wait = method.checked, wait or self.scaler is not None
-        self.looked = False  # whether anything was checked in this step
+        self.looked: set[str] = set()  # what was checked in this step
+        self.note = method.note
         self.finite: Tensor | None = None  # whether all was, of what nobody waited for
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
@@ -86,25 +88,44 @@ class Step:
             precise: in float32 where the closure can.
             share: how much of the model is run, for the count.
         """
-        with self.passing(k, share), self._masks_of(k, ascent), self._precision(precise):
-            return self.pieces[k].losses(precise)
+
+        def run() -> Tensor:
+            with self.passing(k, share), self._masks_of(k, ascent), self._precision(precise):
+                return self.pieces[k].losses(precise)
+
+        if not precise or not self._within_autocast:
+            return run()
+        before = self.report["forwards"]
+        try:
+            return run()
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("dtype", "scalar type", "Input type")):
+                raise
+        self.report["forwards"] = before
+        self.checked.add(HALF)
+        self.note("probes run under the autocast around the step, since the closure does not go without it")
+        return run()
 
     def aside(self, k: int, precise: bool = True) -> Tensor:
         """Losses of piece k as a pass that is no part of the step: not counted, and nothing drawn or moved by it."""
         state = self._masks[k]
         if state is None:
             state = self.random.get()
-        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state), self._precision(precise):
+        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state):
             return self.pieces[k].losses(precise)
 
     @property
     def autocast(self) -> bool:
-        """Whether losses come from autocast, be it a closure's own or that around the step."""
-        device = self.params[0].device.type
-        return torch.is_autocast_enabled(device) or any(piece.autocast for piece in self.pieces)
+        """Whether losses come from autocast that precise ones go without: a closure's own, or that around the step."""
+        return self._within_autocast or any(piece.autocast for piece in self.pieces)
+
+    @property
+    def _within_autocast(self) -> bool:
+        return HALF not in self.checked and torch.is_autocast_enabled(self.params[0].device.type)
 
     def _precision(self, precise: bool) -> AbstractContextManager:
-        return torch.autocast(self.params[0].device.type, enabled=False) if precise else nullcontext()
+        off = precise and self._within_autocast
+        return torch.autocast(self.params[0].device.type, enabled=False) if off else nullcontext()
 
     def all_losses(self, *, ascent: bool = False) -> list[Tensor]:
         """Losses of all pieces without their graphs."""
@@ -144,13 +165,39 @@ class Step:
                 buffer.data = value
                 of[name] = buffer
 
-    @cached_property
+    @contextmanager
+    def reruns_undone(self) -> Iterator[None]:
+        """Around a backward pass, in which checkpointed layers run once more, at w + ε maybe: what that does to their
+        buffers goes again."""
+        before: dict[int, list] = {}
+
+        def keep(module: nn.Module, _) -> None:
+            if id(module) not in before:
+                own = module._buffers
+                before[id(module)] = [(own, name, b, b.data) for name, b in own.items() if b is not None]
+                for _, _, buffer, value in before[id(module)]:
+                    buffer.data = value.clone()
+
+        handles = [module.register_forward_pre_hook(keep) for module in self._with_buffers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for own, name, buffer, value in (one for those in before.values() for one in those):
+                buffer.data = value
+                own[name] = buffer
+
+    @property
     def _buffers(self) -> list[tuple[dict, str]]:
-        """Where those are that a pass may move: nowhere if all of the model is in evaluation mode."""
+        """Where those are that a pass may move."""
+        return [(module._buffers, name) for module in self._with_buffers for name in module._buffers]
+
+    @cached_property
+    def _with_buffers(self) -> list[nn.Module]:
+        """The modules with buffers that a pass may move: none if all of the model is in evaluation mode."""
         modules = [] if self.module is None else list(self.module.modules())
-        if not any(module.training for module in modules):
-            return []
-        return [(module._buffers, name) for module in modules for name in module._buffers]
+        return [m for m in modules if m._buffers] if any(m.training for m in modules) else []
 
     @contextmanager
     def _masks_of(self, k: int, ascent: bool) -> Iterator[None]:
@@ -257,7 +304,7 @@ class Step:
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
         try:
-            with self._buffers_kept():  # checkpointed layers run again here
+            with self.reruns_undone():
                 found = self.grad(loss, [*chosen, *also])
         except RuntimeError as error:
             for words, said in MISTAKES.items():
@@ -381,7 +428,7 @@ class Step:
             sizes: of this step's pieces.
         """
         part = object.__new__(type(self))
-        _ = self._buffers  # looked up once for all parts
+        _ = self._with_buffers  # looked up once for all parts
         vars(part).update(vars(self))
         pieces = [self.pieces[k] for k, _ in parts]
         part.pieces = [piece.restricted(indices) for piece, (_, indices) in zip(pieces, parts, strict=True)]

@@ -3,7 +3,9 @@
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,15 +65,23 @@ def make(
         # Waits for a process of its own most of the time: the notebook's kernel.
         body = beside.submit(_page, experiment, runs_dir, collected, page.resolve().parent, which)
         built = tables.build(frame, which)
-        try:
+        with _writing(tables_dir):
             written = write_tables(built, frame, experiment, runs_dir, Path(tables_dir) / experiment, which)
             drawn = plots.write(frame, Path(figures_dir) / experiment, which)
-            page.write_text(body.result(), encoding="utf-8")
-        except OSError as error:
-            why = f"{error.filename or tables_dir}: {error.strerror or error}"
-            raise UserError(f"cannot write {why}; set paths.tables=DIR and paths.figures=DIR") from None
+        told = body.result()
+        with _writing(tables_dir):
+            page.write_text(told, encoding="utf-8")
     text = "\n".join(rendering.as_markdown(table) for table in (built.main, built.memorised) if table is not None)
     return Report(html=page, tables=written, figures=drawn, text=text)
+
+
+@contextmanager
+def _writing(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"cannot write {why}; set paths.tables=DIR and paths.figures=DIR") from None
 
 
 def write_tables(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dsam.results.collect import SEVERAL
 from dsam.results.statistics import ROUNDING, baseline_label, compare, methods, scored, summarise, worse_than_best
 from dsam.results.tables import rendering
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
@@ -215,7 +216,8 @@ def _unlike_pairs(runs: pd.DataFrame, baseline: str) -> list[str]:
         pairs = own[own["method_label"] != reference].join(theirs.add_suffix(" there"), on=["task", "seed"])
         for what, words in UNLIKE.items():
             here, there = pairs[what], pairs[f"{what} there"]
-            unlike = pairs[here.notna() & there.notna() & (here != there)].groupby("method_label", sort=False).size()
+            other = here.notna() & there.notna() & ((here != there) | (here == SEVERAL))
+            unlike = pairs[other].groupby("method_label", sort=False).size()
             if len(unlike):
                 counts = pairs[there.notna()].groupby("method_label").size()
                 told = ", ".join(f"{method} {count} of {counts[method]}" for method, count in unlike.items())
