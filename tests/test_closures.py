@@ -123,9 +123,7 @@ def test_a_closure_that_keeps_more_of_each_example_is_asked_for_its_parts():
 
     model = network()
     closure = Weighted(model, {"input_ids": ids(), "labels": torch.tensor([0, 1, 1, 0])})
-    with pytest.raises(
-        ValueError, match=r"len\(\) is 1 examples, but it returned 4 losses.* a subset\(indices\) of its"
-    ):
+    with pytest.raises(ValueError, match=r"len\(\) is 1 .* returned 4 losses.* a subset\(indices\) of its"):
         GroupSAM(model, 0.1, m=1).backward(closure)
 
 
