@@ -199,9 +199,13 @@ def test_what_is_said_of_fitted_labels_is_what_the_records_say():
     assert f"fitting {found['adamw'][0]} % of the wrong labels, SAM {found['sam'][0]} %" in README
 
 
-def test_the_rows_of_a_grid_at_noise_0_2_are_its_records():
+@pytest.mark.parametrize("experiment, section, end", [
+    ("label_noise_20", "### Half as many wrong labels", "\nThe seeds of what was chosen"),
+    ("label_noise_mpnet", "### On an encoder of BERT-base's size", "\nChosen were"),
+])  # fmt: skip
+def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
     rows = []
-    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_20.zip") as held:
+    with zipfile.ZipFile(ROOT / "results" / "records" / f"{experiment}.zip") as held:
         for name in held.namelist():
             if not name.endswith("result.json"):
                 continue
@@ -212,25 +216,29 @@ def test_the_rows_of_a_grid_at_noise_0_2_are_its_records():
             scores = f"{100 * best['heldout_score']:.1f} | {best['epoch']:g} | {100 * best['score']:.1f}"
             wrong, right = (100 * last["memorised"][which]["accuracy"] for which in ("flipped", "clean"))
             rows.append(f"| {method} |{rho} | {scores} | {100 * last['score']:.1f} | {wrong:.0f} | {right:.0f} |")
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("### Half as many wrong labels")[1]
-    page = page.split("\nThe seeds of what was chosen")[0]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split(section)[1].split(end)[0]
     lines = [" ".join(line.replace("**", "").split()) for line in page.splitlines()]
     assert sorted(line for line in lines if re.match(r"\| (adamw|sam|dsam|per)", line)) == sorted(rows)
 
 
-def test_the_seeds_at_noise_0_2_are_those_of_the_tables():
+@pytest.mark.parametrize("experiment, task, start", [
+    ("label_noise_20_chosen", "sst2 noise 0.2", "The seeds of what was chosen"),
+    ("label_noise_mpnet_chosen", "sst2 noise 0.4", "\nChosen were"),
+])  # fmt: skip
+def test_the_seeds_of_what_was_chosen_are_those_of_the_tables(experiment, task, start):
     """Also the number of seeds of each method, as long as some have more than others."""
-    folder, task = ROOT / "results" / "tables" / "label_noise_20_chosen", "sst2 noise 0.2"
+    folder = ROOT / "results" / "tables" / experiment
     tables = [pd.read_csv(folder / f"{name}.csv").set_index("method") for name in ("main", "last_epoch")]
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("The seeds of what was chosen")[1]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split(start)[1]
     lines = [" ".join(line.replace("**", "").split()) for line in page.split("\n### ")[0].splitlines()]
-    for method in tables[0].index[tables[0][f"{task} count"] > 0]:
+    for method in tables[0].index[tables[0][f"{task} count"] > 1]:
         cells = [str(int(tables[0].loc[method, f"{task} count"]))]
         for table in tables:
             row = table.loc[method]
             cells.append(f"{100 * row[f'{task} mean']:.2f} ± {100 * row[f'{task} sd']:.2f}")
             difference = [100 * row[name] for name in ("difference", "low", "high")]
-            cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if method != "adamw" else "")
+            shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if row["low"] == row["low"] else ""
+            cells.append(shown)
         expected = f"| {method} | {' | '.join(cells)} |".replace("  ", " ")
         assert expected in lines, expected
 
@@ -260,6 +268,30 @@ def test_what_is_said_of_noise_0_2_is_what_the_tables_say():
     assert all(abs(float(x) - value) <= 0.051 for x, value in zip(said, rows, strict=True))
     assert all(last[method, seed] > last["adamw", seed] for method in ("sam", "dsam", "per_instance")
                for seed in range(1, 6))  # fmt: skip
+
+
+def test_what_is_said_of_mpnet_is_what_its_tables_say():
+    folder = ROOT / "results" / "tables" / "label_noise_mpnet_chosen"
+    tables = [pd.read_csv(folder / f"{name}.csv").set_index("method") for name in ("last_epoch", "main")]
+    expected = [f"{100 * t.loc['sam', n]:.1f}" for t in tables for n in ("difference", "low", "high")]
+    results = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    one = r"\(([\d.]+) to ([\d.]+)\)"
+    figures = rf"([\d.]+) points higher with SAM than with AdamW {one}, and ([\d.]+) {one}"
+    for text in (results, README):
+        assert list(re.search(figures, text).groups()) == expected
+    page = results.split("### On an encoder of BERT-base's size")[1].split("### A built-in case")[0]
+    scores, fitted = {}, {}
+    with zipfile.ZipFile(ROOT / "results" / "records" / "label_noise_mpnet_chosen.zip") as held:
+        for name in held.namelist():
+            if name.endswith("result.json"):
+                r = json.loads(held.read(name))
+                scores[r["optimizer"], r["seed"]] = 100 * r["last"]["score"], 100 * r["best"]["score"]
+                fitted.setdefault(r["optimizer"], []).append(r["last"]["memorised"]["flipped"]["accuracy"])
+    ahead = [[scores["sam", s][k] - scores["adamw", s][k] for s in range(1, 6)] for k in (0, 1)]
+    assert f"by {min(ahead[0]):.1f} to {max(ahead[0]):.1f} points at the last epoch" in page
+    assert f"differ from {min(ahead[1]):.1f} to {max(ahead[1]):.1f}: choosing" in page
+    sam, adamw = (f"{100 * sum(fitted[m]) / 5:.0f} %" for m in ("sam", "adamw"))
+    assert f"fits {sam} of the wrong labels and AdamW {adamw}" in page
 
 
 def test_what_is_said_of_the_levels_together_is_what_their_table_says():
