@@ -121,7 +121,9 @@ class Step:
 
     @property
     def _within_autocast(self) -> bool:
-        return HALF not in self.checked and torch.is_autocast_enabled(self.params[0].device.type)
+        device = self.params[0].device.type
+        known = HALF not in self.checked and torch.amp.is_autocast_available(device)
+        return known and torch.is_autocast_enabled(device)
 
     def _precision(self, precise: bool) -> AbstractContextManager:
         off = precise and self._within_autocast
