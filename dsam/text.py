@@ -34,8 +34,8 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def words(command: str) -> list[str]:
-    """Those of a command line as it was recorded, by a shell's rules where they hold."""
+def split_command(command: str) -> list[str]:
+    """The words of a command line as it was recorded, by a shell's rules where they hold."""
     try:
         return shlex.split(command)
     except ValueError:  # recorded without quotes, as once was done
@@ -43,11 +43,11 @@ def words(command: str) -> list[str]:
 
 
 def published(command: Sequence[str]) -> str:
-    """The command line of these words for others, who can type it: `public` ones."""
-    return shlex.join(map(public, command))
+    """The command line of these words for others, who can type it: see `public_word`."""
+    return shlex.join(map(public_word, command))
 
 
-def public(word: str) -> str:
+def public_word(word: str) -> str:
     """A word of a command or of a text for others: a folder of this machine is DIR, and a script is named from the
     project's root."""
     name, sign, value = word.partition("=")

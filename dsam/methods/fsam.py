@@ -42,14 +42,14 @@ class FSAM(SAM):
     def descent(self, step: Step, losses: Tensor, ascent: Gradients) -> list[Tensor | None]:
         gradient = super().descent(step, losses, ascent)  # which ends where the ascent is not finite
         before = self.average or [None] * len(ascent)
-        there = [None if m is None else g for m, g in zip(before, ascent, strict=True)]
-        moved = combine(before, there, 1 - self.decay, self.decay)
-        # Each parameter's begins with its first gradient, and stays where a pass does not reach it.
-        self.average = [
-            (None if g is None else g.clone()) if m is None else m if g is None else new
-            for m, g, new in zip(before, ascent, moved, strict=True)
-        ]
+        self.average = [self._moved(m, g) for m, g in zip(before, ascent, strict=True)]
         return gradient
+
+    def _moved(self, average: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        """A parameter's average begins with its first gradient, and stays where a pass does not reach it."""
+        if gradient is None:
+            return average
+        return gradient.clone() if average is None else (average * self.decay).add_(gradient * (1 - self.decay))
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"average": self.average}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteGradient
+from . import buffers
 from .gradients import add, owned, sparse_gradient, whole
 from .perturbation import Gradients, perturbed, total_norm
 from .piece import Closure, pieces_of, require_losses
@@ -111,7 +112,7 @@ class Step:
         state = self._masks[k]
         if state is None:
             state = self.random.get()
-        with self._gradient_left_alone(), self._buffers_kept(), self.random.replay(state):
+        with self._gradient_left_alone(), buffers.kept(self._movable), self.random.replay(state):
             return self.pieces[k].losses(precise)
 
     @property
@@ -139,7 +140,7 @@ class Step:
         """Around one forward pass of piece k: counts it, and undoes what any but the piece's first does to buffers."""
         self.report["forwards"] += share * self.costs[k]
         again, self._run[k] = self._run[k], True
-        with self._gradient_left_alone(), self._buffers_kept() if again else nullcontext():
+        with self._gradient_left_alone(), buffers.kept(self._movable) if again else nullcontext():
             yield
 
     @contextmanager
@@ -154,52 +155,13 @@ class Step:
                     "optimizer.zero_grad()"
                 )
 
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        # The pass moves copies: a graph recorded before stays valid. What it puts in a buffer's place goes again.
-        before = [(of, name, of[name], of[name].data) for of, name in self._buffers if of[name] is not None]
-        try:
-            for _, _, buffer, value in before:
-                buffer.data = value.clone()
-            yield
-        finally:
-            for of, name, buffer, value in before:
-                buffer.data = value
-                of[name] = buffer
-
-    @contextmanager
-    def reruns_undone(self) -> Iterator[None]:
-        """Around a backward pass, in which checkpointed layers run once more, at w + ε maybe: what that does to their
-        buffers goes again."""
-        before: dict[int, list] = {}
-
-        def keep(module: nn.Module, _) -> None:
-            if id(module) not in before:
-                own = module._buffers
-                before[id(module)] = [(own, name, b, b.data) for name, b in own.items() if b is not None]
-                for _, _, buffer, value in before[id(module)]:
-                    buffer.data = value.clone()
-
-        handles = [module.register_forward_pre_hook(keep) for module in self._with_buffers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for own, name, buffer, value in (one for those in before.values() for one in those):
-                buffer.data = value
-                own[name] = buffer
-
-    @property
-    def _buffers(self) -> list[tuple[dict, str]]:
-        """Where those are that a pass may move."""
-        return [(module._buffers, name) for module in self._with_buffers for name in module._buffers]
-
     @cached_property
-    def _with_buffers(self) -> list[nn.Module]:
-        """The modules with buffers that a pass may move: none if all of the model is in evaluation mode."""
-        modules = [] if self.module is None else list(self.module.modules())
-        return [m for m in modules if m._buffers] if any(m.training for m in modules) else []
+    def _movable(self) -> list[nn.Module]:
+        return buffers.movable(self.module)
+
+    def reruns_undone(self) -> AbstractContextManager:
+        """Around every backward pass: see `buffers.reruns_undone`."""
+        return buffers.reruns_undone(self._movable)
 
     @contextmanager
     def _masks_of(self, k: int, ascent: bool) -> Iterator[None]:
@@ -430,7 +392,7 @@ class Step:
             sizes: of this step's pieces.
         """
         part = object.__new__(type(self))
-        _ = self._with_buffers  # looked up once for all parts
+        _ = self._movable  # looked up once for all parts
         vars(part).update(vars(self))
         pieces = [self.pieces[k] for k, _ in parts]
         part.pieces = [piece.restricted(indices) for piece, (_, indices) in zip(pieces, parts, strict=True)]

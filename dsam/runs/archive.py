@@ -10,7 +10,7 @@ import yaml
 
 from ..errors import UNREADABLE_ZIP, UserError
 from ..files import write_atomically
-from ..text import counted, public, published, words
+from ..text import counted, public_word, published, split_command
 from . import lease, manifest
 from .record import Record
 
@@ -148,9 +148,9 @@ def _for_others(files: dict[str, bytes]) -> dict[str, bytes]:
         if not isinstance(value, str):
             return value
         if key == "command":
-            return published(words(value))
+            return published(split_command(value))
         place = value.startswith("/") and len(value) > 1
-        return "DIR" if place else " ".join(map(public, value.split(" ")))
+        return "DIR" if place else " ".join(map(public_word, value.split(" ")))
 
     shown = dict(files)
     for name, contents in files.items():

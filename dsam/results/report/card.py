@@ -16,7 +16,7 @@ from dsam.results.tables.build import Tables
 from dsam.results.tables.settings import PREFIX, selection_note
 from dsam.runs import manifest
 from dsam.task import GLUE, HELD_OUT, Hub, shipped
-from dsam.text import counted, published, words
+from dsam.text import counted, published, split_command
 
 HUB_METRICS = {"pearson": "pearsonr", "spearman": "spearmanr"}  # where the hub's name is another
 FORMS = {".csv": "every number with all its digits", ".md": "Markdown", ".tex": "LaTeX, for booktabs", ".html": "HTML"}
@@ -257,7 +257,7 @@ def _base(model: str, base: dict) -> str:
 
 def _command(runs_dir: Path, experiment: str) -> str:
     try:
-        return published(words(manifest.read(runs_dir, experiment)["command"]))
+        return published(split_command(manifest.read(runs_dir, experiment)["command"]))
     except (UserError, KeyError):
         return "not recorded"
 
