@@ -87,6 +87,57 @@ def glue_root():
     return GLUE
 
 
+@pytest.fixture
+def runs_dir(tmp_path):
+    """adamw: rte 60, 62, 64 (one degenerate mrpc); sam: rte 66, 70 and a diverged run; mrpc seed 2 never started."""
+    from test_results_collect import fail, finish, plan, sweep
+
+    runs = tmp_path / "results" / "runs"
+    planned = [
+        plan(task, "tiny", optimizer, seed)
+        for task in ("rte", "mrpc")
+        for optimizer in ("adamw", "sam")
+        for seed in (0, 1, 2)
+    ]
+    sweep(runs, "smoke", planned)
+    scores = {("rte", "adamw"): (0.60, 0.62, 0.64), ("rte", "sam"): (0.66, 0.70, None)}
+    scores |= {("mrpc", "adamw"): (0.80, 0.50, 0.84), ("mrpc", "sam"): (0.81, 0.83, None)}
+    for run in planned:
+        score = scores[run["task"], run["optimizer"]][run["seed"]]
+        if score is not None:
+            finish(runs, run, best=score, last=score - 0.1)
+        elif run["task"] == "rte":
+            finish(runs, run, best=0.99, status="diverged")
+        else:
+            fail(runs, run)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """RTE by bert_base: adamw, adamw_2x, sam with two rho; three seeds each."""
+    from test_results_collect import finish, plan
+
+    runs = tmp_path_factory.mktemp("swept")
+    recipe = {"lr": 2e-5, "epochs": 3, "dropout": None}
+    scores = {
+        ("adamw", 1, 1, None): (0.60, 0.62, 0.64), ("adamw_2x", 2, 1, None): (0.61, 0.61, 0.64),
+        ("sam", 1, 2, 0.05): (0.68, 0.66, 0.70), ("sam", 1, 2, 0.1): (0.58, 0.57, 0.60),
+    }  # fmt: skip
+    for (optimizer, factor, passes, rho), by_seed in scores.items():
+        own = (
+            recipe
+            | {"method": "sam" if rho else "plain", "steps_factor": factor}
+            | ({"rho": rho, "mask": "same"} if rho else {})
+        )
+        train = {"steps": 234 * factor, "seconds": 1, "seconds_per_step": passes, "passes_per_step": passes,
+                 "examples_per_second": 1, "peak_memory_bytes": 1e9}  # fmt: skip
+        for seed, score in enumerate(by_seed):
+            run = plan("rte", "bert_base", optimizer, seed, id=f"{optimizer}-{rho}-{seed}", **own)
+            finish(runs, run, best=score, train=train)
+    return runs
+
+
 def pytest_collection_modifyitems(items):
     """Slurm's tests mostly wait: begun first, they wait while the others run."""
     items.sort(key=lambda item: "test_slurm" not in item.nodeid)
