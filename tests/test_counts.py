@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.config import Train
-from dsam.methods import METHODS, ExampleLosses, per_example
+from dsam.methods import METHODS, ExampleLosses, factors
 from dsam.methods.casts import CastAtOnce
 from dsam.training.batches import pieces
 
@@ -148,7 +148,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(name, monkeypatch, cast):
-    monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+    monkeypatch.setattr(factors, "launches_cost", lambda device: True)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=16

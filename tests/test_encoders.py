@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers
 
 from dsam import ExampleLosses
-from dsam.methods import METHODS, DeltaSAM, PerInstance, one_by_one, per_example
+from dsam.methods import METHODS, DeltaSAM, PerInstance, factors, one_by_one
 from dsam.methods.layer_kinds import kind_of
 from dsam.methods.layers import TopLayers
 from dsam.methods.per_example import PerExampleGradients
@@ -135,7 +135,7 @@ def test_per_instance_is_a_loop_over_the_examples(family, tokens):
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "deberta_v2", "gpt2", "t5", "bart", "llama"])
 def test_per_instance_is_that_loop_by_fewer_operators_too(family, monkeypatch):
     """As on a GPU: weights of their own, shared, turned, tied to the words, and without biases."""
-    monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+    monkeypatch.setattr(factors, "launches_cost", lambda device: True)
     test_per_instance_is_a_loop_over_the_examples(family, 9)
     test_exact_weightings_are_of_each_examples_own_gradient(family, 1, ["exact_curvature"])
 

@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from dsam import DeltaSAM
 from dsam.methods import PerInstance, per_example
+from dsam.methods.factors import joined
 from dsam.methods.per_example import PerExampleGradients, Unsupported
 
 RHO = 0.3
@@ -243,7 +244,7 @@ def test_pieces_of_two_sizes(sizes):
         pieces[-1].backward(losses)
         rows.append(single_gradients(list(model.parameters()), losses_of(model), batch))
     assert {len(piece._products) for piece in pieces} == {1, 2}
-    both, g = PerExampleGradients.joined(pieces), torch.cat(rows)
+    both, g = joined(pieces), torch.cat(rows)
     assert_near(both.gram(), g @ g.T, 1e-9)
     assert_near(both.squared_norms_and_mean_dots()[1], g @ g.mean(0), 1e-9)
     assert_near(flat(both.weighted_gradient(torch.ones(4).double())), g.sum(0), 1e-9)

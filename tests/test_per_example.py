@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import dsam.methods.outer_products as outer_products
-import dsam.methods.per_example as per_example
+from dsam.methods import factors
+from dsam.methods.factors import joined
 from dsam.methods.per_example import PerExampleGradients
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -172,7 +173,7 @@ def recorded_in_pieces(gradients, losses_of, batch, record):
                 losses = losses_of(*(x[part] for x in batch))
             piece.backward(losses)
             pieces.append(piece)
-    return PerExampleGradients.joined(pieces)
+    return joined(pieces)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -199,7 +200,7 @@ def test_both_ways_to_a_norm_and_their_blocks(monkeypatch, ghost_block, block, l
     """At 5 tokens ghost products are cheaper, at 21 the gradient itself is: 21 · (32 + 32) > 32 · 32. As on a GPU, too:
     layer by layer, or all that are alike at once."""
     if layers:
-        monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+        monkeypatch.setattr(factors, "launches_cost", lambda device: True)
         monkeypatch.setattr(outer_products, "LAYERS", layers)
     monkeypatch.setattr(outer_products, "GHOST_BLOCK", ghost_block)
     monkeypatch.setattr(outer_products, "GRAM_BLOCK", ghost_block)
@@ -328,27 +329,15 @@ def test_products_agree_with_each_other(lengths, weights, seed):
         with pieces[i].record():
             losses = classifier_losses(model, ids[i : i + 1, :length], mask[i : i + 1, :length])
         pieces[i].backward(losses)
-    joined = PerExampleGradients.joined([PerExampleGradients.joined(pieces[:2]), *pieces[2:]])
-    torch.testing.assert_close(joined.gram(), gram, rtol=1e-9, atol=1e-9)
-    squares, dots = joined.squared_norms_and_mean_dots()
+    whole = joined([joined(pieces[:2]), *pieces[2:]])
+    torch.testing.assert_close(whole.gram(), gram, rtol=1e-9, atol=1e-9)
+    squares, dots = whole.squared_norms_and_mean_dots()
     torch.testing.assert_close(squares, gram.diagonal(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(dots, gram.mean(1), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(flat(joined.weighted_gradient(weights)), flat(direction), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flat(whole.weighted_gradient(weights)), flat(direction), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gram.diagonal(), gradients.squared_norms(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gram @ weights, gradients.dots(direction), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(weights @ gram @ weights, flat(direction).square().sum(), rtol=1e-9, atol=1e-9)
-
-
-def test_pieces_are_perturbed_one_by_one():
-    model = bert()
-    pieces = []
-    for length in (3, 5):
-        pieces.append(PerExampleGradients(model))
-        with pieces[-1].record():
-            losses = classifier_losses(model, *token_batch((length,)))
-        pieces[-1].backward(losses)
-    with pytest.raises(RuntimeError, match="one by one"), PerExampleGradients.joined(pieces).perturbed(torch.ones(2)):
-        pass
 
 
 def test_bfloat16_autocast_keeps_norms_in_float32():
@@ -381,7 +370,7 @@ def test_bfloat16_is_the_same_by_fewer_operators(monkeypatch):
             return classifier_losses(model, *batch)
 
     expected = moved()
-    monkeypatch.setattr(per_example, "launches_cost", lambda device: True)
+    monkeypatch.setattr(factors, "launches_cost", lambda device: True)
     torch.testing.assert_close(gradients.squared_norms(), norms, rtol=1e-5, atol=0)
     assert (moved() - expected).norm() < 0.1 * (expected - losses.detach()).norm()
 

@@ -284,6 +284,27 @@ def test_momentum_sam_on_a_quadratic_is_the_papers_algorithm():
             w -= 0.05 * gradient
 
 
+def test_momentum_sam_with_adamw_is_the_authors_adamw_msam():
+    """adamW_msam.py of MarlonBecker/MSAM keeps the weights at w̃ = w − ρ m/‖m‖, with m AdamW's first moment.
+
+    Without weight decay, which the authors take after the step and torch.optim before it.
+    """
+    a, b, w, closure = quadratic()
+    method = MomentumSAM([w], 0.3, momentum=0.9)
+    optimizer = torch.optim.AdamW([w], lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    moved, m, v, factor = w.detach().clone(), torch.zeros(3).double(), torch.zeros(3).double(), 0.0
+    for t in range(1, 6):
+        step(method, w, closure)
+        optimizer.step()
+        gradient = a.mean(0) @ moved + b.mean(0)
+        moved += factor * m  # back to w
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        moved -= 0.05 / (1 - 0.9**t) * m / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        factor = 0.3 / m.norm()
+        close(w, moved)
+        moved -= factor * m
+
+
 def test_sam_on_moves_the_normalisation_layers_only_by_rho_along_their_gradient():
     model, (x, y) = normed(), batch()
     norm = model[1]

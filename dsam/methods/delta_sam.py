@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .examples_apart import batch_norms, require_examples_apart, require_own_gradients
-from .gradients import tf32_products
+from .factors import joined
+from .gradients import tf32_products, widest
 from .layers import DoesNotFit, TopLayers
 from .one_by_one import OneByOne
 from .per_example import PerExampleGradients, Unsupported
@@ -183,7 +184,7 @@ class DeltaSAM(SAM):
             step.report["backwards"] += step.costs[k]
         losses = torch.cat(pieces)
         _, probe = self._probe(step, losses)
-        batch = PerExampleGradients.joined(recorded)
+        batch = joined(recorded)
         exact = self.weighting.exact
         if "cosines" in exact:
             probe.norms, probe.cosines = norms_and_cosines(*batch.squared_norms_and_mean_dots())
@@ -238,7 +239,7 @@ class DeltaSAM(SAM):
         plus, minus = [], []
         for _ in range(self.weighting.probes):
             noise, not_drawn = self._noise(params, step)
-            scale = self.weighting.radius / (total_norm(noise).double().square() + not_drawn).sqrt()
+            scale = self.weighting.radius / (widest(total_norm(noise)).square() + not_drawn).sqrt()
             with step.at(noise, scale, params):
                 plus.append(self._losses(step))
             if self.weighting.sides == 2:

@@ -111,6 +111,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def widest(x: Tensor) -> Tensor:
+    """In float64 where the device has it: Apple's has float32 at most."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 @contextmanager
 def tf32_products(enough: bool = True) -> Iterator[None]:
     """Inside, an NVIDIA GPU rounds what enters its float32 matrix products to TensorFloat-32 where that is `enough`:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gradients import combine
+from .gradients import combine, widest
 from .perturbation import Gradients, total_norm
 from .sam import SAM
 from .step import Step
@@ -16,7 +16,7 @@ class MomentumSAM(SAM):
     2401.12033, algorithm 1. One pass. The sign is the paper's: against the averaged gradient. The paper takes the base
     optimizer's momentum; ours is apart from it, so any optimizer goes. It has the direction of AdamW's first moment at
     β₁ = μ, and of SGD's with momentum μ without weight decay: the authors' code for SGD (MarlonBecker/MSAM) has the
-    decay in its buffer.
+    decay in its buffer, for AdamW (adamW_msam.py) none.
     The returned loss is that at w − ρ m/‖m‖, not at w: the method never visits w. The first step is plain.
 
     Args:
@@ -36,7 +36,7 @@ class MomentumSAM(SAM):
     def compute(self, step: Step) -> tuple[Tensor, Gradients]:
         self.average = self._like_params(self.average)
         size = total_norm(self.average)
-        scale = torch.where(size > 0, -self.rho / size.double(), 0)
+        scale = torch.where(size > 0, -self.rho / widest(size), 0)
         step.report["perturbation_norm"] = scale.abs() * size
         with step.at(self.average, scale):
             losses, gradient = step.gradient()

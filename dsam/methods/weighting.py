@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gradients import wide
+from .gradients import wide, widest
 
 ABSENT = cast(Tensor, None)
 """In place of what was not looked at, since the weighting does not read it."""
@@ -245,8 +245,8 @@ class Equalised(Weighting):
     def scores(self, losses: Tensor, probe: Probe) -> Tensor:
         from scipy.optimize import nnls  # half a second that no other weighting needs
 
-        norms = probe.norms.double().clamp_min(1e-30)
-        cosines = (probe.gram.double() / norms[:, None] / norms[None, :]).cpu().numpy()
+        norms = widest(probe.norms).clamp_min(1e-30)
+        cosines = (widest(probe.gram) / norms[:, None] / norms[None, :]).cpu().numpy()
         n = len(cosines)
         if not np.isfinite(cosines).all():  # the solver would raise; weights that are NaN are found in the gradient
             return torch.full_like(norms, torch.nan)
