@@ -9,12 +9,14 @@ import sys
 import zipfile
 from importlib.metadata import metadata
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
+from scipy import stats
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -197,6 +199,36 @@ def test_what_is_said_of_fitted_labels_is_what_the_records_say():
     for method in ("adamw", "sam", "per_instance"):
         assert said.count(found[method]) == 1, (method, found, said)
     assert f"fitting {found['adamw'][0]} % of the wrong labels, SAM {found['sam'][0]} %" in README
+
+
+def test_the_gains_beside_adamw_on_the_same_machine_are_those_of_the_records():
+    scores = {}
+    for experiment in ("label_noise_chosen", "label_noise_fit"):
+        with zipfile.ZipFile(ROOT / "results" / "records" / f"{experiment}.zip") as held:
+            for name in held.namelist():
+                if name.endswith("result.json"):
+                    r = json.loads(held.read(name))
+                    scores[experiment, r["optimizer"], r["seed"]] = r["best"]["score"], r["last"]["score"]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = page.split("### Beside AdamW on the same machine")[1].split("\n### ")[0]
+    methods = {method for experiment, method, _ in scores if experiment == "label_noise_chosen"} - {"adamw"}
+    said = dict(re.findall(r"^\| (\w+)(?: \(m = 8\))? \| (.*) \|$", page, re.M))
+    assert said.keys() - {"method"} == methods
+    gains = []
+    for method in methods:
+        cells = []
+        for k in (0, 1):
+            own, adamw = (
+                np.array([scores[experiment, name, seed][k] for seed in range(1, 6)])
+                for experiment, name in (("label_noise_chosen", method), ("label_noise_fit", "adamw"))
+            )
+            low, high = stats.ttest_1samp(own - adamw, 0).confidence_interval()
+            cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in ((own - adamw).mean(), low, high))))
+        assert said[method] == " | ".join(cells)
+        gains.append(100 * (own - adamw).mean())
+    for text in (README, (ROOT / "docs" / "results.md").read_text(encoding="utf-8")):
+        shown = [f"{float(said[method].split()[0]):.1f}" for method in ("sam", "dsam", "per_instance")]
+        assert "gains are {}, {} and {}".format(*shown) in " ".join(text.split())
 
 
 @pytest.mark.parametrize("experiment, section, end", [
