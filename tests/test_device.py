@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import random
 import re
 import warnings
 
@@ -13,7 +14,7 @@ import torch
 from conftest import command
 from meta_device import GPU
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import dsam
 from dsam.config import CONF, Config, Train
@@ -28,7 +29,8 @@ from dsam.training import device as devices
 from dsam.training import loop
 from dsam.training.batches import pieces
 from dsam.training.checkpoint import Checkpoints
-from dsam.training.graphs import Graphs
+from dsam.training.device import choose_device
+from dsam.training.graphs import Graphs, host_state
 
 CPU = torch.device("cpu")
 CASES = {name: (name, {}) for name in METHODS if name != "delta_sam"}
@@ -334,6 +336,7 @@ def graphs(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr("dsam.training.graphs.host_state", lambda: b"")  # here the host draws the dropout masks, too
     model = BertForSequenceClassification(small("int")).train()
     return Graphs(METHODS["sam"](model), model, None, 1.0)
 
@@ -352,6 +355,48 @@ def test_a_shape_is_run_watched_captured_and_replayed(graphs):
     graphs.backward(host_batch(9))  # another shape is run once, and need not be watched
     graphs.backward(host_batch(9))
     assert len(graphs.captured) == 2
+
+
+@pytest.mark.parametrize("layerdrop, captures", [(0.0, True), (0.5, False)])
+def test_a_model_that_draws_on_the_host_is_not_captured(graphs, monkeypatch, capsys, layerdrop, captures):
+    """BART's LayerDrop: a graph would have the layers of one draw for good."""
+    monkeypatch.setattr("dsam.training.graphs.host_state", host_state)
+    config = BartConfig(vocab_size=60, d_model=16, encoder_layers=4, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, dropout=0.0,
+                        encoder_layerdrop=layerdrop, max_position_embeddings=40, num_labels=2)  # fmt: skip
+    graphs.model = BartForSequenceClassification(config).train()
+    graphs.method = METHODS["sam"](graphs.model)
+    batch = host_batch()
+    batch["input_ids"] = batch["input_ids"].clamp(min=3)
+    batch["input_ids"][:, -1] = 2
+    for _ in range(3):
+        graphs.backward(batch)
+    assert len(graphs.captured) == captures and graphs.failed != captures
+    assert ("without CUDA graphs: the model draws random numbers" in capsys.readouterr().err) != captures
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(())])
+def test_every_draw_on_the_host_is_seen(draw):
+    before = host_state()
+    assert host_state() == before
+    draw()
+    assert host_state() != before
+
+
+def test_a_run_makes_its_gpu_the_current_one(monkeypatch):
+    """Events, graphs and torch.cuda.synchronize() take the streams of the current device."""
+    taken = []
+    for name, stand_in in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        assert choose_device(config("device.name=cuda:1")) == torch.device("cuda:1")
+        assert taken == [torch.device("cuda:1")]
+        choose_device(config("device.name=cuda"))
+        assert len(taken) == 1
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_model_that_waits_is_not_captured(graphs, monkeypatch, capsys):

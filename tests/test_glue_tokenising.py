@@ -83,6 +83,13 @@ def test_a_tokenised_split_holds_flat_arrays_and_labels(tmp_path, tokenizer):
     ].batch([0])
 
 
+def test_an_empty_text_of_a_tokenizer_without_special_tokens_has_one_place(tmp_path, tokenizer):
+    """As in a batch with others, where it is padding alone."""
+    made = tokenise(PAIR, {"dev": ROWS}, tokenizer, 32, tmp_path, "k")["dev"]
+    empty = replace(made, offsets=np.array([0, 0, 20, 24])).batch([0])
+    assert empty["input_ids"].tolist() == [[tokenizer.pad_token_id]] and empty["attention_mask"].tolist() == [[0]]
+
+
 def test_a_tokenizer_without_token_types_gives_none(tmp_path):
     tokenizer = BertTokenizerFast(str(builtin.VOCABULARY), model_input_names=["input_ids", "attention_mask"])
     made = tokenise(PAIR, {"dev": ROWS}, tokenizer, 32, tmp_path, "k")["dev"]

@@ -15,6 +15,7 @@ from dsam import ASAM, SAM, DeltaSAM, MomentumSAM, Plain
 from dsam.methods import METHODS, ExampleLosses, example_losses
 from dsam.methods import WEIGHTINGS as ALL_WEIGHTINGS
 from dsam.methods.delta_sam import rademacher
+from dsam.methods.gradients import tf32_products
 from dsam.methods.perturbation import perturbed, total_norm
 
 # Those that look inside the model or at the logits have their own tests in test_exact_weightings.py.
@@ -545,6 +546,23 @@ def test_a_method_of_ones_own_may_keep_something_only_once_it_has_it():
     before.extra = 3
     after.load_state_dict(before.state_dict())
     assert after.extra == 3
+
+
+def test_pytorch_s_own_readers_work_where_products_take_tf32():
+    """They raise where its old and its new name for it differ; torch.compile reads the old one."""
+    products = torch.backends.cuda.matmul
+    found = products.allow_tf32
+    try:
+        products.allow_tf32 = False  # as a run sets it
+        before = torch.get_float32_matmul_precision(), getattr(products, "fp32_precision", None)
+        with tf32_products():
+            assert torch.get_float32_matmul_precision() == "high" and products.allow_tf32
+            with tf32_products(), tf32_products(False):
+                pass
+            assert products.allow_tf32
+        assert (torch.get_float32_matmul_precision(), getattr(products, "fp32_precision", None)) == before
+    finally:
+        products.allow_tf32 = found
 
 
 def test_weights_of_16_bits_are_said_to_round_a_perturbation():

@@ -144,6 +144,7 @@ def test_scores_labels_in_other_words_and_files_without_a_header(tmp_path):
             '\n{"question": "a", "answer": "no"}',
             ":2: expected each of the columns question,",
         ),
+        ("a.jsonl", r'{"question": "\ud83d old", "passage": "b", "answer": "no"}', ":1: column 'question' holds half"),
         ("a.jsonl", '{"question": "a"', ":1: not JSON"),
         ("a.json", '[{"question": "a", "passage": "b", "answer": "no"}]', ":1: [{'question'"),
         ("a.csv", "question,passage,answer\na,b,maybe\n", ":2: unknown label 'maybe': known: no, yes (written= says"),

@@ -467,6 +467,71 @@ def test_a_run_that_went_on_from_after_where_weights_are_asked_for_has_them(tmp_
     assert not (folder / "again").exists()
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """Gives evaluations these scores, one after the other."""
+
+    def give(*scores):
+        left = iter(scores)
+        monkeypatch.setattr(loop, "evaluate", lambda *arguments: evaluate(*arguments) | {"score": next(left)})
+
+    return give
+
+
+def kept_best(folder):
+    return (folder / "best" / "model.safetensors").read_bytes()
+
+
+def test_weights_of_an_earlier_best_epoch_are_not_left_by_a_run_that_goes_on_without_keeping(
+    tmp_path, monkeypatch, scored
+):
+    sizes = "train.max_train_examples=64", "train.epochs=3"  # two steps an epoch
+    wanted, without = short(tmp_path, *sizes, "checkpoint.keep_weights=true"), short(tmp_path, *sizes)
+    folder = identify(wanted).folder
+    scored(0.1, 0.2, 0.3)
+    with monkeypatch.context() as during:
+        stepping(during, 3, lambda n: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(wanted)
+    first = kept_best(folder)
+    assert run(without)["best"]["epoch"] == 3 and not (folder / "best").exists()
+    scored(0.1, 0.2, 0.3)
+    run(wanted)
+    assert kept_best(folder) == (folder / "last" / "model.safetensors").read_bytes() != first
+
+
+def test_weights_of_a_best_epoch_that_was_lost_are_not_those_of_another(tmp_path, monkeypatch, scored):
+    """What comes after the checkpoint may be rounded otherwise on a GPU: the lost second epoch was the best."""
+    sizes = "train.max_train_examples=64", "train.epochs=3", "checkpoint.keep_weights=true"
+    wanted = short(tmp_path, *sizes, "checkpoint.every_seconds=0")
+    folder, save = identify(wanted).folder, Checkpoints.save
+
+    def lost(checkpoints, step, state):
+        if step == 4:
+            raise RuntimeError("killed")
+        save(checkpoints, step, state)
+
+    scored(0.5, 0.9)
+    with monkeypatch.context() as during:
+        during.setattr(Checkpoints, "save", lost)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(wanted)
+    second = kept_best(folder)
+    scored(0.4, 0.3, *(0.5, 0.4, 0.3))  # those that remain; and all again, beside it, for the first epoch's weights
+    assert run(wanted)["best"]["epoch"] == 1
+    alone = short(tmp_path / "alone", *sizes)
+    scored(0.5, 0.4, 0.3)
+    run(alone)
+    assert kept_best(folder) == kept_best(identify(alone).folder) != second
+
+
+def test_a_line_of_the_log_has_the_rate_of_its_step(tmp_path):
+    chosen = short(tmp_path, "train.warmup_ratio=0", "train.lr=1e-3")
+    run(chosen)
+    train = [line for line in lines(identify(chosen).folder) if line["event"] == "train"]
+    assert train[-1]["step"] == 12 and train[-1]["lr"] == pytest.approx(1e-3 / 12)
+
+
 def test_weights_that_are_not_the_recorded_ones_are_kept_beside_the_run(tmp_path):
     first, wanted = short(tmp_path), short(tmp_path, "checkpoint.keep_weights=true")
     run(first)

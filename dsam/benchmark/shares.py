@@ -20,7 +20,7 @@ from ..training.loop import evaluate
 from .steps import Stepper, batches
 
 OPERATORS = 10  # how many are named
-PARTS = ("batch", "norm of the ascent", "perturb and restore", "clip", "AdamW")  # of a step, beside its passes
+PARTS = ("norm of the ascent", "perturb and restore", "clip", "AdamW")  # of a step, beside its passes
 
 
 @dataclass
@@ -54,8 +54,7 @@ def measure(config: Config, count: int, rounds: int) -> list[Share]:
     for turn in range(rounds + 1):
         print(f"{config.task.name}: shares, round {turn}/{rounds}", file=sys.stderr, flush=True)
         for way, once in ways.items():
-            if way == "clip":  # AdamW and clipping work on a step's gradients
-                run.give_gradients()
+            run.set_gradients(of_a_step=way in ("clip", "AdamW"))
             began = time.perf_counter()
             spent = once()
             if run.ready.device.type == "cuda":
@@ -65,8 +64,10 @@ def measure(config: Config, count: int, rounds: int) -> list[Share]:
     found = {way: statistics.median(values) for way, values in seconds.items()}
     epoch = found["AdamW step"] * run.steps_per_epoch
     whole = "a SAM step", found["SAM step"]
+    batch = "making a batch, beside a step"
     rest = found["SAM step"] - sum(found[name] for name in PARTS)
     return [
+        Share(batch, found["batch"], *whole),
         *(Share(name, found[name], *whole) for name in PARTS),
         Share("SAM's two passes (the rest)", rest, *whole),
         Share("evaluation", found["evaluation"], "an epoch of AdamW", epoch),
@@ -113,9 +114,9 @@ class _Run:
         with perturbed(self.params, self.ascent, 1e-3):
             pass
 
-    def give_gradients(self) -> None:
+    def set_gradients(self, of_a_step: bool) -> None:
         for p, g in zip(self.params, self.gradient, strict=True):
-            p.grad = g.clone()
+            p.grad = g.clone() if of_a_step else None
 
 
 class _Keeping(SAM):

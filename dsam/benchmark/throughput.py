@@ -109,6 +109,7 @@ def trainer(model: PreTrainedModel, ready: Ready, order: np.ndarray, config: Con
         bf16=config.train.precision == "bfloat16",
         logging_strategy="no",
     )
+    given._n_gpu = min(given.n_gpu, 1)  # on several the Trainer would take larger batches, and fewer steps
     run = _InOrder(
         model.train(),
         given,

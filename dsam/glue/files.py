@@ -17,6 +17,8 @@ from ..errors import UserError
 from ..task import File, Task
 from .split import Split
 
+HALF = re.compile("[\ud800-\udfff]")
+"""A surrogate without its other one, as JSON can write it: in no encoding a character."""
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column in a text that is put together from several."""
 
@@ -251,6 +253,8 @@ def _text(layout: Layout, number: int, part: str, row: dict[str, Any]) -> str:
     def value(name: str) -> str:
         if not isinstance(row[name], str):
             raise UserError(f"{layout.path}:{number}: column '{name}' holds {_short(row[name])}, which is no text")
+        if HALF.search(row[name]):
+            raise UserError(f"{layout.path}:{number}: column '{name}' holds half a character: {_short(row[name])}")
         return row[name]
 
     return FIELD.sub(lambda field: value(field[1]), part) if FIELD.search(part) else value(part)

@@ -80,7 +80,7 @@ class Tokenised:
 
         indices = np.asarray(indices)
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
-        width = longest = int(lengths.max())
+        width = longest = max(1, int(lengths.max()))  # an empty text may have no token at all
         if multiple > 1:
             width = -(-width // multiple) * multiple
             width = max(longest, width if most is None else min(width, most))

@@ -120,15 +120,15 @@ def widest(x: Tensor) -> Tensor:
 def tf32_products(enough: bool = True) -> Iterator[None]:
     """Inside, an NVIDIA GPU rounds what enters its float32 matrix products to TensorFloat-32 where that is `enough`:
     10 bits of mantissa, which hold bfloat16's 7 exactly, at several times the speed. Elsewhere nothing changes."""
-    products, name = torch.backends.cuda.matmul, "fp32_precision"
-    if not enough:
+    products = torch.backends.cuda.matmul
+    before = getattr(products, "fp32_precision", None)  # which PyTorch has since 2.9, and no other can always be read
+    if not enough or (products.allow_tf32 if before is None else before == "tf32"):
         yield
         return
-    if not hasattr(products, name):  # PyTorch before 2.9; later ones refuse to mix the two
-        name = "allow_tf32"
-    before = getattr(products, name)
-    setattr(products, name, "tf32" if name == "fp32_precision" else True)
+    products.allow_tf32 = True  # sets both, and PyTorch's own readers raise where the two differ
     try:
         yield
     finally:
-        setattr(products, name, before)
+        products.allow_tf32 = False
+        if before is not None:
+            products.fp32_precision = before

@@ -129,14 +129,18 @@ class Record:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(for_json(line), allow_nan=False) + "\n")
 
-    def cut_log(self, step: int) -> None:
-        """Drops the lines after `step`: a resumed run writes them again."""
+    def cut_log(self, step: int) -> list[dict]:
+        """Drops the lines after `step`, which a resumed run writes again, and returns them."""
+        kept, dropped = [], []
         if self.metrics.exists():
-            kept = []
             for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
                 try:
-                    if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    found = json.loads(line)
+                    if found["step"] <= step and line.endswith("\n"):
                         kept.append(line)
+                    else:
+                        dropped.append(found)
                 except (ValueError, KeyError):
                     continue  # a line half written when the run was killed
             write_atomically(self.metrics, "".join(kept))
+        return dropped

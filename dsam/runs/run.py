@@ -121,6 +121,14 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
         def keep(name: str, wanted: bool = config.checkpoint.keep_weights) -> None:
             if wanted:
                 models.save(network, ready.tokenizer, record.folder / name)
+            else:  # an earlier attempt may have kept those of another epoch
+                shutil.rmtree(record.folder / name, ignore_errors=True)
+
+        def resume(saved: dict) -> None:
+            lost = [line for line in record.cut_log(saved["step"]) if line.get("event") == "evaluation"]
+            scored = [line for line in lost if line["score"] is not None and line.get("heldout_score", 0) is not None]
+            if best([*saved["evaluations"], *scored]) in scored:  # on a GPU it may not come out the same again
+                shutil.rmtree(record.folder / "best", ignore_errors=True)
 
         phases: dict[int, list[Callable[[], None]]] = {}
         for name, step in phases_of(config, trained_examples(config, data[task.train[0]])).items():
@@ -135,7 +143,7 @@ def _train(config: Config, identity: Identity, record: Record, ready: "Ready") -
             device,
             checkpoints,
             log=log,
-            resume=lambda saved: record.cut_log(saved["step"]),
+            resume=resume,
             on_best=partial(keep, "best"),
             phases=phases,
             whole=ready.whole,

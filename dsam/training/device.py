@@ -38,6 +38,8 @@ def choose_device(config: Config) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device, precision = find_device(config), config.train.precision
     with memory_said(device):
+        if device.index is not None:  # whose streams an event, a graph and torch.cuda.synchronize() take
+            torch.cuda.set_device(device)
         if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
             raise UserError(f"train.precision=bfloat16: {torch.cuda.get_device_name(device)} has none; take float32")
     cores = len(os.sched_getaffinity(0))

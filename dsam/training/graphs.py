@@ -1,9 +1,12 @@
 """A method's step as a CUDA graph: one launch in place of a thousand, which take longer than what they launch."""
 
+import pickle
+import random
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
@@ -20,7 +23,8 @@ class Graphs:
     The first batch of a shape runs as it always does, which is training and warms up what a capture needs. The next is
     captured. A replay draws new dropout masks and probes each time, as generators that a graph knows do. What a method
     decides or keeps on the host would be frozen in a graph: `Method.graphable` says whether it does neither. Nor can a
-    model be captured that waits for the device: the run's first repeated shape is watched for that, uncaptured.
+    model be captured that waits for the device, or that draws random numbers on the host, as LayerDrop and BigBird's
+    blocks do: the run's first repeated shape is watched for both, uncaptured.
 
     Where no capture is possible, or one fails, that is said once, and all goes on without.
     """
@@ -63,8 +67,9 @@ class Graphs:
         return loss
 
     def _watch(self, inputs: dict[str, Tensor]) -> Tensor:
-        """A step, and whether it waits for the device, which would spoil a capture and the generators in it."""
-        self.watched = True
+        """A step, and whether it waits for the device, which would spoil a capture and the generators in it, or draws
+        on the host, which would be drawn once for all replays."""
+        self.watched, host = True, host_state()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -80,6 +85,8 @@ class Graphs:
         if waits:
             where = "/".join(Path(waits[0].filename).parts[-2:])
             self._without(f"a step waits for the device {len(waits)} times, first at {where}:{waits[0].lineno}")
+        elif host_state() != host:
+            self._without("the model draws random numbers on the host, as LayerDrop does, which a graph would freeze")
         return loss
 
     def _capture(self, shape: tuple, inputs: dict[str, Tensor]) -> None:
@@ -105,6 +112,11 @@ class Graphs:
         self.failed = True
         self.captured.clear()  # they draw from generators that may be replaced
         print(f"without CUDA graphs: {why}", file=sys.stderr, flush=True)
+
+
+def host_state() -> bytes:
+    """Of the generators that a model may draw from on the host: PyTorch's, Python's and NumPy's."""
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
 
 
 def graphs_for(

@@ -192,6 +192,7 @@ def fine_tune(
             outcomes.add(state.step, loss, method.report)
             if outcomes.later:
                 optimizer.found_inf = outcomes.found  # type: ignore[attr-defined]  # read by fused optimizers
+            rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -205,7 +206,7 @@ def fine_tune(
             if state.window:
                 bar.update(state.step, state.window[-1])
             if logs:
-                log(train_record(state, optimizer.param_groups[0]["lr"], per_epoch, method))
+                log(train_record(state, rate, per_epoch, method))
                 state.window.clear()
 
             if phases and state.step in phases:
