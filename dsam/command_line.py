@@ -304,37 +304,74 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         raise SystemExit(1)
 
 
-def named(arguments: Sequence[str]) -> tuple[str, DictConfig]:
-    """The name of the experiment whose runs are meant, and the configuration that says where they lie."""
+def settings_parser(script: str, text: str, takes: str) -> Parser:
+    """For what reads runs that are there: settings, and a folder of the user's own configurations."""
+    parser = Parser(prog=script, description=text)
+    parser.add_argument("overrides", nargs="*", help=takes)
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own configurations")
+    return parser
+
+
+def named(given: argparse.Namespace, known: Sequence[str] = ()) -> tuple[str, DictConfig]:
+    """The name of the experiment whose runs are meant, and the configuration that says where they lie.
+
+    `known`: beginnings of settings that the caller has a use for itself; of others it is said that they have none.
+    """
     from . import overrides
     from .runs import manifest
 
-    given = flags(arguments)
     more = overrides.own_folder(given.config_dir)
     names = [a.split("=", 1)[1] for a in given.overrides if a.startswith("experiment=")]
     name = names[-1] if names else manifest.UNNAMED
-    wanted = manifest.configurations_of(given.overrides)
-    wanted = [a for a in overrides.check(wanted, CONF, more) if a.startswith(("experiment=", "paths."))]
+    checked = overrides.check(manifest.configurations_of(given.overrides), CONF, more)
+    wanted = [a for a in checked if a.startswith(("experiment=", "paths."))]
+    if idle := [a for a in checked if a not in wanted and not a.startswith(tuple(known))]:
+        print(f"note: all runs of {name} are meant: no effect of {', '.join(idle)}", file=sys.stderr)
     config = overrides.compose_config(wanted, CONF, more=more)
     config.paths = coerced(OmegaConf.to_container(config.paths), Paths, "paths").model_dump()  # ~ as a run takes it
     return name, config
 
 
-def chosen(arguments: Sequence[str]) -> list[str] | None:
-    """The arguments that mean the runs with fresh seeds of the same experiment, if there are any."""
+def chosen(name: str, config: DictConfig) -> str | None:
+    """The name of the runs with fresh seeds of the same experiment, if there are any."""
     from .runs import manifest
 
-    name, config = named(arguments)
-    if not manifest.path_in(Path(config.paths.runs), f"{name}{manifest.CHOSEN}").exists():
-        return None
-    return [*(a for a in arguments if not a.startswith("experiment=")), f"experiment={name}{manifest.CHOSEN}"]
+    again = f"{name}{manifest.CHOSEN}"
+    return again if manifest.path_in(Path(config.paths.runs), again).exists() else None
 
 
 def paper(arguments: Sequence[str]) -> None:
-    """Writes what `dsam.results.report` makes of an experiment's runs; prints the main table and where all lies."""
+    """Writes what `dsam.results.report` makes of an experiment's runs."""
+    text = "Tables, figures, model card and report from the runs that are there."
+    takes = (
+        "experiment=NAME (else the latest sweep without a name), paths.runs=DIR, paths.tables=DIR, paths.figures=DIR"
+    )
+    write_paper(*named(settings_parser("paper.py", text, takes).parse_intermixed_args(list(arguments))))
+
+
+def reproduce(arguments: Sequence[str], sweep: Callable[[], int]) -> int:
+    """`sweep`, which runs train.py with these arguments and returns its exit status; then what `paper` does, also for
+    the runs with fresh seeds. Returns that status: 1 where some runs failed, which the tables show."""
+    given = flags(arguments)
+    last = dict(o.partition("=")[::2] for o in given.overrides)
+    told = given.help or given.hydra_help or given.version or given.cfg or given.info or given.shell_completion
+    if not (told or given.multirun or "hydra.mode" in last or last.get("experiment", "null") != "null"):
+        raise UserError("reproduce.py makes a sweep's tables: add experiment=NAME or -m; train.py runs one run")
+    status = sweep()
+    if status not in (0, 1) or told or last.get("launcher.plan", "").lower() in ("true", "yes", "on", "1"):
+        return status
+    given.overrides = [o for o in given.overrides if o.startswith(("experiment=", "paths."))]
+    name, config = named(given)
+    write_paper(name, config)
+    if again := chosen(name, config):
+        write_paper(again, config)
+    return status
+
+
+def write_paper(name: str, config: DictConfig) -> None:
+    """Tables, figures, page and report; prints the main table and where all lies."""
     from .results.report import make as report
 
-    name, config = named(arguments)
     made = report.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
     print(f"\n{made.text}\n")
     for what, where in (
@@ -344,8 +381,8 @@ def paper(arguments: Sequence[str]) -> None:
         ("runs", config.paths.runs),
     ):
         print(f"{what:8} {where}")
-    if again := chosen(arguments):
-        print(f"these runs served to choose; those of what they chose: {again[-1]}")
+    if again := chosen(name, config):
+        print(f"these runs served to choose; those of what they chose: experiment={again}")
     if made.left_over:
         names = ", ".join(map(str, made.left_over))
         print(f"not made from these runs, left from before: {names}; delete what you don't need")
@@ -355,7 +392,10 @@ def records(arguments: Sequence[str]) -> None:
     """`pack`: the runs' records into <paths.records>/<experiment>.zip; `unpack`: run folders from it."""
     from .runs import archive
 
-    what, *given = arguments or [""]
+    text = "What can be committed of an experiment's runs, and run folders from it."
+    takes = "pack or unpack, then experiment=NAME, paths.runs=DIR, paths.records=DIR"
+    given = settings_parser("records.py", text, takes).parse_intermixed_args(list(arguments))
+    what, *given.overrides = given.overrides or [""]
     if what not in ("pack", "unpack"):
         raise UserError(f"records.py takes pack or unpack, then experiment=NAME; got '{what}'")
     name, config = named(given)
@@ -378,21 +418,21 @@ def records(arguments: Sequence[str]) -> None:
 
 def verify(arguments: Sequence[str]) -> None:
     """Prints what `dsam.results.verify` finds, line by line. Leaves with status 1 where something differs."""
-    from .errors import Parser
     from .results import verify as verification
 
-    parser = Parser(prog="verify.py", description="Whether an experiment's tables are what its runs say.")
-    parser.add_argument("overrides", nargs="*", help="experiment=NAME, paths.runs=DIR, paths.tables=DIR; and for runs "
-                        "of another machine that are trained again data.root=DIR, model.path=DIR")  # fmt: skip
-    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own configurations")
+    takes = (
+        "experiment=NAME, paths.runs=DIR, paths.tables=DIR; and for runs of another machine that are trained again "
+        "data.root=DIR, model.path=DIR"
+    )
+    parser = settings_parser("verify.py", "Whether an experiment's tables are what its runs say.", takes)
     parser.add_argument("--rerun", type=int, default=1, metavar="N", help="train so many runs again (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="chooses which")
     given = parser.parse_intermixed_args(list(arguments))
     if given.rerun < 0:
         raise UserError(f"--rerun {given.rerun} must be at least 0")
-    own = ["--config-dir", given.config_dir] if given.config_dir else []
-    name, config = named([*own, *given.overrides])
-    places = dict(o.split("=", 1) for o in given.overrides if o.startswith(("data.root=", "model.path=")))
+    elsewhere = ("data.root=", "model.path=")
+    name, config = named(given, elsewhere)
+    places = dict(o.split("=", 1) for o in given.overrides if o.startswith(elsewhere))
     again = verification.Again(given.rerun, given.seed, config.paths.cache, places)
     tables, records = Path(config.paths.tables), Path(config.paths.records)
     differences = 0

@@ -1,7 +1,7 @@
 """An experiment from its first run to its report: python experiments/reproduce.py experiment=smoke
 
-Runs what is missing of the sweep, then does what paper.py does; with `fresh_seeds`, those of the chosen
-variants as well. Takes what train.py takes.
+Runs what is missing of the sweep, then does what paper.py does; with `fresh_seeds`, for those of the chosen
+variants as well. Takes what train.py takes for a sweep.
 """
 
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dsam.command_line import chosen, one_line_errors, paper  # noqa: E402
+from dsam.command_line import one_line_errors, reproduce  # noqa: E402
 
 
 def sweep() -> int:
@@ -31,10 +31,4 @@ def sweep() -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        status = sweep()
-        if status not in (0, 1):
-            raise SystemExit(status)
-        paper(sys.argv[1:])
-        if again := chosen(sys.argv[1:]):
-            paper(again)
-        raise SystemExit(status)  # 1: some runs failed, and the tables show which
+        raise SystemExit(reproduce(sys.argv[1:], sweep))

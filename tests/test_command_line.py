@@ -205,13 +205,39 @@ def test_reproduce_makes_tables_figures_and_report(tmp_path):
     assert list((tmp_path / "figures" / "smoke").glob("*.png"))
     report = (tmp_path / "report.html").read_text()
     assert "dsam" in report
+    assert "note:" not in done.stderr  # what was meant for the runs is not called idle in the tables
+    written = (tmp_path / "report.html").stat().st_mtime_ns
+    for more in (["--help"], ["launcher.plan=true"]):  # which only look
+        done = command(*arguments, *more, script="reproduce.py")
+        assert done.returncode == 0 and (tmp_path / "report.html").stat().st_mtime_ns == written, done.stderr
     assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "takes"),
+    [("paper.py", [], "experiment=NAME"), ("records.py", ["pack"], "pack or unpack"), ("verify.py", [], "--rerun")],
+)
+def test_help_shows_what_a_script_takes_and_does_nothing(tmp_path, script, given, takes):
+    done = command(*given, "--help", f"paths.runs={tmp_path}/runs", script=script)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}") and takes in done.stdout
+    wrong = command(*given, "-m", f"paths.runs={tmp_path}/runs", script=script)
+    assert wrong.returncode == 2 and wrong.stderr == "error: unrecognized arguments: -m; see --help\n"
+
+
+def test_settings_that_choose_no_runs_are_said_to_choose_none(tmp_path):
+    done = command("experiment=smoke", "task=rte", f"paths.runs={tmp_path}", script="paper.py")
+    assert done.stderr.startswith("note: all runs of smoke are meant: no effect of task=rte\nerror: no sweep 'smoke'")
+
+
+def test_reproduce_of_one_run_is_refused(paths):
+    done = command("task=majority", *paths, script="reproduce.py")
+    assert done.returncode == 2 and "add experiment=NAME or -m; train.py runs one run" in done.stderr
 
 
 def test_make_help_lists_every_target():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for target in ("reproduce", "plan", "paper", "verify", "test", "help", "lint", "lock", "clean"):
-        assert target in shown
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    assert {line.split()[0] for line in shown.splitlines() if re.match(r"[a-z-]+ +\S", line)} == {*targets}
 
 
 def test_every_method_can_be_chosen_on_the_command_line(paths):
