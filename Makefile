@@ -5,6 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
+# Where bytecode is not kept, as in many container images, each interpreter would compile every library anew.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX = $(CURDIR)/.cache/bytecode
+
 .PHONY: help reproduce plan paper verify pack unpack wandb-sync docs test lint lock clean
 
 help: ## this list

@@ -196,7 +196,11 @@ def _as_typed(text: str, parser: OverridesParser) -> str:
 
 
 def _quoted(raw: str) -> str:
-    return raw if raw in ("", "null") else "'" + raw.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """As Hydra reads it back: it takes a backslash for an escape only in front of a quote, the last one too."""
+    if raw in ("", "null"):
+        return raw
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), raw)
+    return f"'{escaped}'"
 
 
 def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False, more: Path | None = None) -> DictConfig:

@@ -444,6 +444,11 @@ SWEEPS = [
     ("model.architecture.hidden_size=32,64 seed=0,1", "differ in model or data only"),
     ("seeds.data=1,2", "seeds.data is 1 and 2 for runs of one seed=0"),
     ("checkpoint.keep_at=[10],[20]", "checkpoint.keep_at is [10] and [20] for one and the same run"),
+    (
+        "seed=1,2 seeds.init=0 seeds.data=0 optimizer=sam",
+        "tiny sam seed=1 and agreement tiny sam seed=2 have the same settings",
+    ),
+    ("model=tiny model.name=a,b", "agreement a adamw seed=0 and agreement b adamw seed=0 have the same settings"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
     (
         f"data=hub task=boolq,cb data.revision={'0' * 40} launcher.plan=true",

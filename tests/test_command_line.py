@@ -221,7 +221,7 @@ def test_help_shows_what_a_script_takes_and_does_nothing(tmp_path, script, given
     done = command(*given, "--help", f"paths.runs={tmp_path}/runs", script=script)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}") and takes in done.stdout
     wrong = command(*given, "-m", f"paths.runs={tmp_path}/runs", script=script)
-    assert wrong.returncode == 2 and wrong.stderr == "error: unrecognized arguments: -m; see --help\n"
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: unrecognized arguments: -m")
 
 
 def test_settings_that_choose_no_runs_are_said_to_choose_none(tmp_path):

@@ -361,6 +361,10 @@ def test_nothing_published_beside_other_tasks_or_a_part_of_the_data(tmp_path):
     finish(tmp_path, plan("rte", "bert_base", max_train_examples=100))
     built = tables.build(collect(tmp_path))
     assert built.beside_published is None and built.rho is None
+    own = finish(tmp_path, plan("rte", "bert_base", seed=1)).with_name("provenance.json")
+    identity = {"data": "local", "model": "m", "task_settings": {}}  # a task of one's own that is called rte
+    own.write_text(json.dumps({"git": {"commit": "abc"}, "device": "cpu", "identity": identity}))
+    assert tables.build(collect(tmp_path)).beside_published is None
     finish(tmp_path, plan("rte", "minilm"))
     notes = tables.build(collect(tmp_path)).beside_published.notes
     assert "There are no published figures for minilm: those of other models are shown." in notes

@@ -91,6 +91,7 @@ def _origin(path: str) -> dict:
             "machine": SEVERAL if len(machines) > 1 else known["device"],
             "data": identity.get("data"),
             "weights": identity.get("model"),
+            "own_task": "task_settings" in identity,
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -41,7 +41,11 @@ def plan(configs: list[Config]) -> list[Planned]:
     for config in configs:
         identity = identify(config)
         if identity.id in runs:
-            one, other = runs[identity.id].config.checkpoint, config.checkpoint
+            known = runs[identity.id].config
+            if (names := _names(config)) != _names(known):  # one would be missing in the tables
+                both = f"{' '.join(_names(known))} and {' '.join(names)}"
+                raise UserError(f"{both} have the same settings and so are one run: leave one out")
+            one, other = known.checkpoint, config.checkpoint
             for name, value in vars(one).items():
                 if value != vars(other)[name]:
                     raise UserError(
@@ -59,6 +63,11 @@ def plan(configs: list[Config]) -> list[Planned]:
             planned.status = "elsewhere"
     estimate.from_finished(list(runs.values()))
     return list(runs.values())
+
+
+def _names(config: Config) -> tuple[str, ...]:
+    """What tables tell runs apart by, beside their settings."""
+    return config.task_label, config.model.name, config.optimizer.name, f"seed={config.seed}"
 
 
 def parents(configs: list[Config]) -> list[Config]:
