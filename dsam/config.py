@@ -29,7 +29,7 @@ from .kinds import (
     pair,
 )
 from .mistakes import alternatives, coerced, described
-from .task import GLUE, GLUE_REVISION, Task, get_task
+from .task import GLUE, GLUE_REVISION, Task, get_task, shipped
 from .text import first_line
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -293,9 +293,15 @@ class Config(Settings):
             )
         plain["experiment"] = experiment or plain.get("experiment")
         if plain.get("initialise_from") and not plain.get("parent"):
+            name = str(plain["initialise_from"])
+            if name not in shipped():
+                raise UserError(
+                    f"initialise_from={name}: only the tasks of conf/task/ can be started from; "
+                    f"{did_you_mean(name, shipped())}"
+                )
             keep: dict[str, Any] = {"checkpoint": {"keep_weights": True}, "initialise_from": None, "fresh_seeds": []}
             other = OmegaConf.merge(OmegaConf.create(given), keep)
-            other.task = {"name": str(plain["initialise_from"])}
+            other.task = {"name": name}
             assert isinstance(other, DictConfig)
             plain["parent"] = cls.load(other, experiment).to_dict()
         try:

@@ -167,6 +167,8 @@ def test_what_cannot_be_a_parent_is_refused():
         config("initialise_from=agreement")
     with pytest.raises(UserError, match="did you mean 'entailment'"):
         config("initialise_from=entailmnt")
+    with pytest.raises(UserError, match="^initialise_from=reviews: only the tasks of conf/task/ can be started from; "):
+        config("initialise_from=reviews")
 
 
 def test_the_grid_experiments_compose():

@@ -275,6 +275,11 @@ def test_missing_roots_folders_and_files_name_the_path(tmp_path):
 def test_files_that_people_have_in_place_of_the_right_ones_get_a_hint(tmp_path):
     write(tmp_path, "MRPC/msr_paraphrase_train.txt", ["Quality"])
     assert "msr_paraphrase_train.txt is the raw download" in error(get_task("mrpc"), "local", tmp_path)
+    write(tmp_path, "glue/MRPC/train.tsv", ["Quality"])
+    for folder in ("MRPC", "RTE"):
+        (tmp_path / "glue" / folder).mkdir(exist_ok=True)
+        message = error(get_task("mrpc"), "local", tmp_path / "glue" / folder)
+        assert message.endswith(f"is missing: it lies one level up: take data.root={tmp_path}/glue")
     write(tmp_path, "AX.tsv", ["index", "prediction"])
     message = error(get_task("ax"), "local", tmp_path)
     assert "AX.tsv is what GLUE's server takes as answers; the questions are in diagnostic.tsv" in message

@@ -75,6 +75,8 @@ def _layout(task: Task, root: Path, files: tuple[File, ...]) -> Layout:
         hint = f"{raw[0]} is the raw download, from which GLUE's train.tsv and dev.tsv are cut by its own dev_ids.tsv"
     if task.name == "ax" and any((folder / "AX.tsv").is_file() for folder in (root, missing.parent)):
         hint = f"AX.tsv is what GLUE's server takes as answers; the questions are in {missing.name}"
+    if any((root.parent / file.path).is_file() for file in files):
+        hint = f"it lies one level up: take data.root={root.parent}"
     raise UserError(f"{task.name}: file '{missing}' is missing: {hint}")
 
 
