@@ -210,6 +210,11 @@ def run_one(cfg: DictConfig) -> None:
                 print(f"{name}: step {result[name]['step']}, {metrics}")
         if result["status"] == "diverged":
             print(f"diverged: {result['diverged']}")
+        elif result["last"] and not (result["best"] and result["best"]["score"] is not None):
+            splits = (result["best"] or result["last"])["metrics"].items()
+            where = [split for split, values in splits if None in [values[name] for name in config.task.scored_by]]
+            print(f"no score: {result['metric']} is undefined on {' and '.join(where)}, whose labels or answers vary "
+                  "too little")  # fmt: skip
 
 
 def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> None:

@@ -3,7 +3,7 @@
 import re
 import types
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,8 +13,27 @@ from .errors import UserError, did_you_mean
 
 def described(error: ValidationError, schema: type[BaseModel]) -> str:
     """The first mistake that pydantic found, as one line with its path, value and the nearest name."""
-    first = error.errors()[0]
+    first = _first(error.errors())
     return _line(first, schema, [part for part in first["loc"] if not _is_branch(part)])
+
+
+def _first(errors: list[ErrorDetails]) -> ErrorDetails:
+    """Of a union's mistakes that of the side that came furthest into the value, as only the one that was meant does;
+    of a group's an unknown key, which may be what is missing, misspelt."""
+    first = errors[0]
+    if _is_refused(first):
+        union = first["loc"][:-1]
+        of_it = [error for error in errors if error["loc"][: len(union)] == union]
+        first = max(of_it, key=lambda error: (len(error["loc"]), not _is_refused(error)))
+    if first["type"] == "missing":
+        unknown = (e for e in errors if e["type"] == "extra_forbidden" and e["loc"][:-1] == first["loc"][:-1])
+        first = next(unknown, first)
+    return first
+
+
+def _is_refused(error: ErrorDetails) -> bool:
+    """Whether one side of a union takes no value of this type."""
+    return error["type"].endswith("_type") and bool(error["loc"]) and _is_branch(error["loc"][-1])
 
 
 def _is_branch(part: int | str) -> bool:
@@ -66,13 +85,21 @@ def _shown(value: Any) -> Any:
 def _annotation(schema: type[BaseModel], place: list[int | str]) -> Any:
     found: Any = schema
     for part in place:
-        found = next((a for a in alternatives(found) if isinstance(a, type) and issubclass(a, BaseModel)), found)
-        if isinstance(part, int) or not (isinstance(found, type) and issubclass(found, BaseModel)):
-            return None
-        if part not in found.model_fields:
-            return None
-        found = found.model_fields[part].annotation
+        inside = (_inside(kind, part) for kind in alternatives(found))
+        found = next((kind for kind in inside if kind is not None), None)
     return found
+
+
+def _inside(kind: Any, part: int | str) -> Any:
+    """The kind of what a value of this kind has at `part`; None where it has no such part."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind.model_fields[part].annotation if part in kind.model_fields else None
+    of_key, of_place = get_origin(kind) is dict, get_origin(kind) in (list, tuple)
+    if of_key and isinstance(part, str):
+        return get_args(kind)[1]
+    return get_args(kind)[0] if of_place and isinstance(part, int) else None
 
 
 def alternatives(annotation: Any) -> tuple:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -215,6 +216,10 @@ def compose_config(overrides: list[str], conf: Path, with_hydra: bool = False, m
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
             return compose("config", [*overrides, *beside], return_hydra_config=with_hydra)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}:{mark.line + 1}" if mark else "configuration"
+        raise UserError(f"{where}: {error.problem or error.context}") from None
     except Exception as error:  # whatever Hydra and OmegaConf make of it: not only errors of their own kinds
         raise UserError(f"configuration: {first_line(error)}") from None
 

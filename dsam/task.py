@@ -82,7 +82,7 @@ class Task(_Part):
     label: str = "label"
     written: tuple[str, ...] = ()
     """How the files write the labels, in their order; by default as they are named."""
-    files: dict[str, str | File | Annotated[tuple[File, ...], Field(min_length=1)]] = {}
+    files: dict[str, str | File | Annotated[tuple[str | File, ...], Field(min_length=1)]] = {}
     """Split -> its file below data.root; of several, the first that is there."""
     incomplete_rows: Annotated[int, Field(ge=0)] = 0
     """Rows of a .tsv or .csv file with columns or label missing that are left out, and said; one more is an error."""
@@ -93,8 +93,10 @@ class Task(_Part):
     """Official number of rows of each split, where there is one; others are reported."""
     train: Annotated[tuple[str, ...], Field(max_length=1)] = ("train",)
     evaluation: Annotated[tuple[str, ...], Field(min_length=1)] = ("dev",)
-    test: tuple[str, ...] = ("test",)
-    """Splits without labels."""
+    test: tuple[str, ...] = Field(
+        default_factory=lambda given: () if "test" in given.get("evaluation", ()) else ("test",)
+    )
+    """Splits without labels: "test", unless it serves for evaluation. A file's own `label` is read all the same."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
@@ -134,6 +136,9 @@ class Task(_Part):
         for split in (*self.train, *self.evaluation):
             if self.files and split not in self.files:
                 raise ValueError(f"files has no '{split}'")
+            if self.files and not any(file.label for file in self.files_of(split)):
+                raise ValueError(f"test hides the labels of '{split}', which training or scores need: leave it out of "
+                                 "test, or give its file a label of its own")  # fmt: skip
         for file in (file for split in self.files for file in self.files_of(split)):
             if Path(file.path).suffix.lower() not in SUFFIXES:
                 raise ValueError(f"file '{file.path}' must end in one of {', '.join(SUFFIXES)}")

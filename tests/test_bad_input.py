@@ -511,6 +511,18 @@ def test_a_model_of_ones_own_need_not_say_all_and_shipped_recipes_have_a_default
         assert (train.epochs, train.batch_size, train.lr) == expected
 
 
+@pytest.mark.parametrize(("text", "line", "said"), [
+    ("title: mine\nname: [a\n", 3, "expected ',' or ']', but got '<stream end>'"),
+    ("name: mine\ntitle: a: b\n", 2, "mapping values are not allowed here"),
+    ("name: mine\nname: mine\n", 2, "found duplicate key name"),
+])  # fmt: skip
+def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path, text, line, said):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text(text)
+    found = typed(f"--config-dir={tmp_path}", "task=mine")
+    assert_one_line(found, f"error: {tmp_path}/task/mine.yaml:{line}: {said}")
+
+
 def composed_with(folder, *given):
     return Config.load(overrides.compose_config(list(given), CONF, more=folder))
 

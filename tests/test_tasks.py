@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsam import command_line
 from dsam import task as tasks
 from dsam.config import CONF, Config
 from dsam.errors import UserError
@@ -197,6 +198,10 @@ def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
     assert len(read(None, task(files={s: str(tmp_path / "there.csv") for s in ("train", "dev")}))) == 2
     several = task(files={"train": [{"path": "no.csv"}, {"path": "there.csv", "text": ["answer"]}], "dev": "there.csv"})
     assert read(tmp_path, several).sentence1 == ["yes", "no"]
+    for names in (["no.csv", "there.csv"], ["no.csv", {"path": "there.csv"}], ["there.csv", "no.csv"]):
+        assert read(tmp_path, task(files={"train": names, "dev": "there.csv"})).sentence1 == [
+            row["question"] for row in ROWS
+        ]
     assert f"file '{tmp_path}/gone.csv' is missing" in refused(
         tmp_path, task(files={"train": "gone.csv", "dev": "gone.csv"})
     )
@@ -230,6 +235,61 @@ def test_a_description_that_cannot_be_meant_is_refused(settings, said):
     with pytest.raises(ValidationError) as caught:
         task(**settings)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"train": {"path": "a.csv", "headers": ["a"]}},
+            "unknown key 'task.files.train.headers'; did you mean 'header'?",
+        ),
+        ({"train": {"file": "a.csv"}}, "unknown key 'task.files.train.file'; known: header, label, path, text"),
+        ({"train": {"label": "a"}}, "'task.files.train.path' is not set"),
+        ({"train": {"path": "a.csv", "header": [0, 1]}}, "'task.files.train.header[0]' must be text, not 0: put it in"),
+        (
+            {"train": ["a.csv", {"path": "b.csv", "lable": "a"}]},
+            "unknown key 'task.files.train[1].lable'; did you mean",
+        ),
+        ({"train": [3, "a.csv"]}, "'task.files.train[0]' must be text, not 3: put it in quotes"),
+        ({"train": []}, "task.files.train: Tuple should have at least 1 item"),
+        ({"train": 3}, "'task.files.train' must be text, not 3: put it in quotes"),
+    ],
+)
+def test_a_mistake_in_a_file_s_own_settings_is_called_what_it_is(settings, said):
+    assert one_line({"files": {"dev": "a.csv"} | settings}).startswith(said)
+
+
+def test_a_misspelt_key_is_named_and_not_the_one_that_is_missing():
+    assert one_line({"metrics": None, "metric": ["accuracy"]}) == "unknown key 'task.metric'; did you mean 'metrics'?"
+
+
+def one_line(settings):
+    """What a command says of a task with these."""
+    described = {"name": "mine", "labels": ["no", "yes"], "metrics": ["accuracy"], "text": ["question"]} | settings
+    described = {key: value for key, value in described.items() if value is not None}
+    with pytest.raises(UserError) as caught:
+        Config.load(run_of().to_dict() | {"task": described})
+    return str(caught.value)
+
+
+def test_the_test_set_hides_its_labels_unless_it_is_scored_or_its_file_names_them(tmp_path):
+    """What `test` is by default follows from `evaluation`; AX is one that says both."""
+    write(tmp_path / "a.csv", ROWS)
+    files, without = dict.fromkeys(("train", "dev", "test"), "a.csv"), dict.fromkeys(("train", "test"), "a.csv")
+    given = {"name": "mine", "labels": ["no", "yes"], "metrics": ["accuracy"], "text": ["question"], "label": "answer"}
+    hidden = Task(**given, files=files)
+    assert hidden.test == ("test",) and read(tmp_path, hidden, "test").labels is None
+    for evaluation, these in ((["dev", "test"], files), (["test"], without)):
+        scored = Task(**given, files=these, evaluation=evaluation)
+        assert scored.test == () and load(scored, "local", tmp_path)["test"].labels.tolist() == [1, 0]
+    both = given | {"evaluation": ["test"], "test": ["test"]}
+    own = {"path": "a.csv", "label": "answer"}
+    assert read(tmp_path, Task(**both, files=without | {"test": own}), "test").labels.tolist() == [1, 0]
+    for wrong, split in ((both, "test"), (both | {"test": ["train"]}, "train")):
+        with pytest.raises(ValidationError, match=f"test hides the labels of '{split}', which training or scores need"):
+            Task(**wrong, files=without)
+    assert get_task("ax").test == get_task("ax").evaluation == ("test",)
 
 
 def test_superglue_s_tasks_are_read_in_their_official_form(tmp_path):
@@ -375,6 +435,49 @@ def test_noise_reaches_the_training_set_alone_and_is_the_same_for_every_method_a
     data = prepare(run_of("selection=heldout", "data.label_noise=0.3", "data.heldout_noise=0.3")).data
     assert (data["heldout"].labels != clean["heldout"].labels).mean() == pytest.approx(0.3, abs=0.01)
     assert (data["dev"].labels == clean["dev"].labels).all()
+
+
+def own_run(tmp_path, rows, *given, **settings):
+    """What is composed for one run of a task of one's own, whose splits hold so many of ROWS."""
+    for split, count in rows.items():
+        write(tmp_path / f"{split}.jsonl", [row | {"score": float(row["id"])} for row in ROWS * count][:count])
+    (tmp_path / "task").mkdir()
+    own = task(**{"files": {split: f"{split}.jsonl" for split in rows}} | settings)
+    (tmp_path / "task" / "mine.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json")))
+    places = ["data=local", f"data.root={tmp_path}", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache"]
+    given = ["task=mine", *places, "tracking=disabled", "train.max_steps=2", "device.threads=1", *given]
+    return compose_config(given, CONF, with_hydra=True, more=tmp_path)
+
+
+def test_labels_that_are_found_to_be_hidden_are_said_before_the_start(tmp_path):
+    """Only the second of the files names them, and the first is there."""
+    several = {"train": "train.jsonl", "dev": ["dev.jsonl", {"path": "none.jsonl", "label": "answer"}]}
+    chosen = command_line.load(own_run(tmp_path, {"train": 2, "dev": 2}, files=several, test=["dev"]))
+    with pytest.raises(UserError, match="mine: the data of its split 'dev' have no labels, which training or scores"):
+        prepare(chosen)
+
+
+def test_a_training_set_of_one_row_has_none_to_hold_out(tmp_path):
+    cfg = own_run(tmp_path, {"train": 1, "dev": 2}, "selection=heldout")
+    with pytest.raises(UserError, match="^selection=heldout leaves nothing of mine's training set of 1 row: take sel"):
+        prepare(command_line.load(cfg))
+
+
+@pytest.mark.parametrize(
+    ("selection", "rows", "undefined"),
+    [
+        ("dev", {"train": 2, "dev": 1}, "dev"),
+        ("heldout", {"train": 5, "dev": 1}, "dev and heldout"),
+        ("heldout", {"train": 5, "dev": 2}, "heldout"),
+    ],
+)
+def test_a_run_whose_metric_is_undefined_says_that_it_has_no_score(tmp_path, capsys, selection, rows, undefined):
+    scores = {"labels": None, "score_range": [0, 5], "metrics": ["pearson", "spearman"], "label": "score"}
+    command_line.run_one(own_run(tmp_path, rows, f"selection={selection}", **scores))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (
+        f"no score: mean of pearson and spearman is undefined on {undefined}, whose labels or answers vary too little"
+    )
 
 
 def test_noise_is_part_of_the_identity_and_of_the_tasks_name_in_tables():

@@ -213,11 +213,18 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[
     task = config.task
     source = config.data
     splits = glue.load(task, source.source, root=source.root, revision=source.revision)
+    if hidden := [split for split, rows in splits.items() if rows.labels is None]:
+        raise UserError(
+            f"{task.name}: the data of its split '{hidden[0]}' have no labels, which training or scores need"
+        )
     key = glue.fingerprint(task, source.source, root=source.root, revision=source.revision)
     data = glue.tokenise(task, splits, tokenizer, config.train.max_length, config.paths.cache, key)
     if config.selection == "heldout":
         (train,) = task.train
         kept, held = held_out(len(data[train]))
+        if not len(kept):
+            raise UserError(f"selection=heldout leaves nothing of {task.name}'s training set of {len(held)} row: take "
+                            "selection=dev, or a larger one")  # fmt: skip
         data = data | {"heldout": data[train].take(held), train: data[train].take(kept)}
     if source.noisy:
         shares = {task.train[0]: source.label_noise, "heldout": source.heldout_noise}

@@ -64,6 +64,8 @@ class Display:
             line += f": {r.reason}"
         elif result and result["best"] and result["best"]["score"] is not None:
             line += f": {result['metric']} {result['best']['score']:.4f}"
+        elif r.status == "finished":
+            line += ": no score"
         self.note(line if self.live else f"{line}; {self.left()}")
 
     def note(self, line: str) -> None:
