@@ -404,10 +404,10 @@ KINDS = {int: Whole, float: Number, str: Text, bool: Yes}
 
 def check_method(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """All options of the method, defaults filled in, coerced and tried; UserError names what is wrong."""
-    from .methods import METHODS, WEIGHTINGS, option_types  # with torch: `import dsam.config` stays light
+    from .methods import METHODS, WEIGHTINGS, option_types, unknown_method  # with torch: `import dsam.config` is light
 
     if name not in METHODS:
-        raise UserError(f"unknown method '{name}'; {did_you_mean(name, METHODS)}")
+        raise UserError(unknown_method(name))
     weighting = options.get("weighting")
     if weighting is not None and weighting not in tuple(WEIGHTINGS):  # a list has no hash
         raise UserError(f"unknown weighting '{weighting}'; {did_you_mean(weighting, WEIGHTINGS)}")

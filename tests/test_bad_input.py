@@ -294,6 +294,7 @@ VALUES = [
     # methods and weightings
     ("optimizer.rho=0.1", "optimizer.rho"),
     ("optimizer.method=samm", "did you mean 'sam'"),
+    ("optimizer.method=dsam", "unknown method 'dsam'; did you mean 'delta_sam'?"),
     ("optimizer.method=null", "optimizer.method"),
     ("optimizer.options=3", "optimizer.options"),
     ("optimizer.options=[1]", "optimizer.options"),

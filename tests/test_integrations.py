@@ -460,11 +460,12 @@ def test_outputs_of_a_shape_that_cannot_be_compared_are_refused(tmp_path):
 
 def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path):
     for options, args, message in (
-        ({"method": "dsam"}, {}, "unknown method 'dsam'; did you mean"),
+        ({"method": "dsam"}, {}, r"^unknown method 'dsam'; did you mean 'delta_sam'\?$"),
+        ({"method": "rw_sam"}, {}, r"; did you mean 'delta_sam' with weighting=gibbs\?$"),
         ({"method": "sam", "ascent": "both"}, {}, "ascent must be 'global' or 'local'"),
         ({"method": lambda m: SAM(m), "method_options": {"rho": 1.0}}, {}, "method_options"),
         ({"method": SAM(network())}, {}, "method is a SAM that was made already: pass its class, or a function"),
-        ({"method": "sam", "method_options": {"rh": 1.0}}, {}, "method_options of SAM: .* 'rh'"),
+        ({"method": "sam", "method_options": {"rh": 1.0}}, {}, "_options of SAM: unknown option 'rh' of SAM; .* 'rho'"),
         ({"compute_loss_func": lambda *a, **k: None}, {}, "pass losses="),
         ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({}, {"optim": "adalomo"}, "steps inside the backward pass"),

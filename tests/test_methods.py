@@ -1,6 +1,7 @@
 """Methods against closed forms, against `pytorch_optimizer`, and against each trap that SAM code falls into."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -442,13 +443,29 @@ def test_mistakes_are_named(call, word):
 
 PARAMETER = nn.Parameter(torch.ones(2))
 GOOD = lambda: PARAMETER.square()  # noqa: E731
+SGD = torch.optim.SGD
+NO_OPTIMIZER = r": a method is not an optimizer and takes none; it stands in for loss\.backward\(\), .* beside it"
+ADAPTIVE = r"; ASAM\(model, rho=0\.5\) is the adaptive SAM$"
 
 
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: SAM([PARAMETER], torch.optim.SGD, rho=0.1), TypeError, "multiple values for argument 'rho'"),
-        (lambda: SAM([PARAMETER], torch.optim.SGD), TypeError, "rho must be a number.*a method is not an optimizer"),
+        (lambda: SAM([PARAMETER], SGD, rho=0.05, lr=0.1, momentum=0.9), TypeError, f"^SAM got SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], SGD, lr=0.1), TypeError, f"^SAM got SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], SGD), TypeError, f"^SAM got SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM(SGD([PARAMETER], lr=0.1)), TypeError, f"^SAM got SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], base_optimizer=SGD), TypeError, f"^SAM got base_optimizer=SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], lr=0.1), TypeError, f"^SAM got lr=0.1{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], "SGD"), TypeError, f"^rho must be a number, got 'SGD'{NO_OPTIMIZER}$"),
+        (lambda: Plain([PARAMETER], SGD), TypeError, f"^Plain got SGD{NO_OPTIMIZER}$"),
+        (lambda: MomentumSAM([PARAMETER], SGD, momentum=0.9), TypeError, f"^MomentumSAM got SGD{NO_OPTIMIZER}$"),
+        (lambda: SAM([PARAMETER], SGD, adaptive=True, lr=0.1), TypeError, f"^SAM got SGD{NO_OPTIMIZER}{ADAPTIVE}"),
+        (lambda: SAM([PARAMETER], adaptive=True), TypeError, f"^unknown option 'adaptive' of SAM{ADAPTIVE}"),
+        (lambda: SAM([PARAMETER], rh=1), TypeError, r"^unknown option 'rh' of SAM; did you mean 'rho'\?$"),
+        (lambda: SAM([PARAMETER], xyz=1), TypeError, "^unknown option 'xyz' of SAM; known: mask, rho, seed$"),
+        (lambda: DeltaSAM([PARAMETER], recomput=True), TypeError, r"of DeltaSAM; did you mean 'recompute'\?$"),
+        (lambda: DeltaSAM([PARAMETER], 0.1, "curvature", flor=1), TypeError, r"of DeltaSAM; did you mean 'floor'\?$"),
         (lambda: SAM([{"params": [PARAMETER], "lr": 0.1}]), TypeError, "not groups of them"),
         (lambda: SAM(nn.Linear(2, 2).named_parameters()), TypeError, "not pairs with names: model.parameters()"),
         (lambda: SAM(PARAMETER), TypeError, r"got one tensor: \[parameter\]"),
@@ -468,6 +485,28 @@ def test_what_other_sam_code_takes_is_refused_in_one_sentence(call, error, said)
     with pytest.raises(error, match=said):
         call()
     assert PARAMETER.grad is None
+
+
+def test_a_method_of_ones_own_takes_what_its_constructor_takes():
+    class Own(SAM):
+        def __init__(self, params, optimizer, **options):
+            self.taken = optimizer, options.pop("lr"), options.pop("adaptive")
+            super().__init__(params, **options)
+
+    class Inheriting(SAM):
+        pass
+
+    optimizer = SGD([PARAMETER], lr=0.1)
+    own = Own([PARAMETER], optimizer, lr=0.1, adaptive=True, rho=0.3)
+    assert own.taken == (optimizer, 0.1, True) and own.rho == 0.3
+    with pytest.raises(TypeError, match=r"^unknown option 'rh' of Inheriting; did you mean 'rho'\?$"):
+        Inheriting([PARAMETER], rh=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_signature_is_its_constructors(name):
+    kind, constructor = METHODS[name], inspect.signature(METHODS[name].__init__)
+    assert list(inspect.signature(kind).parameters.values()) == list(constructor.parameters.values())[1:]
 
 
 @pytest.mark.parametrize("name", ["plain", "sam", "dsam-probe"])

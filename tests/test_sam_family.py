@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pytorch_optimizer.optimizer.sam import FriendlySAM as ReferenceFSAM
 from test_methods import batch, losses, network, quadratic, same, weights
 from torch import nn
@@ -25,6 +26,7 @@ from dsam import (
 )
 from dsam.config import check_method
 from dsam.errors import UserError
+from dsam.methods import OPTIMIZERS
 from dsam.methods.perturbation import perturbed
 
 # A low threshold makes AE-SAM ascend in every step: the trap tests mean its two passes.
@@ -473,6 +475,18 @@ def test_ae_sams_passes_are_one_and_a_half_where_the_norm_is_symmetric():
 def test_a_bad_option_is_named_before_work_starts(name, option, value):
     with pytest.raises(UserError, match=option):
         check_method(name, {option: value})
+
+
+def test_the_name_of_an_optimizer_is_answered_with_its_method():
+    shipped = [yaml.safe_load(path.read_text()) for path in Path(__file__).parents[1].glob("conf/optimizer/*.yaml")]
+    others = {o["name"]: o for o in shipped if o["name"] not in METHODS}
+    assert set(OPTIMIZERS) == set(others)
+    for name, optimizer in others.items():
+        weighting = optimizer.get("weighting", "probe")
+        option = "" if weighting == "probe" else f" with weighting={weighting}"
+        with pytest.raises(UserError) as error:
+            check_method(name, {})
+        assert str(error.value) == f"unknown method '{name}'; did you mean '{optimizer['method']}'{option}?"
 
 
 def test_per_instance_offers_no_m():

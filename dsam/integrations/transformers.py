@@ -19,8 +19,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..errors import did_you_mean
-from ..methods import METHODS, ExampleLosses, Method, example_losses
+from ..methods import METHODS, ExampleLosses, Method, example_losses, unknown_method
 from .distributed import Distributed
 
 METHOD_STATE = "dsam_method{rank}.pt"
@@ -79,7 +78,7 @@ class SharpnessAwareMixin:
     ):
         if isinstance(method, str):
             if method not in METHODS:
-                raise ValueError(f"unknown method '{method}'; {did_you_mean(method, METHODS)}")
+                raise ValueError(unknown_method(method))
             method = METHODS[method]
         if isinstance(method, Method):
             raise ValueError(

@@ -1,8 +1,8 @@
 """How a step's gradient is formed: each method replaces `loss.backward()`."""
 
-import inspect
 from typing import Any
 
+from ..errors import did_you_mean
 from .ae_sam import AESAM
 from .base import Method, Plain
 from .delta_sam import DeltaSAM
@@ -14,6 +14,7 @@ from .looksam import LookSAM
 from .losses import ExampleLosses, example_losses
 from .m_sam import GroupSAM
 from .msam import MomentumSAM
+from .options import collect
 from .per_instance import PerInstance
 from .piece import Closure
 from .r3f import R3F
@@ -45,6 +46,22 @@ METHODS: dict[str, type[Method]] = {
     "smart": SMART,
 }
 
+OPTIMIZERS = {
+    "adamw": "'plain'",
+    "adamw_2x": "'plain'",
+    "adamw_low_lr": "'plain'",
+    "dsam": "'delta_sam'",
+    "dsam_curvature": "'delta_sam' with weighting=curvature",
+    "rw_sam": "'delta_sam' with weighting=gibbs",
+}
+"""The method of each file of `conf/optimizer` that has not its method's name."""
+
+
+def unknown_method(name: str) -> str:
+    """What is said of a name that is none of `METHODS`."""
+    meant = f"did you mean {OPTIMIZERS[name]}?" if name in OPTIMIZERS else did_you_mean(name, METHODS)
+    return f"unknown method '{name}'; {meant}"
+
 
 def option_types(method: str, weighting: str | None = None) -> dict[str, tuple[Any, Any]]:
     """{option: (type, default)} of a method's constructor, and of the weighting's where the method takes one.
@@ -53,24 +70,12 @@ def option_types(method: str, weighting: str | None = None) -> dict[str, tuple[A
     """
     options: dict[str, tuple[Any, Any]] = {}
     chosen = METHODS[method]
-    _collect(chosen, options)
+    collect(chosen, options)
     if "weighting" in options:
         options["weighting"] = (str, options["weighting"][1])
-        _collect(WEIGHTINGS[weighting or options["weighting"][1]], options)
+        collect(WEIGHTINGS[weighting or options["weighting"][1]], options)
+    options.pop("seed", None)
     return options
-
-
-def _collect(cls: type, options: dict[str, tuple[Any, Any]]) -> None:
-    """Adds the options of the constructor of `cls` and, where it passes `**options` on, of its bases."""
-    for base in cls.__mro__:
-        if "__init__" not in vars(base) or base is object:
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        for p in parameters:
-            if p.default is not inspect.Parameter.empty and p.name != "seed":
-                options.setdefault(p.name, (p.annotation, p.default))
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
 
 
 __all__ = [
@@ -101,4 +106,5 @@ __all__ = [
     "example_losses",
     "make_weighting",
     "option_types",
+    "unknown_method",
 ]

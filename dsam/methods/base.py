@@ -12,12 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Note
 from .compiled import is_compiled, uncompiled
+from .options import NO_OPTIMIZER, Constructed
 from .perturbation import Gradients, RandomState
 from .piece import Closure
 from .step import Overflowed, Step, require_reached
 
 
-class Method:
+class Method(Constructed):
     """What replaces `loss.backward()`: `method.backward(closure)` leaves the step's gradient in `.grad`.
 
     Afterwards the weights are bit for bit what they were, and buffers (batch-norm statistics) are what one clean
@@ -224,13 +225,10 @@ class Plain(Method):
 
 
 def require_number(**options: object) -> None:
-    """TypeError where an option is no number, as where an optimizer class stands in rho's place."""
+    """TypeError where an option is no number, as where what makes an optimizer stands in rho's place."""
     for name, value in options.items():
         if not isinstance(value, numbers.Real):
-            raise TypeError(
-                f"{name} must be a number, got {value!r}: a method is not an optimizer and takes none; it stands in "
-                "for loss.backward()"
-            )
+            raise TypeError(f"{name} must be a number, got {value!r}: {NO_OPTIMIZER}")
 
 
 def _parameters(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
