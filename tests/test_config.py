@@ -1,5 +1,6 @@
 """Configurations: each choice composes, mistakes are named, and identity follows what computes and nothing else."""
 
+import ast
 import functools
 from pathlib import Path
 
@@ -301,14 +302,37 @@ def test_conda_environment_lock_and_project_agree():
 
 
 def test_nothing_to_the_left_imports_what_is_to_the_right():
-    order = ["text", "files", "signals", "errors", "progress"]
-    order += ["config", "glue", "methods", "training", "runs", "sweeps"]
-    order += ["results", "approximation", "sharpness", "benchmark", "submission", "refusals", "command_line"]
+    """When it is loaded: `config.py` asks tasks and methods within functions."""
+    order = ["text", "files", "signals", "errors", "progress", "hub", "kinds", "mistakes", "task"]
+    order += ["config", "overrides", "glue", "methods", "training", "runs", "sweeps"]
+    order += ["results", "approximation", "sharpness", "benchmark", "submission", "integrations", "refusals"]
+    order += ["command_line"]
+    assert {file.stem for file in (ROOT / "dsam").glob("[!_]*") if file.name != "py.typed"} == set(order)
+    found = set()
     for place, package in enumerate(order):
         for file in [*(ROOT / "dsam").glob(f"{package}.py"), *(ROOT / "dsam").glob(f"{package}/**/*.py")]:
-            for later in order[place + 1 :]:
-                assert f"from ..{later}" not in Path(file).read_text(), f"{file} imports {later}"
-                assert f"from dsam.{later}" not in Path(file).read_text(), f"{file} imports {later}"
+            names = set(loaded_by(file))
+            later = names.intersection(order[place + 1 :])
+            assert not later, f"{file} imports {later}"
+            found |= {(package, name) for name in names}
+    assert {("config", "kinds"), ("benchmark", "methods"), ("results", "errors")} <= found  # of levels 1, 2 and 0
+
+
+def loaded_by(file):
+    """What of dsam a module imports when it is loaded, as "glue"."""
+    package, left = file.relative_to(ROOT).parent.parts, ast.parse(file.read_text(encoding="utf-8")).body
+    while left:
+        node = left.pop()
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [[*base, alias.name] for alias in node.names]
+        yield from (name[1] for name in names if name[0] == "dsam" and len(name) > 1)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            left.extend(ast.iter_child_nodes(node))
 
 
 def test_a_run_with_a_dropout_of_its_own_has_another_name_than_when_that_reached_bert_alone():
