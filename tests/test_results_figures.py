@@ -22,16 +22,34 @@ def test_a_rho_of_0_has_its_place_on_the_axis(tmp_path):
     assert high - middle > 0.1 * (high - low) and middle - low > 0.1 * (high - low)
 
 
-def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path):
+def test_scores_are_a_point_a_run_and_a_bar_at_their_mean(runs_dir):
+    figure = plots.scores(collect(runs_dir, "smoke"))
+    by_hand = [
+        {"adamw": [60, 62, 64], "sam": [66, 70]},
+        {"adamw": [50, 80, 84], "sam": [81, 83]},
+    ]
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["rte", "mrpc"]
+    for axes, scores in zip(figure.axes, by_hand, strict=True):
+        names = [tick.get_text() for tick in axes.get_xticklabels()]
+        points = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+        drawn = {names[round(line.get_xdata()[0])]: sorted(line.get_ydata()) for line in points}
+        assert drawn == {method: pytest.approx(values) for method, values in scores.items()}
+        bars = [bar for lines in axes.collections for bar in lines.get_segments()]
+        ends = {names[round(bar[:, 0].mean())]: list(bar[:, 1]) for bar in bars}
+        assert ends == {method: pytest.approx([sum(v) / len(v)] * 2) for method, v in scores.items()}
+
+
+def test_figures_are_files_and_leave_matplotlib_alone(runs_dir, tmp_path, monkeypatch):
     before = {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
     backend = matplotlib.get_backend(auto_select=False)
-    paths = plots.write(collect(runs_dir, "smoke"), tmp_path / "figures")
-    assert {path.name for path in paths} == {
-        f"{kind}_tiny.{form}"
-        for kind in ("scores", "differences", "differences_by_task", "curves", "loss")
-        for form in ("png", "pdf")
-    }
-    assert all(path.stat().st_size > 5000 for path in paths)
+    frame = collect(runs_dir, "smoke")
+    drawn = list(plots.figures(frame))
+    kinds = ("scores", "differences", "differences_by_task", "curves", "loss")
+    assert [name for name, _, _ in drawn] == [f"{kind}_tiny" for kind in kinds]
+    monkeypatch.setattr(plots, "figures", lambda *_: drawn[:1])
+    png, pdf = plots.write(frame, tmp_path / "figures")
+    assert (png.name, pdf.name) == ("scores_tiny.png", "scores_tiny.pdf")
+    assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
     assert {name: matplotlib.rcParams[name] for name in before} == before
     assert matplotlib.get_backend(auto_select=False) == backend
 
@@ -46,7 +64,7 @@ def test_differences_by_task_are_each_task_s_own(runs_dir):
         paired = scores.sub(scores["adamw"], axis=0).mean()  # by hand
         rows = {tick.get_text(): place for place, tick in enumerate(figure.axes[0].get_yticklabels())}
         drawn = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 1}
-        assert drawn and all(drawn[rows[m]] == pytest.approx(100 * paired[m]) for m in rows if rows[m] in drawn)
+        assert drawn == {rows[m]: pytest.approx(100 * paired[m]) for m in paired.index if m != "adamw"} != {}
 
 
 def test_places_without_a_task_are_blank_and_each_column_has_its_numbers():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -407,7 +408,11 @@ def test_each_published_figure_has_a_source_and_is_in_points():
         assert figures["source"].str.startswith("https://").all()
 
 
-def test_rendering_writes_unix_lines(tmp_path):
-    text = pd.DataFrame({"a": ["1"]})
+def test_rendering_writes_unix_lines(tmp_path, monkeypatch):
+    """Also where a file's own lines end otherwise."""
+    text, there = pd.DataFrame({"a": ["1"]}), Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, text, newline="\r\n", **more: there(path, text, newline=newline, **more)
+    )
     for path in rendering.write(Table("t", "c", ["note"], text, text), tmp_path):
-        assert b"\r" not in path.read_bytes()
+        assert b"\n" in path.read_bytes() and b"\r" not in path.read_bytes()
