@@ -396,9 +396,12 @@ def test_a_stack_that_is_left_whole_is_itself_again_whatever_happens():
 def test_probes_go_on_in_float32_from_what_autocast_left_narrow(family):
     """ELECTRA's words are narrower than its layers, which a layer in bfloat16 widens."""
     model, weighting = encoders.model(family, torch.float32).eval(), Seen(layers=3, radius=1e-3)
-    data = encoders.batch()
+    data, probed = encoders.batch(), set()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, __, y: None if torch.is_grad_enabled() else probed.add(y.dtype))
     DeltaSAM(model, 0.05, weighting).backward(ExampleLosses(model, data, torch.bfloat16))
-    assert weighting.probe.plus.dtype == torch.float32
+    assert probed == {weighting.probe.plus.dtype} == {torch.float32}
     clean = ExampleLosses(model, data)().detach()
     torch.testing.assert_close(weighting.probe.plus[0], clean, rtol=0.02, atol=0.02)
 

@@ -473,7 +473,7 @@ def test_ae_sams_passes_are_one_and_a_half_where_the_norm_is_symmetric():
     ],
 )
 def test_a_bad_option_is_named_before_work_starts(name, option, value):
-    with pytest.raises(UserError, match=option):
+    with pytest.raises(UserError, match=rf"\b{option} must be"):
         check_method(name, {option: value})
 
 
