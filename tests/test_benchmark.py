@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from conftest import command
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import SAM
-from dsam.benchmark import norms, padding, scaling, shares, steps, table, throughput
+from dsam.benchmark import norms, packing, padding, scaling, shares, steps, table, throughput
 from dsam.config import CONF, Config
 from dsam.methods import ExampleLosses
+from dsam.methods.per_example import PerExampleGradients
 from dsam.overrides import compose_config
 from dsam.runs.run import prepare
 from dsam.training.backward import Backward
@@ -83,20 +85,44 @@ def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monke
     assert {int(m.sum()) for m in masks} <= {int(m.sum()) for m in dynamic_masks}  # the same rows
 
 
+def counted(patch, *of):
+    """The names of these functions, (holder, name) each, as they are called from here on."""
+    calls = []
+    for holder, name in of:
+        inner = getattr(holder, name)
+        patch.setattr(holder, name, lambda *a, name=name, inner=inner, **k: calls.append(name) or inner(*a, **k))
+    return calls
+
+
+NORMS = [(PerExampleGradients, "squared_norms"), (PerExampleGradients, "weighted_gradient")]
+
+
+def norms_and_calls(config):
+    """In a process of its own: what norms.measure finds, and what it called."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = counted(patch, *NORMS)
+        return [measured("norms", config, 8, 1), calls]
+
+
 def test_the_cost_of_norms_is_relative_to_a_backward_pass(config):
-    found = [norms.Cost(**vars(row)) for row in figures("norms", config, 8, 1)[0]]
+    (found, calls), _ = warm.call("test_benchmark:norms_and_calls", config.to_dict())
+    assert calls == ["squared_norms", "squared_norms", "weighted_gradient"] * 2  # of the round that counts and another
+    found = [norms.Cost(**row) for row in found]
     rows = table.costs(found)
     assert list(rows["one pass"]) == list(norms.WAYS)
     assert rows["/ backward"][0] == 1 and (rows["/ backward"] > 0).all()
     assert (rows["memory / backward"] < 3).all()
 
 
-def test_norms_take_a_regression_too(config):
+def test_norms_take_a_regression_too(config, monkeypatch):
     score = Config.load(compose_config(["task=similarity", "model=tiny", "train.batch_size=4",
                                         f"paths.cache={config.paths.cache}"], CONF))  # fmt: skip
     model, batch = norms._setting(score, 8)
-    for way in norms.WAYS:
+    calls = counted(monkeypatch, *NORMS)
+    for way, expected in zip(norms.WAYS, ([], ["squared_norms"], ["squared_norms", "weighted_gradient"]), strict=True):
+        calls.clear()
         norms._once(model, batch, way, None)
+        assert calls == expected
     assert batch["labels"].is_floating_point()
     seen = []
     model.register_forward_hook(lambda module, given, output: seen.append(output.logits.dtype))
@@ -185,6 +211,34 @@ def test_packed_runs_share_the_device(config):
     assert 1.8 < two.peak_memory_bytes / one.peak_memory_bytes < 2.2
 
 
+def test_packed_runs_work_at_a_time(config, monkeypatch):
+    """All that a number says have begun before one of them is waited for."""
+    did = []
+
+    class Apart:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, *_):
+            did.append("begin")
+            return self
+
+        def result(self):
+            did.append("wait")
+            return 1.0, 100
+
+    monkeypatch.setattr(packing, "process", Apart)
+    one, two = packing.measure(config, [1, 2], 2, 1)
+    assert did == ["begin", "wait", "begin", "begin", "wait", "wait"] * 2  # of the round that counts and another
+    assert (one.peak_memory_bytes, two.peak_memory_bytes) == (100, 200)
+
+
 def test_what_does_not_fit_the_memory_costs_its_own_point(config):
     found, said = warm.call("test_benchmark:points", config.to_dict())
     assert found == ["BERT-base 1", "BERT-base 3"]
@@ -205,8 +259,13 @@ def _killed_at_two(config, shape, batch, length, rounds):
 def test_shares_add_up_to_a_step(config, monkeypatch):
     imports = []
     monkeypatch.setattr(shares.subprocess, "run", lambda *given, **_: (imports.append(given), time.sleep(0.05)))
+    calls = counted(monkeypatch, *((shares, name) for name in ("perturbed", "total_norm", "clip_grads_with_norm_")))
     found = {s.name: s for s in shares.measure(config, count=2, rounds=1)}
-    step = [s for s in found.values() if s.whole == "a SAM step" and not s.name.startswith("operator")]
+    # A round that counts and another; the first norm is that by which is clipped.
+    assert Counter(calls) == {"perturbed": 2, "total_norm": 1 + 2, "clip_grads_with_norm_": 2}
+    assert all(s.seconds > 0 for s in found.values())
+    beside = ("operator", "making a batch")
+    step = [s for s in found.values() if s.whole == "a SAM step" and not s.name.startswith(beside)]
     operators = [s for s in found.values() if s.name.startswith("operator")]
     assert "operator aten::mm" in found and 0.3 < sum(s.seconds for s in operators) / step[0].whole_seconds < 1
     assert sum(s.seconds for s in step) == pytest.approx(step[0].whole_seconds)
