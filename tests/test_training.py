@@ -350,19 +350,23 @@ def test_bfloat16_keeps_weights_in_float32_and_probes_exact(tmp_path):
     assert {t.dtype for t in weights.values()} == {torch.float32}
 
 
-def test_micro_batches_train_as_the_whole_batch_does(tmp_path):
+def test_micro_batches_train_as_the_whole_batch_does(tmp_path, monkeypatch):
     """Without dropout, whose masks fall on other examples."""
-    results = [
-        run(short(tmp_path, "optimizer=dsam", "train.dropout=0", *more))
-        for more in (
-            [],
-            ["train.micro_batch_size=5"],
-            ["train.piece_overhead=10"],
-            ["train.micro_batch_size=7", "optimizer.recompute=true"],
-        )
-    ]
-    for other in results[1:]:
-        assert other["last"]["loss"] == pytest.approx(results[0]["last"]["loss"], rel=2e-3)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    few = ["train.max_steps=3", "train.max_train_examples=96", "train.dropout=0"]
+    results, norms = [], []
+    for more in (
+        [],
+        ["train.micro_batch_size=5"],
+        ["train.piece_overhead=10"],
+        ["train.micro_batch_size=7", "optimizer.recompute=true"],
+    ):
+        chosen = short(tmp_path, "optimizer=dsam", *few, *more)
+        results.append(run(chosen))
+        norms.append([line["gradient_norm"] for line in lines(identify(chosen).folder) if "gradient_norm" in line])
+    for other, norm in zip(results[1:], norms[1:], strict=True):
+        assert other["last"]["loss"] == pytest.approx(results[0]["last"]["loss"], rel=1e-5)
+        assert norm == pytest.approx(norms[0], rel=1e-5) and len(norm) == 3
     assert len({r["id"] for r in results}) == 4
 
 
