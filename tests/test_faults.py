@@ -135,3 +135,4 @@ def test_a_cache_of_another_version_is_made_anew(tmp_path):
     done = command(*ARGUMENTS, *paths, "seed=1")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert all(p.exists() and p.read_bytes() != b"of a later version" for p in before)
