@@ -6,7 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..errors import did_you_mean
-from .weighting import WEIGHTINGS, Weighting
+from .weighting import WEIGHTINGS
 
 NO_OPTIMIZER = (
     "a method is not an optimizer and takes none; it stands in for loss.backward(), and the optimizer is made beside it"
@@ -36,9 +36,9 @@ def _require_taken(cls: Any, args: tuple, options: dict[str, Any]) -> None:
     if "weighting" in known:
         given = dict(zip(inspect.signature(cls).parameters, args, strict=False)) | options
         weighting = given.get("weighting", known["weighting"][1])
-        kind = WEIGHTINGS.get(weighting) if isinstance(weighting, str) else type(weighting)
-        if kind is None or not issubclass(kind, Weighting):
-            return  # the constructor says what is wrong with that
+        kind = WEIGHTINGS.get(weighting) if isinstance(weighting, str) else None
+        if kind is None:
+            return  # the constructor says what is wrong with that, or with options beside a weighting that is made
         collect(kind, known)
     unknown = [name for name in options if name not in known and name != "params"]
     adaptive = "adaptive" in unknown
