@@ -322,8 +322,30 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
     ahead = [[scores["sam", s][k] - scores["adamw", s][k] for s in range(1, 6)] for k in (0, 1)]
     assert f"by {min(ahead[0]):.1f} to {max(ahead[0]):.1f} points at the last epoch" in page
     assert f"differ from {min(ahead[1]):.1f} to {max(ahead[1]):.1f}: choosing" in page
-    sam, adamw = (f"{100 * sum(fitted[m]) / 5:.0f} %" for m in ("sam", "adamw"))
+    methods = ("sam", "adamw", "adamw_low_lr", "per_instance")
+    sam, adamw, low, own = (f"{100 * sum(fitted[m]) / 5:.0f} %" for m in methods)
     assert f"fits {sam} of the wrong labels and AdamW {adamw}" in page
+    assert f"and fits {low} of the wrong labels" in page and f"it fits {own} of the wrong labels" in page
+
+    def over(method, other, k):
+        """(mean, (low, high)) of the five paired differences, and the differences."""
+        found = np.array([scores[method, s][k] - scores[other, s][k] for s in range(1, 6)])
+        return found.mean(), stats.ttest_1samp(found, 0).confidence_interval(), found
+
+    slower = over("adamw_low_lr", "adamw", 0)[2]
+    assert f"by {slower.min():.1f} to {slower.max():.1f} points at the last epoch, and fits" in page
+    beyond = [over("sam", "adamw_low_lr", k) for k in (0, 1)]
+    shown = ["{:.2f}{} [{:+.2f}, {:+.2f}]".format(mean, after, *ends)
+             for (mean, ends, _), after in zip(beyond, (" points at the last epoch", ""), strict=True)]  # fmt: skip
+    assert f"SAM gains {shown[0]}, in each of the five seeds, and {shown[1]}" in page and beyond[0][2].min() > 0
+    mean, ends, each = over("sam", "per_instance", 0)
+    assert "by {:.2f} points in the mean [{:+.2f}, {:+.2f}]".format(mean, *ends) in page and each.min() > 0
+    brief = ["{:.1f} ({:.1f} to {:.1f})".format(mean, *ends).replace("-", "−") for mean, ends, _ in beyond]
+    assert f"beyond it SAM has {brief[0]} and {brief[1]}" in results
+    assert f"half the rate SAM gains {brief[0]} and {brief[1]}" in README
+    low = ["{:.1f} ({:.1f} to {:.1f})".format(m, *ends).replace("-", "−")
+           for m, ends, _ in (over("adamw_low_lr", "adamw", k) for k in (0, 1))]  # fmt: skip
+    assert "at half of SAM's cost, gains {} and {}".format(*low) in results
 
 
 def test_what_is_said_of_the_levels_together_is_what_their_table_says():
