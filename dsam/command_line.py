@@ -358,7 +358,7 @@ def reproduce(arguments: Sequence[str], sweep: Callable[[], int]) -> int:
     """`sweep`, which runs train.py with these arguments and returns its exit status; then what `paper` does, also for
     the runs with fresh seeds. Returns that status: 1 where some runs failed, which the tables show."""
     given = flags(arguments)
-    last = dict(o.partition("=")[::2] for o in given.overrides)
+    last = dict(o.lstrip("+").partition("=")[::2] for o in given.overrides)
     told = given.help or given.hydra_help or given.version or given.cfg or given.info or given.shell_completion
     if not (told or given.multirun or "hydra.mode" in last or last.get("experiment", "null") != "null"):
         raise UserError("reproduce.py makes a sweep's tables: add experiment=NAME or -m; train.py runs one run")

@@ -207,7 +207,7 @@ def test_reproduce_makes_tables_figures_and_report(tmp_path):
     assert "dsam" in report
     assert "note:" not in done.stderr  # what was meant for the runs is not called idle in the tables
     written = (tmp_path / "report.html").stat().st_mtime_ns
-    for more in (["--help"], ["launcher.plan=true"]):  # which only look
+    for more in (["--help"], ["++launcher.plan=true"]):  # which only look
         done = command(*arguments, *more, script="reproduce.py")
         assert done.returncode == 0 and (tmp_path / "report.html").stat().st_mtime_ns == written, done.stderr
     assert "http://" not in report.replace("http://www.w3.org", "")
