@@ -50,9 +50,11 @@ OPTIMIZERS = {
     "adamw": "'plain'",
     "adamw_2x": "'plain'",
     "adamw_low_lr": "'plain'",
+    "adamw_quarter_lr": "'plain'",
     "dsam": "'delta_sam'",
     "dsam_curvature": "'delta_sam' with weighting=curvature",
     "rw_sam": "'delta_sam' with weighting=gibbs",
+    "sam_low_lr": "'sam'",
 }
 """The method of each file of `conf/optimizer` that has not its method's name."""
 

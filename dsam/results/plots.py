@@ -19,8 +19,10 @@ COLOURS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#C
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 METHODS = [
-    *("adamw", "adamw_2x", "sam", "dsam", "per_instance", "asam", "m_sam", "rw_sam", "dsam_curvature", "adamw_low_lr"),
-    *("gsam", "esam", "looksam", "fsam", "msam", "sam_on", "ae_sam", "rdrop", "r3f", "freelb", "smart"),
+    *("adamw", "adamw_2x", "sam", "dsam", "per_instance", "asam", "m_sam"),
+    *("rw_sam", "dsam_curvature", "gsam", "sam_low_lr", "esam", "adamw_low_lr", "adamw_quarter_lr"),
+    *("looksam", "fsam", "msam", "sam_on", "ae_sam", "rdrop", "r3f"),
+    *("freelb", "smart"),
 ]
 """Each has the look of its place here in every figure; others have those that follow."""
 
