@@ -151,7 +151,7 @@ def test_one_example_is_its_own_batch():
 @pytest.mark.parametrize("batches", [8, 30])
 def test_a_setting_has_the_paired_t_test_s_interval_and_the_sign_flip_test_s_p(batches):
     two = np.random.default_rng(batches).normal([0.3, 0.0], 1.0, (batches, 2))
-    found = compared("sst2 noise 0.4", pd.Series(two[:, 0] - two[:, 1]))
+    found = compared(pd.Series(two[:, 0] - two[:, 1]))
     expected = ttest_rel(two[:, 0], two[:, 1]).confidence_interval()
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
     swapped = permutation_test(

@@ -25,6 +25,7 @@ from dsam.methods.outer_products import Rows
 from dsam.methods.weighting import WEIGHTINGS
 from dsam.overrides import compose_config
 from dsam.runs import run
+from dsam.sweeps import sweep
 from dsam.training import device as devices
 from dsam.training import loop
 from dsam.training.batches import pieces
@@ -248,8 +249,32 @@ def test_a_device_that_is_kept_from_this_process_is_not_taken_all_the_same(monke
 
 def test_a_pytorch_for_gpus_that_finds_none_says_so_once(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "finds no GPU: on the CPU" in devices.fallen_back(config())
-    assert devices.fallen_back(config("device.name=cpu")) is None
+    (note,) = devices.notes(config())
+    assert note.endswith("finds no GPU: on the CPU")
+    assert devices.notes(config("device.name=cpu")) == []
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_says_so(monkeypatch, capsys):
+    short = ["device.name=cpu", "train.max_steps=2", "tracking=disabled"]
+    slow = [config(*short, "train.precision=bfloat16", f"seed={seed}") for seed in (0, 1)]
+    for times, said in ((1.6, 0), (62.4, 1)):
+        monkeypatch.setattr(devices, "times_of_bfloat16", lambda times=times: times)
+        found = [note for note in run.prepare(slow[0]).notes if note.startswith("train.precision=bfloat16")]
+        assert len(found) == said and all("about 62 times as long" in note for note in found)
+        assert devices.notes(config(*short)) == []
+        sweep._survey([*slow, config(*short)])
+        assert capsys.readouterr().out.count("train.precision=bfloat16: this CPU") == said
+
+
+def test_the_time_of_bfloat16_is_measured_by_one_thread(monkeypatch):
+    monkeypatch.setattr(devices, "times_of_bfloat16", devices.times_of_bfloat16.__wrapped__)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert 0.05 < devices.times_of_bfloat16() < 1000
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_memory_that_ends_is_one_line():

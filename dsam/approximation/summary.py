@@ -33,13 +33,11 @@ LEVEL = 0.05
 RESAMPLES = 4999  # a test is made of every weighting, measure and setting
 
 
-def compared(task: str, differences: pd.Series) -> dict[str, float]:
+def compared(differences: pd.Series) -> dict[str, float]:
     """The mean of a setting's differences, by batch, its 95 % t-interval, and p of the sign-flip test; batches are what
     is drawn, as seeds are elsewhere."""
-    batches = pd.MultiIndex.from_product([[task], differences.index], names=["task", "seed"])
-    values = pd.Series(differences.to_numpy(), batches)
-    low, high = t_interval(values)
-    return {"difference": values.mean(), "low": low, "high": high, "p": sign_flip_test(values, RESAMPLES)[0]}
+    low, high = t_interval(differences)
+    return {"difference": differences.mean(), "low": low, "high": high, "p": sign_flip_test(differences, RESAMPLES)[0]}
 
 
 def summarise(measured: pd.DataFrame, measures: Sequence[str] = (*MEASURES, *OF_WRONG)) -> pd.DataFrame:
@@ -48,8 +46,9 @@ def summarise(measured: pd.DataFrame, measures: Sequence[str] = (*MEASURES, *OF_
     for (task, phase, rho), group in measured.groupby(["task", "phase", "rho"], sort=False):
         for measure in (name for name in measures if name in measured):
             table = group.pivot(index="batch", columns="weighting", values=measure)
-            for weighting in group["weighting"].unique():
-                both = table[[weighting, "uniform"]].dropna() if weighting != "uniform" else table[["uniform"]].dropna()
+            scores = {name: table[name].to_numpy(dtype=float) for name in group["weighting"].unique()}
+            for weighting, mine in scores.items():
+                both = ~np.isnan(mine) & ~np.isnan(scores["uniform"])
                 rows.append(
                     {
                         "task": task,
@@ -57,9 +56,9 @@ def summarise(measured: pd.DataFrame, measures: Sequence[str] = (*MEASURES, *OF_
                         "rho": rho,
                         "weighting": weighting,
                         "measure": measure,
-                        "batches": len(both),
-                        "mean": both[weighting].mean(),
-                        **compared(task, both[weighting] - both["uniform"]),
+                        "batches": int(both.sum()),
+                        "mean": mine[both].mean() if both.any() else np.nan,
+                        **compared(pd.Series((mine - scores["uniform"])[both], table.index[both])),
                     }
                 )
     return pd.DataFrame(rows)

@@ -82,7 +82,17 @@ def summarise(frame: pd.DataFrame, which: str = "best") -> pd.DataFrame:
 
 def mean_difference(differences: pd.Series) -> float:
     """The mean over tasks of the mean over seeds: every task weighs the same, however many seeds it has."""
+    if differences.index.nlevels == 1:
+        return float(differences.mean())
     return float(differences.groupby("task").mean().mean())
+
+
+def _tasks(differences: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each difference's task, and that of each task's data set; one task where only seeds are given."""
+    if differences.index.nlevels == 1:
+        return np.zeros(len(differences), dtype=int), np.zeros(1, dtype=int)
+    task, names = pd.factorize(differences.index.get_level_values("task"))
+    return task, pd.factorize(np.array([data_set(name) for name in names], dtype=object))[0]
 
 
 def _blocks(differences: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,11 +102,11 @@ def _blocks(differences: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     A block is a seed on one data set: on another level of label noise the same seed has the same order of examples, new
     head and dropout, so that its differences there tell the same thing again.
     """
-    task, names = pd.factorize(differences.index.get_level_values("task"))
-    sets = pd.factorize(np.array([data_set(name) for name in names], dtype=object))[0][task]
-    seed, seeds = pd.factorize(differences.index.get_level_values("seed"))
+    task, sets_of_tasks = _tasks(differences)
+    sets = sets_of_tasks[task]
+    seed, seeds = pd.factorize(differences.index.get_level_values(-1))
     values, runs = differences.to_numpy(dtype=float), np.bincount(task)
-    share = runs[task] * len(names)
+    share = runs[task] * len(sets_of_tasks)
     widening = np.sqrt(runs / np.maximum(runs - 1, 1))[task]
     deviation = (values - (np.bincount(task, values) / runs)[task]) * widening / share
     blocks, block = np.unique(sets * len(seeds) + seed, return_inverse=True)
@@ -116,10 +126,9 @@ def t_interval(differences: pd.Series, level: float = 0.95) -> tuple[float, floa
     """
     if not len(differences):
         return np.nan, np.nan
-    pairs = differences.groupby("task").size()
-    free = (pairs.groupby(pairs.index.map(data_set)).min() - 1).reindex(
-        dict.fromkeys(map(data_set, differences.index.get_level_values("task")))
-    )
+    task, sets_of_tasks = _tasks(differences)
+    runs = np.bincount(task)
+    free = np.array([runs[sets_of_tasks == number].min() - 1 for number in range(sets_of_tasks.max() + 1)])
     if free.min() < 1:
         return np.nan, np.nan
     _, deviations, sets = _blocks(differences)
@@ -127,7 +136,7 @@ def t_interval(differences: pd.Series, level: float = 0.95) -> tuple[float, floa
     total = variances.sum()
     if total < ROUNDING**2:
         return np.nan, np.nan
-    freedom = total**2 / (variances**2 / free.to_numpy()).sum()
+    freedom = total**2 / (variances**2 / free).sum()
     reach = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(total))
     middle = mean_difference(differences)
     return middle - reach, middle + reach

@@ -20,7 +20,8 @@ from ..task import Task
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
-from ..training.device import choose_device, fallen_back, memory_in_use, memory_said, prepare_for_gpu
+from ..training.device import choose_device, memory_in_use, memory_said, prepare_for_gpu
+from ..training.device import notes as notes_of_device
 from ..training.dropout import use_fast_dropout
 from ..training.loop import State, best, fine_tune
 from ..training.padding_free import PaddingFree, padding_free
@@ -184,7 +185,7 @@ class Ready:
 def prepare(config: Config, device: torch.device | None = None) -> Ready:
     """Loads data and model, onto the device that the configuration asks for where none is given. Raises UserError, one
     line, where either cannot be used."""
-    found = fallen_back(config) if device is None else None
+    of_device = notes_of_device(config) if device is None else []
     device = choose_device(config) if device is None else device
     task = config.task
     tokenizer = models.load_tokenizer(config.model)
@@ -204,7 +205,7 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
         notes = [*notes, f"model={name} is made for the built-in tasks: it starts from scratch, and spells other words "
                          "letter by letter; model=encoder model.path=DIR takes one that was trained"]  # fmt: skip
     whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
-    return Ready(task, tokenizer, network, data, device, [*([found] if found else []), *of_model, *notes], whole)
+    return Ready(task, tokenizer, network, data, device, [*of_device, *of_model, *notes], whole)
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:

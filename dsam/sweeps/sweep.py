@@ -124,7 +124,8 @@ def _survey(configs: list[Config]) -> list[float]:
 
     from ..runs.run import make_method, prepare, trained_examples
     from ..runs.tracking import connect
-    from ..training.device import check_devices, fallen_back, find_device
+    from ..training.device import check_devices, find_device
+    from ..training.device import notes as notes_of_device
     from ..training.loop import total_steps
 
     launcher = configs[0].launcher
@@ -136,9 +137,10 @@ def _survey(configs: list[Config]) -> list[float]:
     if launcher.name == "local" and launcher.devices and configs[0].device.name != "cpu":
         check_devices(launcher.devices)
     elif launcher.name == "local":
-        for config in {(c.device.name, c.train.precision): c for c in configs}.values():
+        distinct = {(c.device.name, c.train.precision): c for c in configs}.values()
+        for config in distinct:
             find_device(config)
-        if note := fallen_back(configs[0]):
+        for note in dict.fromkeys(note for config in distinct for note in notes_of_device(config)):
             print(note, flush=True)
     if any(c.tracking.mode == "online" for c in configs):
         try:

@@ -2,7 +2,10 @@
 
 import contextlib
 import ctypes
+import functools
 import os
+import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -52,11 +55,41 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def fallen_back(config: Config) -> str | None:
-    """A note where device.name=auto takes the CPU although PyTorch is built for GPUs."""
+def notes(config: Config) -> list[str]:
+    """What is to be said of the device that `find_device` finds: that device.name=auto takes the CPU although PyTorch
+    is built for GPUs; that the CPU is slow in bfloat16."""
+    found = []
     if config.device.name == "auto" and torch.version.cuda and not torch.cuda.is_available():
-        return f"device.name=auto: PyTorch is built for CUDA {torch.version.cuda} but finds no GPU: on the CPU"
-    return None
+        found.append(f"device.name=auto: PyTorch is built for CUDA {torch.version.cuda} but finds no GPU: on the CPU")
+    narrow = config.train.precision == "bfloat16" and find_device(config).type == "cpu"
+    if narrow and (times := times_of_bfloat16()) > SLOW:
+        found.append(
+            f"train.precision=bfloat16: this CPU takes about {times:.0f} times as long for a product of matrices as in "
+            "float32; train.precision=float32 is faster, and gives runs of another name and other numbers"
+        )
+    return found
+
+
+SLOW = 4.0
+"""Of `times_of_bfloat16`: CPUs with units for bfloat16 were seen to take up to 2, one without 60."""
+
+
+@functools.cache
+def times_of_bfloat16() -> float:
+    """How many times as long as in float32 a product of matrices takes on this CPU, measured in less than a second: the
+    names of its units do not tell it (docs/speed.md)."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        one, other = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        one @ other
+        return min(timeit.repeat(lambda: one @ other, timer=time.thread_time, number=1, repeat=5))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whose own time is the same where other processes run
+    try:
+        return seconds(torch.bfloat16) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_devices(devices: Sequence[str]) -> None:
