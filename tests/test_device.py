@@ -266,6 +266,27 @@ def test_a_cpu_that_is_slow_in_bfloat16_says_so(monkeypatch, capsys):
         assert capsys.readouterr().out.count("train.precision=bfloat16: this CPU") == said
 
 
+@pytest.mark.parametrize("workers, given, threads, said", [
+    (1, "null", 4, None),
+    (4, "null", 1, None),
+    (2, "2", 2, None),
+    (6, "null", 1, "launcher.workers=6: that is 6 threads on 4 CPUs"),
+    (1, "64", 64, "device.threads=64: that is 64 threads on 4 CPUs"),
+    (2, "3", 3, "launcher.workers=2 of device.threads=3: that is 6 threads on 4 CPUs"),
+])  # fmt: skip
+def test_more_threads_than_cpus_are_said(monkeypatch, workers, given, threads, said):
+    monkeypatch.setattr(devices, "cpu_count", lambda: 4)
+    asked = config("device.name=cpu", f"launcher.workers={workers}", f"device.threads={given}")
+    before = torch.get_num_threads()
+    try:
+        choose_device(asked)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    found = devices.notes(asked)
+    assert [note.split(",")[0] for note in found] == ([said] if said else [])
+
+
 def test_the_time_of_bfloat16_is_measured_by_one_thread(monkeypatch):
     monkeypatch.setattr(devices, "times_of_bfloat16", devices.times_of_bfloat16.__wrapped__)
     threads = torch.get_num_threads()

@@ -137,7 +137,7 @@ def _survey(configs: list[Config]) -> list[float]:
     if launcher.name == "local" and launcher.devices and configs[0].device.name != "cpu":
         check_devices(launcher.devices)
     elif launcher.name == "local":
-        distinct = {(c.device.name, c.train.precision): c for c in configs}.values()
+        distinct = {(c.device, c.train.precision): c for c in configs}.values()
         for config in distinct:
             find_device(config)
         for note in dict.fromkeys(note for config in distinct for note in notes_of_device(config)):

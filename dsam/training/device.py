@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -45,8 +46,7 @@ def choose_device(config: Config) -> torch.device:
             torch.cuda.set_device(device)
         if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
             raise UserError(f"train.precision=bfloat16: {torch.cuda.get_device_name(device)} has none; take float32")
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.device.threads or max(1, cores // len(config.launcher.slots)))
+    torch.set_num_threads(_threads(config))
     if device.type == "cpu":
         keep_freed_memory()
     else:
@@ -55,10 +55,23 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
+def _threads(config: Config) -> int:
+    """Those of each run: where the configuration names no number, an equal part of the CPUs that this process may use,
+    by its affinity and its container's quota."""
+    return config.device.threads or max(1, cpu_count() // len(config.launcher.slots))
+
+
 def notes(config: Config) -> list[str]:
     """What is to be said of the device that `find_device` finds: that device.name=auto takes the CPU although PyTorch
-    is built for GPUs; that the CPU is slow in bfloat16."""
+    is built for GPUs; that more threads are asked for than there are CPUs; that the CPU is slow in bfloat16."""
     found = []
+    at_once, threads, cpus = len(config.launcher.slots), _threads(config), cpu_count()
+    if at_once * threads > cpus and find_device(config).type == "cpu":
+        asked = [f"launcher.workers={at_once}"] * (at_once > 1) + [f"device.threads={threads}"] * (threads > 1)
+        found.append(
+            f"{' of '.join(asked)}: that is {at_once * threads} threads on {cpus} CPUs, which wait for each other; "
+            f"take {cpus} together"
+        )
     if config.device.name == "auto" and torch.version.cuda and not torch.cuda.is_available():
         found.append(f"device.name=auto: PyTorch is built for CUDA {torch.version.cuda} but finds no GPU: on the CPU")
     narrow = config.train.precision == "bfloat16" and find_device(config).type == "cpu"
