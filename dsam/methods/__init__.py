@@ -49,12 +49,14 @@ METHODS: dict[str, type[Method]] = {
 OPTIMIZERS = {
     "adamw": "'plain'",
     "adamw_2x": "'plain'",
+    "adamw_eighth_lr": "'plain'",
     "adamw_low_lr": "'plain'",
     "adamw_quarter_lr": "'plain'",
     "dsam": "'delta_sam'",
     "dsam_curvature": "'delta_sam' with weighting=curvature",
     "rw_sam": "'delta_sam' with weighting=gibbs",
     "sam_low_lr": "'sam'",
+    "sam_quarter_lr": "'sam'",
 }
 """The method of each file of `conf/optimizer` that has not its method's name."""
 
