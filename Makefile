@@ -60,4 +60,4 @@ lock: ## renew requirements.lock from pyproject.toml
 	 $(BIN)/pip freeze --exclude-editable --all | sed 's/+cpu//' | grep -viE '^(pip|wheel)==') > requirements.lock
 
 clean: ## remove the environment and caches; runs and tables stay
-	rm -rf .venv .cache site .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .cache site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build

@@ -7,6 +7,7 @@ import re
 import warnings
 
 import encoders
+import joblib
 import meta_device
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_says_so(monkeypatch, capsys):
     (2, "3", 3, "launcher.workers=2 of device.threads=3: that is 6 threads on 4 CPUs"),
 ])  # fmt: skip
 def test_more_threads_than_cpus_are_said(monkeypatch, workers, given, threads, said):
-    monkeypatch.setattr(devices, "cpu_count", lambda: 4)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 4)
     asked = config("device.name=cpu", f"launcher.workers={workers}", f"device.threads={given}")
     before = torch.get_num_threads()
     try:

@@ -1,12 +1,12 @@
 """How many runs an hour one device does, by how many it does at once."""
 
-import os
 import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import joblib
 import torch
 
 from ..config import Config
@@ -37,8 +37,7 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
     unsteady = Steps(config, ready).unsteady
     del ready
-    cores = len(os.sched_getaffinity(0))
-    threads = {number: config.device.threads or max(1, cores // number) for number in numbers}
+    threads = {number: config.device.threads or max(1, joblib.cpu_count() // number) for number in numbers}
     seconds: dict[int, list[float]] = {number: [] for number in numbers}
     memory: dict[int, int] = {}
     with ExitStack() as stack:

@@ -1,6 +1,5 @@
 """Where a sweep's runs go: how many each device takes at once, and how many it has."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ def at_once(in_use: int, total: int, cores: int, devices: int) -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores that this process may use, by its affinity and its container's quota."""
+    import joblib
+
+    return joblib.cpu_count()
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import joblib
 import torch
-from joblib import cpu_count
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -58,14 +58,14 @@ def choose_device(config: Config) -> torch.device:
 def _threads(config: Config) -> int:
     """Those of each run: where the configuration names no number, an equal part of the CPUs that this process may use,
     by its affinity and its container's quota."""
-    return config.device.threads or max(1, cpu_count() // len(config.launcher.slots))
+    return config.device.threads or max(1, joblib.cpu_count() // len(config.launcher.slots))
 
 
 def notes(config: Config) -> list[str]:
     """What is to be said of the device that `find_device` finds: that device.name=auto takes the CPU although PyTorch
     is built for GPUs; that more threads are asked for than there are CPUs; that the CPU is slow in bfloat16."""
     found = []
-    at_once, threads, cpus = len(config.launcher.slots), _threads(config), cpu_count()
+    at_once, threads, cpus = len(config.launcher.slots), _threads(config), joblib.cpu_count()
     if at_once * threads > cpus and find_device(config).type == "cpu":
         asked = [f"launcher.workers={at_once}"] * (at_once > 1) + [f"device.threads={threads}"] * (threads > 1)
         found.append(
