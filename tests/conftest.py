@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,10 @@ def pytest_collection_finish():
     through the 700,000 objects of libraries and tests anew, which takes 0.4 s."""
     gc.collect()
     gc.freeze()
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, and so in what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(*arguments: str, script: str = "train.py", cold: bool = False, env: dict | None = None, **options):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import random
 import re
+import time
 import warnings
 
 import encoders
@@ -271,9 +272,9 @@ def test_a_cpu_that_is_slow_in_bfloat16_says_so(monkeypatch, capsys):
     (1, "null", 4, None),
     (4, "null", 1, None),
     (2, "2", 2, None),
-    (6, "null", 1, "launcher.workers=6: that is 6 threads on 4 CPUs"),
+    (6, "null", 1, "6 runs at once: that is 6 threads on 4 CPUs"),
     (1, "64", 64, "device.threads=64: that is 64 threads on 4 CPUs"),
-    (2, "3", 3, "launcher.workers=2 of device.threads=3: that is 6 threads on 4 CPUs"),
+    (2, "3", 3, "2 runs at once of device.threads=3: that is 6 threads on 4 CPUs"),
 ])  # fmt: skip
 def test_more_threads_than_cpus_are_said(monkeypatch, workers, given, threads, said):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 4)
@@ -284,19 +285,25 @@ def test_more_threads_than_cpus_are_said(monkeypatch, workers, given, threads, s
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    found = devices.notes(asked)
+    found = devices.notes(asked, workers)
     assert [note.split(",")[0] for note in found] == ([said] if said else [])
 
 
-def test_the_time_of_bfloat16_is_measured_by_one_thread(monkeypatch):
-    monkeypatch.setattr(devices, "times_of_bfloat16", devices.times_of_bfloat16.__wrapped__)
-    threads = torch.get_num_threads()
+def test_the_time_of_bfloat16_is_measured_by_one_thread_s_own_time(monkeypatch):
+    def repeat(product, timer, number, repeat):
+        assert (torch.get_num_threads(), timer, number) == (1, time.thread_time, 1)
+        return {torch.bfloat16: [9.0, 6.0, 7.0], torch.float32: [3.0, 2.0, 2.5]}[product().dtype]
+
+    monkeypatch.setattr(devices.timeit, "repeat", repeat)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert 0.05 < devices.times_of_bfloat16() < 1000
+        assert devices.times_of_bfloat16.__wrapped__() == 3
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    monkeypatch.undo()
+    assert devices.times_of_bfloat16.__wrapped__() > 0
 
 
 def test_memory_that_ends_is_one_line():

@@ -88,7 +88,7 @@ def mean_difference(differences: pd.Series) -> float:
 
 
 def _tasks(differences: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each difference's task, and that of each task's data set; one task where only seeds are given."""
+    """The number of each difference's task, and that of each task's data set; one task where it has seeds alone."""
     if differences.index.nlevels == 1:
         return np.zeros(len(differences), dtype=int), np.zeros(1, dtype=int)
     task, names = pd.factorize(differences.index.get_level_values("task"))
@@ -104,7 +104,7 @@ def _blocks(differences: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     task, sets_of_tasks = _tasks(differences)
     sets = sets_of_tasks[task]
-    seed, seeds = pd.factorize(differences.index.get_level_values(-1))
+    seed, seeds = pd.factorize(differences.index.get_level_values("seed" if differences.index.nlevels > 1 else 0))
     values, runs = differences.to_numpy(dtype=float), np.bincount(task)
     share = runs[task] * len(sets_of_tasks)
     widening = np.sqrt(runs / np.maximum(runs - 1, 1))[task]

@@ -140,7 +140,8 @@ def _survey(configs: list[Config]) -> list[float]:
         distinct = {(c.device, c.train.precision): c for c in configs}.values()
         for config in distinct:
             find_device(config)
-        for note in dict.fromkeys(note for config in distinct for note in notes_of_device(config)):
+        at_once = min(len(configs), launcher.at_once(len(configs)))
+        for note in dict.fromkeys(note for config in distinct for note in notes_of_device(config, at_once)):
             print(note, flush=True)
     if any(c.tracking.mode == "online" for c in configs):
         try:

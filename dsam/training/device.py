@@ -61,13 +61,14 @@ def _threads(config: Config) -> int:
     return config.device.threads or max(1, joblib.cpu_count() // len(config.launcher.slots))
 
 
-def notes(config: Config) -> list[str]:
-    """What is to be said of the device that `find_device` finds: that device.name=auto takes the CPU although PyTorch
-    is built for GPUs; that more threads are asked for than there are CPUs; that the CPU is slow in bfloat16."""
+def notes(config: Config, at_once: int = 1) -> list[str]:
+    """What is to be said of the device that `find_device` finds for runs of which so many go on at once: that
+    device.name=auto takes the CPU although PyTorch is built for GPUs; that they have more threads than there are CPUs;
+    that the CPU is slow in bfloat16."""
     found = []
-    at_once, threads, cpus = len(config.launcher.slots), _threads(config), joblib.cpu_count()
+    threads, cpus = _threads(config), joblib.cpu_count()
     if at_once * threads > cpus and find_device(config).type == "cpu":
-        asked = [f"launcher.workers={at_once}"] * (at_once > 1) + [f"device.threads={threads}"] * (threads > 1)
+        asked = [f"{at_once} runs at once"] * (at_once > 1) + [f"device.threads={threads}"] * (threads > 1)
         found.append(
             f"{' of '.join(asked)}: that is {at_once * threads} threads on {cpus} CPUs, which wait for each other; "
             f"take {cpus} together"
