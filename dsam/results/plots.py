@@ -24,7 +24,8 @@ METHODS = [
     *("looksam", "fsam", "msam", "sam_quarter_lr", "adamw_eighth_lr", "sam_on", "ae_sam"),
     *("rdrop", "r3f", "freelb", "smart"),
 ]
-"""Each has the look of its place here in every figure; others have those that follow."""
+"""Each has the look of its place here in every figure; others have those that follow. Rows of seven: a column shares a
+colour, and so what is often drawn together stands in different ones."""
 
 
 def write(frame: pd.DataFrame, folder: str | Path, which: str = "best", baseline: str = "adamw") -> list[Path]:
