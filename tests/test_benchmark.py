@@ -260,9 +260,9 @@ def test_shares_add_up_to_a_step(config, monkeypatch):
     imports = []
     monkeypatch.setattr(shares.subprocess, "run", lambda *given, **_: (imports.append(given), time.sleep(0.05)))
     calls = counted(monkeypatch, *((shares, name) for name in ("perturbed", "total_norm", "clip_grads_with_norm_")))
-    found = {s.name: s for s in shares.measure(config, count=2, rounds=1)}
-    # A round that counts and another; the first norm is that by which is clipped.
-    assert Counter(calls) == {"perturbed": 2, "total_norm": 1 + 2, "clip_grads_with_norm_": 2}
+    found = {s.name: s for s in shares.measure(config, count=2, rounds=3)}
+    # Three rounds that count and another; the first norm is that by which is clipped.
+    assert Counter(calls) == {"perturbed": 4, "total_norm": 1 + 4, "clip_grads_with_norm_": 4}
     assert all(s.seconds > 0 for s in found.values())
     beside = ("operator", "making a batch")
     step = [s for s in found.values() if s.whole == "a SAM step" and not s.name.startswith(beside)]
@@ -274,7 +274,7 @@ def test_shares_add_up_to_a_step(config, monkeypatch):
     epoch = found["evaluation"]
     assert rows.loc["evaluation", "%"] == pytest.approx(100 * epoch.seconds / epoch.whole_seconds)
     assert epoch.whole_seconds > 0.1 and found["importing the libraries, once a sweep"].seconds >= 0.05
-    assert imports == [([sys.executable, "-c", "import dsam.runs.run"],)] * 2
+    assert imports == [([sys.executable, "-c", "import dsam.runs.run"],)] * 4
 
 
 def test_their_sam_takes_the_same_step():

@@ -73,7 +73,7 @@ def measure(config: Config, count: int, rounds: int) -> list[Share]:
         Share("evaluation", found["evaluation"], "an epoch of AdamW", epoch),
         Share("data and model to the first step, warm cache", found["start"], "an epoch of AdamW", epoch),
         Share("importing the libraries, once a sweep", _imports(rounds), "an epoch of AdamW", epoch),
-        *_operators(run, found["SAM step"]),
+        *_operators(run, found["SAM step"], rounds),
     ]
 
 
@@ -127,17 +127,24 @@ class _Keeping(SAM):
         return super().descent(step, losses, ascent)
 
 
-def _operators(run: _Run, seconds: float) -> list[Share]:
-    """The operators that take most of a SAM step's own time, as shares of what the profiler saw; `seconds` a step."""
+def _operators(run: _Run, seconds: float, rounds: int) -> list[Share]:
+    """The operators that take most of a SAM step's own time, as shares of what the profiler saw (medians over rounds:
+    its clock is the wall's, so what interrupts a round falls on the operator that it met); `seconds` a step."""
+    rows = [_own_times(run) for _ in range(rounds)]
+    times = {name: statistics.median(row.get(name, 0.0) for row in rows) for row in rows for name in row}
+    total = sum(times.values())
+    most = sorted(times, key=times.get, reverse=True)[:OPERATORS]
+    return [Share(f"operator {name}", seconds * times[name] / total, "a SAM step", seconds) for name in most]
+
+
+def _own_times(run: _Run) -> dict[str, float]:
+    """Each operator's own time in `run`'s SAM steps, in microseconds."""
     on_gpu = run.ready.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as seen:
         run.sam_steps()
     which = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {event.key: getattr(event, which) for event in seen.key_averages()}
-    total = sum(times.values())
-    most = sorted(times, key=times.get, reverse=True)[:OPERATORS]
-    return [Share(f"operator {name}", seconds * times[name] / total, "a SAM step", seconds) for name in most]
+    return {event.key: getattr(event, which) for event in seen.key_averages()}
 
 
 def _imports(rounds: int) -> float:
