@@ -18,8 +18,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-import joblib
 import torch
+from joblib.externals import loky
 
 from dsam.config import Config
 from dsam.errors import OutOfMemory, Stopped, UserError
@@ -166,7 +166,7 @@ def two_fit() -> None:
 def _gpus_of_ten_gigabytes(holds: int) -> None:
     train = run._train
     run.memory_in_use = lambda device: {"in_use": 3_000_000_000, "total": 10_000_000_000}
-    joblib.cpu_count = lambda: 8
+    loky.cpu_count = lambda: 8
 
     def beside(config, identity, folder, ready):
         here = Path(config.paths.runs) / f"device-{os.environ['CUDA_VISIBLE_DEVICES']}"

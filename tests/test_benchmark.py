@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic, on the tiny model: figures are there, add up, and count what they say."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 import warm
 from conftest import command
+from torch.autograd import DeviceType
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam import SAM
@@ -275,6 +277,35 @@ def test_shares_add_up_to_a_step(config, monkeypatch):
     assert rows.loc["evaluation", "%"] == pytest.approx(100 * epoch.seconds / epoch.whole_seconds)
     assert epoch.whole_seconds > 0.1 and found["importing the libraries, once a sweep"].seconds >= 0.05
     assert imports == [([sys.executable, "-c", "import dsam.runs.run"],)] * 4
+
+
+def test_what_interrupts_a_round_is_no_operator_s_share(monkeypatch):
+    """By hand: medians of three rounds, 6 + 3 + 1, in the second of which something else took 50 of `view`'s."""
+    rounds = iter([{"mm": 6.0, "add": 3.0, "view": 1.0}, {"mm": 5.0, "add": 4.0, "view": 51.0},
+                   {"mm": 8.0, "view": 0.5, "add": 2.0, "once": 40.0}])  # fmt: skip
+    monkeypatch.setattr(shares, "_own_times", lambda run: next(rounds))
+    found = shares._operators(None, 2.0, 3)
+    assert [(s.name, s.seconds) for s in found[:3]] == [
+        ("operator mm", 1.2),
+        ("operator add", 0.6),
+        ("operator view", 0.2),
+    ]
+    assert all(s.seconds == 0 for s in found[3:])
+
+
+def test_a_kernel_s_time_is_its_operator_s_and_counts_once(monkeypatch):
+    """The profiler has a GPU's kernels, and annotations on it, as rows beside the operators that started them."""
+    on, off = DeviceType.CUDA, DeviceType.CPU
+    rows = [("aten::mm", off, 6.0), ("gemm_kernel", on, 6.0), ("aten::add", off, 3.0), ("Optimizer.step", on, 9.0)]
+    seen = SimpleNamespace(
+        key_averages=lambda: [SimpleNamespace(key=k, device_type=d, self_device_time_total=t) for k, d, t in rows]
+    )
+    monkeypatch.setattr(shares, "profile", lambda activities: contextlib.nullcontext(seen))
+    ready = SimpleNamespace(device=torch.device("cuda"))
+    assert shares._own_times(SimpleNamespace(ready=ready, sam_steps=lambda: None)) == {
+        "aten::mm": 6.0,
+        "aten::add": 3.0,
+    }
 
 
 def test_their_sam_takes_the_same_step():

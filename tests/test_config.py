@@ -258,6 +258,8 @@ def test_ones_own_folder_of_configurations_lies_beside_ours(tmp_path):
     [
         (("model.rho=0.2", "seed=3", "train.lr=1e-5"), True),
         (("train.max_length=32",), False),
+        (("selection=heldout",), False),
+        (("device.threads=2",), False),
         (("task=similarity",), False),
     ],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import random
 import re
 import time
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
+from joblib.externals import loky
 from meta_device import GPU
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import dsam
 from dsam.config import CONF, Config, Train
+from dsam.cpus import cpus
 from dsam.errors import OutOfMemory, UserError
 from dsam.methods import METHODS
 from dsam.methods.examples_apart import PROVEN
@@ -277,7 +280,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_says_so(monkeypatch, capsys):
     (2, "3", 3, "2 runs at once of device.threads=3: that is 6 threads on 4 CPUs"),
 ])  # fmt: skip
 def test_more_threads_than_cpus_are_said(monkeypatch, workers, given, threads, said):
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 4)
+    monkeypatch.setattr(loky, "cpu_count", lambda: 4)
     asked = config("device.name=cpu", f"launcher.workers={workers}", f"device.threads={given}")
     before = torch.get_num_threads()
     try:
@@ -304,6 +307,19 @@ def test_the_time_of_bfloat16_is_measured_by_one_thread_s_own_time(monkeypatch):
         torch.set_num_threads(before)
     monkeypatch.undo()
     assert devices.times_of_bfloat16.__wrapped__() > 0
+    with monkeypatch.context() as coarse:  # where a thread's clock does not move meanwhile
+        coarse.setattr(devices.time, "thread_time", lambda: 0.01)
+        assert devices.times_of_bfloat16.__wrapped__() == 1
+
+
+def test_cpus_are_counted_without_semaphores_and_up_to_a_limit_of_the_user(monkeypatch):
+    monkeypatch.setattr(joblib.parallel, "mp", None)
+    assert cpus() == loky.cpu_count() == min(len(os.sched_getaffinity(0)), os.cpu_count())
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert cpus() == 1
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "all")
+    with pytest.raises(UserError, match="^LOKY_MAX_CPU_COUNT=all is no number of CPUs: name one, or unset it$"):
+        cpus()
 
 
 def test_memory_that_ends_is_one_line():

@@ -32,6 +32,40 @@ def test_a_process_that_is_gone_holds_nothing(tmp_path):
         assert lease.read(tmp_path / "lease.json")["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("error", [None, PermissionError, ProcessLookupError])
+def test_of_a_process_that_the_system_hides_the_age_decides(tmp_path, monkeypatch, error):
+    """Another user's, where /proc hides those; any, where there is no /proc."""
+
+    def signalled(pid, number):
+        assert (pid, number) == (os.getpid(), 0)
+        if error is not None:
+            raise error
+
+    with Lease(tmp_path) as held, monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", hides_processes)
+        patched.setattr(os, "kill", signalled)
+        there = error is not ProcessLookupError
+        assert lease.alive(held.path) == there
+        os.utime(held.path, (0, 0))
+        assert not lease.alive(held.path)
+    if error is None:  # its own record says that nothing could be told
+        monkeypatch.setattr(Path, "read_text", hides_processes)
+        with Lease(tmp_path) as held:
+            assert json.loads(held.path.read_bytes())["began"] == lease.UNKNOWN
+            assert lease.alive(held.path)
+            os.utime(held.path, (0, 0))
+            assert not lease.alive(held.path)
+
+
+READ = Path.read_text
+
+
+def hides_processes(path, **options):
+    if path.match("/proc/[0-9]*/stat"):
+        raise FileNotFoundError(path)
+    return READ(path, **options)
+
+
 def elsewhere(folder, **changes):
     """A lease as another machine has it."""
     path = folder / "lease.json"

@@ -71,7 +71,7 @@ def test_runs_spread_over_the_devices():
 
 
 def test_what_a_run_without_a_gpu_or_another_device_says_changes_nothing(monkeypatch):
-    monkeypatch.setattr(room, "cores", lambda: 16)
+    monkeypatch.setattr(room, "cpus", lambda: 16)
     places = Room(Launcher(devices=["0", "1"], per_device="auto"))
     place = places.take()
     places.leave(place)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, start
+from joblib.externals import loky
 
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
@@ -161,7 +162,8 @@ def test_a_slurm_that_does_not_answer_is_one_line(cluster, tmp_path, paths):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
+def test_a_job_shares_its_gpus_and_cpus_among_its_runs(monkeypatch):
+    monkeypatch.setattr(loky, "cpu_count", lambda: 64)  # a job that is not bound to its CPUs
     launcher = Launcher(name="slurm", gpus=2, per_device=2, workers=3, pack=4)
     config = Config.load(compose_config(["device.threads=null"], CONF))
     given = {"SLURM_CPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,3"}
@@ -177,6 +179,9 @@ def test_a_job_shares_its_gpus_and_cpus_among_its_runs():
     assert alone.device.threads == 8  # launcher.pack=1: no job has runs for the other two places
     (last,) = slurm.here(Launcher(name="slurm", workers=4, pack=4), [config], given)[1]
     assert last.device.threads == 2  # as many as those of the other jobs, whose numbers it shares
+    monkeypatch.setattr(loky, "cpu_count", lambda: 4)  # one that is bound to fewer than it has on the node
+    (bound,) = slurm.here(Launcher(name="slurm", workers=2, pack=2), [config], given)[1]
+    assert bound.device.threads == 2
     config = Config.load(compose_config(["device.threads=1"], CONF))
     assert slurm.here(launcher, [config], given)[1][0].device.threads == 1
 

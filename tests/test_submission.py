@@ -365,6 +365,16 @@ def test_runs_that_cannot_answer_are_refused(runs, root, small, tmp_path, monkey
     assert not list((tmp_path / "out").glob("*")), "a refused submission left files"
 
 
+def test_a_device_that_is_full_is_one_line(runs, small, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("dsam.submission.predict.predict", full)
+    monkeypatch.setattr("dsam.submission.predict.choose_device", lambda config: torch.device("meta"))
+    said = refused("--runs", runs["rte"], "--fill-majority", "--out", tmp_path / "out")
+    assert said == "meta is out of memory: free some, or take --device cpu"
+
+
 def test_mistakes_in_the_arguments(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "one of the arguments" in refused()

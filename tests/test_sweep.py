@@ -16,12 +16,14 @@ from conftest import ROOT, command, start
 
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
-from dsam.errors import UserError
+from dsam.errors import OutOfMemory, UserError
 from dsam.overrides import compose_config
+from dsam.runs import run
 from dsam.runs.record import Record
-from dsam.sweeps import display, server
+from dsam.sweeps import display, estimate, server
 from dsam.sweeps import sweep as sweeps
 from dsam.sweeps.planned import Planned
+from dsam.training import device as devices
 
 pytestmark = pytest.mark.slow
 
@@ -172,6 +174,43 @@ def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
     assert "4 runs: 1 finished, 3 missing. 3 would start." in known.stdout
 
 
+def test_a_measurement_is_on_the_launcher_s_first_device(monkeypatch, paths):
+    seen = []
+
+    def prepare(config):
+        seen.append((os.environ["CUDA_VISIBLE_DEVICES"], config.device.name))
+        raise UserError("seen")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(devices, "check_devices", seen.append)
+    monkeypatch.setattr(run, "prepare", prepare)
+    for given in ([], ["device.name=cuda:0"], ["device.name=cpu"]):
+        config = Config.load(compose_config([*QUICK, *paths, "launcher.devices=[3,2]", *given], CONF))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        with pytest.raises(UserError, match="seen"):
+            estimate._few_steps(config)
+    assert seen == [["3", "2"], ("3", "cuda"), ["3", "2"], ("3", "cuda:0"), ("2,3", "cpu")]
+
+
+def test_a_measurement_that_comes_to_nothing_leaves_the_plan(monkeypatch, paths, capsys):
+    def planned(*given):
+        return sweeps.plan([Config.load(compose_config([*QUICK, *paths, "device.threads=1", *given], CONF))])
+
+    monkeypatch.setattr(estimate.server, "call", lambda function, *arguments: function(*arguments))
+    (diverges,) = planned("optimizer=sam", "model.rho=1e30")
+    estimate.measure([diverges])
+    assert "nothing was measured, as the training ends early: step 1: " in capsys.readouterr().out
+
+    def full(config):
+        raise OutOfMemory("cuda is out of memory")
+
+    monkeypatch.setattr(estimate, "_few_steps", full)
+    (large,) = planned()
+    estimate.measure([large])
+    assert capsys.readouterr().out.endswith(f"{large.title}: cuda is out of memory\n")
+    assert diverges.expected.seconds is large.expected.seconds is None
+
+
 def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths):
     plan = ["launcher.plan=true", "launcher.measure=true"]
     done = command("-m", *QUICK, *paths, "seed=101", "optimizer=adamw", *plan, env={"TMPDIR": str(tmp_path)}, **FAULTS)
@@ -183,7 +222,7 @@ def test_a_measurement_that_is_killed_leaves_the_length_unknown(tmp_path, paths)
 @pytest.mark.parametrize(
     ("modules", "unneeded"),
     [
-        ("dsam.sweeps.sweep, dsam.sweeps.choose", {"torch", "transformers", "sklearn", "scipy"}),
+        ("dsam.sweeps.sweep, dsam.sweeps.choose", {"torch", "transformers", "sklearn", "scipy", "joblib"}),
         ("dsam.results.report.make, dsam.results.verify, dsam.runs.archive", {"torch", "transformers", "sklearn"}),
     ],
 )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import joblib
 import torch
 
 from ..config import Config
+from ..cpus import cpus
 from ..runs.run import peak_memory, prepare, trained_examples
 from ..training.batches import epoch_order
 from ..training.loop import total_steps
@@ -37,7 +37,7 @@ def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
     unsteady = Steps(config, ready).unsteady
     del ready
-    threads = {number: config.device.threads or max(1, joblib.cpu_count() // number) for number in numbers}
+    threads = {number: config.device.threads or max(1, cpus() // number) for number in numbers}
     seconds: dict[int, list[float]] = {number: [] for number in numbers}
     memory: dict[int, int] = {}
     with ExitStack() as stack:

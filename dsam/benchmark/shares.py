@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.nn.utils import clip_grads_with_norm_
 from torch.profiler import ProfilerActivity, profile
 
@@ -144,7 +145,9 @@ def _own_times(run: _Run) -> dict[str, float]:
     with profile(activities=activities) as seen:
         run.sam_steps()
     which = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return {event.key: getattr(event, which) for event in seen.key_averages()}
+    # A GPU's kernels, and annotations on it, are rows of their own beside the operators that have their time already.
+    operators = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
+    return {event.key: getattr(event, which) for event in operators}
 
 
 def _imports(rounds: int) -> float:

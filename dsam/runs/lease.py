@@ -14,6 +14,7 @@ from ..errors import UserError
 
 EXPIRES = 120.0  # seconds without renewal; a process of this machine that is gone is noticed at once
 RENEWED = 15.0  # seconds
+UNKNOWN = "unknown"  # when a process began: then the lease's age decides
 
 
 class Busy(UserError):
@@ -95,7 +96,11 @@ def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool
     """Whether the lease at `path` is held."""
     holder = read(path)
     if "pid" in holder and {name: holder.get(name, mine) for name, mine in here().items()} == here():
-        return process(holder["pid"]).get("began") == holder.get("began")
+        began = process(holder["pid"]).get("began")
+        if began is None:
+            return False
+        if UNKNOWN not in (began, holder.get("began")):
+            return began == holder.get("began")
     try:
         renewed = path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
@@ -136,15 +141,15 @@ def read(path: Path) -> dict:
 
 
 def process(pid: int) -> dict:
-    """{"pid", "began"}: `began` tells a process from a later one of the same number; absent where it is gone."""
+    """{"pid", "began"}: `began` tells a process from a later one of the same number; absent where it is gone, UNKNOWN
+    where the system does not tell."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        if Path("/proc/self").exists():
-            return {"pid": pid}
-        with contextlib.suppress(OSError):  # no /proc (macOS): whether it exists has to do
-            os.kill(pid, 0)
-            return {"pid": pid, "began": "unknown"}
+    except OSError:  # gone, or no /proc (macOS), or one that hides other users' processes
+        with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(PermissionError):  # there, and another user's
+                os.kill(pid, 0)
+            return {"pid": pid, "began": UNKNOWN}
         return {"pid": pid}
     fields = stat.rpartition(")")[2].split()
     if fields[0] == "Z":

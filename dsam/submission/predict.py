@@ -12,7 +12,7 @@ from ..config import without_tf32
 from ..errors import UserError
 from ..task import get_task
 from ..training import model as models
-from ..training.device import choose_device
+from ..training.device import choose_device, memory_said
 from ..training.loop import predict
 from .choose import WEIGHTS, Run
 
@@ -102,12 +102,14 @@ def _predictions(
     """By task and split."""
     config = without_tf32(prepared.run.config)
     device = choose_device(config)
-    network = models.build(config, get_task(prepared.run.task).num_labels, prepared.tokenizer).to(device)
+    network = models.build(config, get_task(prepared.run.task).num_labels, prepared.tokenizer)
     autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
-    return {
-        (name, split): predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
-        for name, split in wanted
-    }
+    with memory_said(device, "free some, or take --device cpu"):
+        network = network.to(device)
+        return {
+            (name, split): predict(get_task(name), prepared.data[name][split], network, device, autocast, passed)[0]
+            for name, split in wanted
+        }
 
 
 def score_on_ax(prepared: Prepared, answered: Answered) -> float | None:

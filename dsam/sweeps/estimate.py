@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..config import Config, made
+from ..errors import OutOfMemory
 from ..text import counted, duration
 from . import server
 from .planned import Expected, Planned, unfinished
+from .room import placed
 
 WARM_UP, MEASURED = 2, 4  # steps of a short measurement
 # What does not change a step's cost.
@@ -19,10 +21,11 @@ FREE = ("lr", "weight_decay", "warmup_ratio", "betas", "eps", "dropout", "max_gr
 
 
 def setting(config: Config) -> tuple:
-    """Runs with equal settings train on equally many batches of the same sizes in the same model."""
+    """Runs with equal settings train equal models on equally many batches of the same sizes, by as many threads."""
     train = {k: v for k, v in config.train.model_dump().items() if k not in FREE}
     model = config.model.model_dump(exclude={"rho", *FREE})
-    return config.task.name, str(config.data), json.dumps(model), config.device.name, json.dumps(train)
+    device = config.device.name, config.device.threads
+    return config.task.name, str(config.data), config.selection, json.dumps(model), *device, json.dumps(train)
 
 
 def kind(config: Config) -> tuple:
@@ -70,7 +73,8 @@ def order(runs: Iterable[Planned]) -> list[Planned]:
 
 
 def measure(runs: Sequence[Planned]) -> None:
-    """A few steps of each kind of run of which nothing is known, each in a process of its own."""
+    """A few steps of each kind of run of which nothing is known, each in a process of its own, on the first of
+    launcher.devices."""
     unknown: dict[tuple, list[Planned]] = {}
     for r in runs:
         if r.expected.seconds is None and not r.done:
@@ -82,6 +86,9 @@ def measure(runs: Sequence[Planned]) -> None:
         except server.Killed:
             print(f"{group[0].title}: the measurement was killed, probably for want of memory", flush=True)
             continue
+        except (OutOfMemory, Diverged) as error:
+            print(f"{group[0].title}: {error}", flush=True)
+            continue
         for r in group:
             r.expected = Expected(seconds, memory, "measured")
 
@@ -90,12 +97,20 @@ class _Enough(Exception):
     """The measurement is over."""
 
 
+class Diverged(Exception):
+    """The training ended before its steps could be timed."""
+
+
 def _few_steps(config: Config) -> tuple[float, int]:
     """(seconds of training, peak memory in bytes) of the whole run, from its first steps."""
     from ..runs.run import make_method, packing_of, peak_memory, prepare, trained_examples
     from ..training.checkpoint import Checkpoints
+    from ..training.device import check_devices, memory_said
     from ..training.loop import fine_tune, total_steps
 
+    if config.launcher.devices and config.device.name != "cpu":
+        check_devices(config.launcher.devices)
+        config = placed(config, config.launcher.devices[0])
     ready = prepare(config)
     method = make_method(config, ready.network)
     total = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
@@ -110,8 +125,12 @@ def _few_steps(config: Config) -> tuple[float, int]:
     last = min(WARM_UP + MEASURED, total)
     if first == 0:
         times.append(time.perf_counter())
-    with tempfile.TemporaryDirectory(prefix="dsam-") as folder, contextlib.suppress(_Enough):
-        fine_tune(
+    with (
+        tempfile.TemporaryDirectory(prefix="dsam-") as folder,
+        contextlib.suppress(_Enough),
+        memory_said(ready.device),
+    ):
+        ended = fine_tune(
             config,
             ready.task,
             ready.data,
@@ -125,6 +144,8 @@ def _few_steps(config: Config) -> tuple[float, int]:
             whole=ready.whole,
             packing=packing_of(config, ready, method)[0],
         )
+        if len(times) < 2:
+            raise Diverged(f"nothing was measured, as the training ends early: {ended.diverged}")
     return (times[1] - times[0]) / (last - first) * total, peak_memory(ready.device)
 
 

@@ -1,9 +1,11 @@
 """Where a sweep's runs go: how many each device takes at once, and how many it has."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
-from ..config import Launcher
+from ..config import Config, Launcher, on_device
+from ..cpus import cpus
 from ..kinds import MOST_AT_ONCE
 from ..text import counted
 
@@ -14,11 +16,11 @@ def at_once(in_use: int, total: int, cores: int, devices: int) -> int:
     return max(1, min(total // max(1, in_use), cores // devices, MOST_AT_ONCE))
 
 
-def cores() -> int:
-    """CPU cores that this process may use, by its affinity and its container's quota."""
-    import joblib
-
-    return joblib.cpu_count()
+def placed(config: Config, device: str) -> Config:
+    """The configuration of a run on that device, which is the only one that this process sees from here on."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    # device.name=auto would take the CPU where that device is not to be had.
+    return on_device(config, "cuda") if config.device.name == "auto" else config
 
 
 @dataclass
@@ -63,10 +65,10 @@ class Room:
         if memory is None or place.device not in self._untold:
             return ""
         self._untold.remove(place.device)
-        number = self.most[place.device] = at_once(memory["in_use"], memory["total"], cores(), len(self.most))
+        number = self.most[place.device] = at_once(memory["in_use"], memory["total"], cpus(), len(self.most))
         return (
             f"device {place.device}: {memory['in_use'] / 1e9:.1f} of {memory['total'] / 1e9:.1f} GB were in use with "
-            f"one run, and there are {counted(cores(), 'core')} for {counted(len(self.most), 'device')}: "
+            f"one run, and there are {counted(cpus(), 'core')} for {counted(len(self.most), 'device')}: "
             f"{counted(number, 'run')} at once from here on"
         )
 

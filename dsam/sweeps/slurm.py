@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, Launcher
+from ..cpus import cpus
 from ..errors import UserError
 from ..files import write_atomically
 from ..runs.lease import path_in
@@ -146,8 +147,8 @@ def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, st
     """Launcher and configurations with what the job was given: a slot per GPU, the CPUs shared among the runs."""
     devices = environment.get("CUDA_VISIBLE_DEVICES") if asks_for_gpu(launcher) else None
     launcher = launcher.model_copy(update={"devices": devices.split(",") if devices else None})
-    # Not all clusters bind a job to its CPUs, so their number on the node says nothing.
-    threads = max(1, int(environment["SLURM_CPUS_ON_NODE"]) // min(len(launcher.slots), launcher.pack))
+    # Not all clusters bind a job to its CPUs, and some bind it to fewer than it has on the node.
+    threads = max(1, min(int(environment["SLURM_CPUS_ON_NODE"]), cpus()) // min(len(launcher.slots), launcher.pack))
 
     def given(config: Config) -> Config:
         device = config.device.model_copy(update={"threads": config.device.threads or threads})

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..config import Config, Launcher, on_device
+from ..config import Config, Launcher
 from ..errors import OutOfMemory, Stopped, UserError
 from ..runs import lease, manifest
 from ..runs.identity import identify
@@ -28,7 +28,7 @@ from ..text import counted, duration
 from . import estimate, server
 from .display import Display
 from .planned import STATUSES, Planned, counts, unfinished
-from .room import Place, Room
+from .room import Place, Room, placed
 
 BUSY = 75  # exit status of a run that another process is working on (EX_TEMPFAIL)
 OUT_OF_MEMORY = 71  # and of one whose device had not enough of it (EX_OSERR)
@@ -383,9 +383,7 @@ def _child(config: Config, folder: str, device: str | None, at_once: int) -> Non
     from ..runs.run import run
 
     if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
-        if config.device.name == "auto":  # which would take the CPU where that device is not to be had
-            config = on_device(config, "cuda")
+        config = placed(config, device)
         launcher = config.launcher.model_copy(update={"per_device": at_once})  # which share the cores
         config = config.model_copy(update={"launcher": launcher})
     record = Record(Path(folder))

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import joblib
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -18,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..config import Config
+from ..cpus import cpus
 from ..errors import OutOfMemory, UserError
 from ..methods.casts import CastAtOnce
 
@@ -56,9 +56,8 @@ def choose_device(config: Config) -> torch.device:
 
 
 def _threads(config: Config) -> int:
-    """Those of each run: where the configuration names no number, an equal part of the CPUs that this process may use,
-    by its affinity and its container's quota."""
-    return config.device.threads or max(1, joblib.cpu_count() // len(config.launcher.slots))
+    """Those of each run: where the configuration names no number, an equal part of the CPUs."""
+    return config.device.threads or max(1, cpus() // len(config.launcher.slots))
 
 
 def notes(config: Config, at_once: int = 1) -> list[str]:
@@ -66,12 +65,12 @@ def notes(config: Config, at_once: int = 1) -> list[str]:
     device.name=auto takes the CPU although PyTorch is built for GPUs; that they have more threads than there are CPUs;
     that the CPU is slow in bfloat16."""
     found = []
-    threads, cpus = _threads(config), joblib.cpu_count()
-    if at_once * threads > cpus and find_device(config).type == "cpu":
+    threads, there = _threads(config), cpus()
+    if at_once * threads > there and find_device(config).type == "cpu":
         asked = [f"{at_once} runs at once"] * (at_once > 1) + [f"device.threads={threads}"] * (threads > 1)
         found.append(
-            f"{' of '.join(asked)}: that is {at_once * threads} threads on {cpus} CPUs, which wait for each other; "
-            f"take {cpus} together"
+            f"{' of '.join(asked)}: that is {at_once * threads} threads on {there} CPUs, which wait for each other; "
+            f"take {there} together"
         )
     if config.device.name == "auto" and torch.version.cuda and not torch.cuda.is_available():
         found.append(f"device.name=auto: PyTorch is built for CUDA {torch.version.cuda} but finds no GPU: on the CPU")
@@ -91,7 +90,7 @@ SLOW = 4.0
 @functools.cache
 def times_of_bfloat16() -> float:
     """How many times as long as in float32 a product of matrices takes on this CPU, measured in less than a second: the
-    names of its units do not tell it (docs/speed.md)."""
+    names of its units do not tell it (docs/speed.md). 1 where the system's clock of a thread is too coarse for it."""
 
     def seconds(dtype: torch.dtype) -> float:
         one, other = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
@@ -101,7 +100,8 @@ def times_of_bfloat16() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # whose own time is the same where other processes run
     try:
-        return seconds(torch.bfloat16) / seconds(torch.float32)
+        plain = seconds(torch.float32)
+        return seconds(torch.bfloat16) / plain if plain else 1.0
     finally:
         torch.set_num_threads(threads)
 
@@ -144,8 +144,14 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def memory_said(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU whose memory ends says so in one line, as OutOfMemory."""
+def memory_said(
+    device: torch.device,
+    cure: str = (
+        "take train.micro_batch_size=8, whose gradient is the whole batch's, or fewer runs at once "
+        "(launcher.per_device=1)"
+    ),
+) -> Iterator[None]:
+    """Inside, a GPU whose memory ends says so in one line, as OutOfMemory, and what to do."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError, and what CUDA raises where it cannot even start
@@ -155,12 +161,9 @@ def memory_said(device: torch.device) -> Iterator[None]:
             free, total = torch.cuda.mem_get_info(device)
             ours = torch.cuda.memory_reserved(device)
             had = f" ({total / 1e9:.1f} GB, {free / 1e9:.1f} free, {ours / 1e9:.1f} this run's)"
-        except (RuntimeError, AssertionError):  # CUDA has not started
+        except (RuntimeError, AssertionError, ValueError):  # CUDA has not started, or it is no GPU of CUDA
             had = ""
-        raise OutOfMemory(
-            f"{device} is out of memory{had}: take train.micro_batch_size=8, whose gradient is the whole batch's, "
-            "or fewer runs at once (launcher.per_device=1)"
-        ) from error
+        raise OutOfMemory(f"{device} is out of memory{had}: {cure}") from error
 
 
 def memory_in_use(device: torch.device) -> dict[str, int] | None:
