@@ -18,6 +18,7 @@ from . import refusals
 from .config import CONF, Config, Paths
 from .errors import Note, Parser, Stopped, UserError
 from .mistakes import coerced
+from .output import reader_may_leave
 from .text import counted, first_line
 
 if TYPE_CHECKING:
@@ -32,8 +33,16 @@ def one_line_errors():
     usual = warnings.formatwarning
     warnings.formatwarning = lambda *given, **named: _told(usual, *given, **named)
     try:
-        with reader_may_leave():
+        with reader_may_leave(), _ended_in_one_line():
             yield
+    finally:
+        warnings.formatwarning = usual
+
+
+@contextmanager
+def _ended_in_one_line():
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -43,8 +52,6 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        warnings.formatwarning = usual
 
 
 def _told(usual: Callable[..., str], message, category, *place, **more) -> str:
@@ -118,39 +125,6 @@ def _info_last(arguments: Sequence[str]) -> list[str]:
     bare = [i for i, a in enumerate(arguments) if a in ("-i", "--info") and "=" in "".join(arguments[i + 1 : i + 2])]
     rest = [a for i, a in enumerate(arguments) if i not in bare]
     return rest + ["--info"] * bool(bare)
-
-
-@contextmanager
-def reader_may_leave():
-    """Inside, a reader of the output that leaves ends nothing."""
-    wrapped = sys.stdout
-
-    class Output:
-        def __getattr__(self, name: str):
-            return getattr(wrapped, name)
-
-        def write(self, text: str) -> int:
-            try:
-                return wrapped.write(text)
-            except BrokenPipeError:
-                return self._left(len(text))
-
-        def flush(self) -> None:
-            try:
-                wrapped.flush()
-            except BrokenPipeError:
-                self._left(0)
-
-        def _left(self, written: int) -> int:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), wrapped.fileno())
-            return written
-
-    sys.stdout = Output()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = wrapped
 
 
 def load(cfg: DictConfig) -> Config:

@@ -331,6 +331,11 @@ class Config(Settings):
             raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
         if data.heldout_noise and self.selection != "heldout":
             raise UserError(f"data.heldout_noise={data.heldout_noise:g} needs selection=heldout: nothing is held out")
+        if (self.launcher.devices or self.launcher.gpus) and re.fullmatch(r"cuda:0*[1-9]\d*", self.device.name):
+            raise UserError(
+                f"device.name={self.device.name} with launcher.{'devices' if self.launcher.devices else 'gpus'}: each "
+                "run sees one GPU alone, which is cuda:0 there; take device.name=cuda"
+            )
         hub = task.hub if data.source == "hub" else None
         # The one that conf/data/hub.yaml names is GLUE's.
         theirs = data.revision if data.revision != GLUE_REVISION or (hub and hub.dataset == GLUE) else None

@@ -452,6 +452,11 @@ SWEEPS = [
     ("model=tiny model.name=a,b", "agreement a adamw seed=0 and agreement b adamw seed=0 have the same settings"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
     (
+        "seed=0,1 device.name=cuda:1 launcher.devices=[0,1]",
+        "cuda:1 with launcher.devices: each run sees one GPU",
+    ),
+    ("seed=0,1 device.name=cuda:2 launcher=slurm launcher.gpus=1", "cuda:2 with launcher.gpus: each run sees one GPU"),
+    (
         f"data=hub task=boolq,cb data.revision={'0' * 40} launcher.plan=true",
         "has no effect: the file of task 'boolq' says",
     ),

@@ -281,11 +281,18 @@ def test_what_the_environment_says_to_wandb_renames_no_run(paths, tmp_path):
 
 def test_a_reader_that_has_seen_enough_ends_nothing(paths, tmp_path):
     arguments = ["-m", "seed=range(0,2)", "train.max_steps=2", "tracking=disabled", *paths]
-    process = start(*arguments)
+    for more in ([], ["train.max_length=6", f"paths.runs={tmp_path}/cut"]):  # of which loading prints a note
+        process = start(*arguments, *more)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == 0, errors
+        assert "Traceback" not in errors and "BrokenPipe" not in errors
+    process = start(*arguments[:1], "seed=range(0,99)", *arguments[2:], f"paths.runs={tmp_path}/stopped")
+    process.stderr.readline()
     process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait(timeout=120) == 0, errors
-    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    process.stderr.close()  # as of `2>&1 | tee log`, which Ctrl-C reaches as well
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
     places = [f"paths.{place}={tmp_path / place}" for place in ("tables", "figures")]
     for script in ("paper.py", "verify.py"):
         given = ["--rerun", "0"] if script == "verify.py" else []

@@ -90,6 +90,7 @@ def bounds(parts, rank):
 EXAMPLES = (5, 7)
 OPTIONS = {"m_sam": {"m": 4}, "r3f": {"sigma": 0.1}, "smart": {"sigma": 0.1, "radius": 1.0, "step_size": 0.3}}
 NOT_JOINT = {"m_sam"}  # whose groups of examples are each rank's own
+NOISY = {"freelb", "r3f", "smart"}
 
 
 def rows(*ranks):
@@ -125,13 +126,14 @@ def one_overflows(name, rank, ascent):
     return raised, float(method.backward(Losses(network, rows(rank))))
 
 
-def a_step(name, batch, seed, dropout=True, ascent=None):
+def a_step(name, batch, seed, dropout=True, ascent=None, wrapped=False):
     """(loss, gradient) of one step of the method; of this rank's part of it where `ascent` is given."""
     network = Classifier(dropout=0.1).train(dropout)
     method = dsam.METHODS[name](network, seed=3, **OPTIONS.get(name, {}))
-    method = method if ascent is None else Distributed(method, ascent=ascent)
+    model = DistributedDataParallel(network) if wrapped else network
+    method = method if ascent is None else Distributed(method, model, ascent=ascent)
     torch.manual_seed(seed)
-    loss = method.backward(Losses(network, batch))
+    loss = method.backward(Losses(model, batch))
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
     return float(loss), torch.cat([g.flatten() for g in grads])
 
@@ -144,6 +146,8 @@ def every_method(rank):
         if name not in NOT_JOINT:
             found[name, "overflow", "global"] = one_overflows(name, rank, "global")
             found[name, "global"] = a_step(name, rows(rank), 0, dropout=False, ascent="global")
+    for name in NOISY:
+        found[name, "wrapped"] = a_step(name, rows(rank), 0, dropout=False, ascent="global", wrapped=True)
     return found
 
 
@@ -331,7 +335,7 @@ def test_a_local_step_of_any_method_is_the_mean_of_the_ranks_by_their_sizes(foun
         torch.testing.assert_close(got[1], gradient, **tolerance(name))
 
 
-@pytest.mark.parametrize("name", sorted(set(dsam.METHODS) - NOT_JOINT - {"delta_sam", "freelb", "r3f", "smart"}))
+@pytest.mark.parametrize("name", sorted(set(dsam.METHODS) - NOT_JOINT - NOISY - {"delta_sam"}))
 def test_a_global_step_of_any_method_is_that_of_one_process_with_the_joint_batch(found, name):
     """δ-SAM's, with the same probes, is above; noise on embeddings is drawn for each rank's examples from one seed."""
     loss, gradient = a_step(name, rows(0, 1), 0, dropout=False)
@@ -350,11 +354,12 @@ def test_ranks_agree_where_one_overflows_and_the_next_step_goes_well(found, name
         assert loss == pytest.approx(other_loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["freelb", "r3f", "smart"])
+@pytest.mark.parametrize("name", sorted(NOISY))
 def test_a_global_step_with_noise_on_embeddings_is_the_mean_of_the_ranks(found, name):
     alone = [a_step(name, rows(rank), 0, dropout=False) for rank in (0, 1)]
     gradient = sum(one[1] * n for one, n in zip(alone, EXAMPLES, strict=True)) / 12
-    torch.testing.assert_close(found[0]["every"][name, "global"][1], gradient, **tolerance(name))
+    for closure_of in ("global", "wrapped"):  # the network, or the whole as the model of the closure as well
+        torch.testing.assert_close(found[0]["every"][name, closure_of][1], gradient, **tolerance(name))
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["DDP-2-pieces", "module"])

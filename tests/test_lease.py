@@ -1,5 +1,6 @@
 """A run is worked on by one process at a time, on one machine or several."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -64,6 +65,23 @@ def hides_processes(path, **options):
     if path.match("/proc/[0-9]*/stat"):
         raise FileNotFoundError(path)
     return READ(path, **options)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_has_leases_too(tmp_path, monkeypatch, number):
+    def none(file, place):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", none)
+    with Lease(tmp_path) as held:
+        assert lease.alive(held.path)
+        with pytest.raises(Busy, match=f"process {os.getpid()} on "), Lease(tmp_path):
+            raise AssertionError("entered twice")
+    assert list(tmp_path.iterdir()) == []
+    old = elsewhere(tmp_path)
+    os.utime(old, (0, 0))
+    with Lease(tmp_path):
+        assert lease.read(old)["pid"] == os.getpid()
 
 
 def elsewhere(folder, **changes):

@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -291,33 +293,55 @@ def test_a_wrapped_models_word_gradients_stay_dense(tmp_path):
     assert ExampleLosses(inner, batch).words is None
 
 
-def draws(method, recorded):
+def draws(method, recorded, draw):
     """A closure that notes the random number each of its forwards begins with."""
     w = method.params[0]
 
     def closure():
-        recorded.append(float(torch.rand(())))
+        recorded.append(float(draw()))
         return (w * torch.tensor([1.0, 2.0])).square()
 
     return closure
 
 
-def test_mask_same_draws_one_mask_for_every_pass_of_the_step():
+STREAMS = pytest.mark.parametrize(
+    ("draw", "seed"),
+    [(lambda: torch.rand(()), torch.manual_seed), (random.random, random.seed), (np.random.rand, np.random.seed)],
+    ids=["torch", "python", "numpy"],
+)
+
+
+@STREAMS
+def test_mask_same_draws_one_mask_for_every_pass_of_the_step(draw, seed):
     method, seen = DeltaSAM([nn.Parameter(torch.ones(2))], 0.1, "curvature", mask="same"), []
-    method.backward(draws(method, seen))
+    seed(9)
+    expected = [float(draw()), float(draw())]
+    seed(9)
+    method.backward(draws(method, seen, draw))
     assert len(seen) == 4
-    assert len(set(seen)) == 1
+    assert set(seen) == {expected[0]} and float(draw()) == expected[1]  # as in plain training, whose pass draws once
 
 
-def test_mask_fresh_draws_another_for_the_descent_and_shares_the_ascents_with_its_probes():
+@STREAMS
+def test_mask_fresh_draws_another_for_the_descent_and_shares_the_ascents_with_its_probes(draw, seed):
     method, seen = DeltaSAM([nn.Parameter(torch.ones(2))], 0.1, "curvature", mask="fresh"), []
-    torch.manual_seed(9)
-    expected = float(torch.rand(()))
-    torch.manual_seed(9)
-    method.backward(draws(method, seen))
+    seed(9)
+    expected = float(draw())
+    seed(9)
+    method.backward(draws(method, seen, draw))
     clean, plus, minus, descent = seen
     assert clean == plus == minus != descent
     assert descent == expected  # plain training's own mask
+
+
+def test_a_model_on_several_devices_is_refused_in_one_line():
+    parts = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"the parameters are on several devices \(cpu, meta\)"):
+        SAM(parts).backward(lambda: parts(torch.randn(5, 3)).sum(1))
+    model = nn.DataParallel(network(dtype=torch.float32))
+    for method in (SAM(model), SAM(model.parameters())):
+        with pytest.raises(ValueError, match="^DataParallel over several GPUs is not supported: start one process"):
+            method.backward(ExampleLosses(model, {"input": torch.ones(2, 3), "labels": torch.tensor([0, 1])}))
 
 
 def calls_of(name):
@@ -607,6 +631,9 @@ def test_pytorch_s_own_readers_work_where_products_take_tf32():
 def test_weights_of_16_bits_are_said_to_round_a_perturbation():
     for dtype, said in ((torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0), (torch.float64, 0)):
         assert [note.startswith("weights of ") for note in SAM(network(dtype=dtype), 0.1).notes] == [True] * said
+    for weighting, probes in (("probe", 1), ("gap", 0)):
+        notes = DeltaSAM(network(dtype=torch.bfloat16), 0.1, weighting).notes
+        assert ["a probe's losses are rounded" in note for note in notes] == [False] + [True] * probes
     assert SAM(network(dtype=torch.bfloat16), 0.0).notes == Plain(network(dtype=torch.bfloat16)).notes == []
 
 

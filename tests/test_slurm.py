@@ -186,6 +186,35 @@ def test_a_job_shares_its_gpus_and_cpus_among_its_runs(monkeypatch):
     assert slurm.here(launcher, [config], given)[1][0].device.threads == 1
 
 
+def test_a_job_that_is_warned_asks_for_itself_alone_until_it_is_answered(monkeypatch, capsys):
+    """The last job of an array has the array's number, which is also the name of all of its jobs."""
+    asked, states = [], iter([None, "RUNNING\n", None, "RUNNING\n", "", "PREEMPTED\n"])
+
+    def output(*command):
+        asked.append((command[0], command[-1]))
+        said = next(states)
+        if said is None:
+            raise UserError("squeue: Socket timed out on send/recv operation")
+        return said
+
+    monkeypatch.setattr(slurm, "_output", output)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    given = {"SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": "2"}
+    slurm._requeue(given)
+    looks, requeues = ("squeue", "--jobs=36_2"), ("scontrol", "36_2")
+    assert asked == [looks, looks, requeues, looks, requeues]
+    asked.clear()
+    slurm._requeue({"SLURM_JOB_ID": "36"})  # preempted, so that Slurm requeues it
+    assert asked == [("squeue", "--jobs=36")]
+    states = iter([None] * 2)
+    monkeypatch.setattr(slurm, "REQUEUEING", -1.0)
+    capsys.readouterr()
+    slurm._requeue(given)
+    assert (
+        capsys.readouterr().out == "job 36_2 could not be requeued: squeue: Socket timed out on send/recv operation\n"
+    )
+
+
 def test_a_job_with_more_gpus_than_runs_is_refused_and_a_plan_counts_the_places_of_all_jobs(paths):
     plan = ["-m", "launcher=slurm", "task=agreement", "seed=range(0,8)", "launcher.plan=true", *paths]
     for given, said in (

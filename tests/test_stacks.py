@@ -106,7 +106,7 @@ def test_probes_of_top_layers_go_on_in_the_precision_of_those_layers():
     weighting = Seen(layers=2, radius=1e-9)
     method = METHODS["delta_sam"](model, 0.3, weighting)
     method.backward(ExampleLosses(model, data))
-    assert [note[:19] for note in method.notes] == ["weights of bfloat16"]
+    assert [note[:19] for note in method.notes] == ["weights of bfloat16"] * 2  # of ε, and of probes
     torch.testing.assert_close(weighting.probe.plus[0], weighting.losses, rtol=0, atol=1e-6)
 
 

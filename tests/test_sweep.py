@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from dsam.sweeps import display, estimate, server
 from dsam.sweeps import sweep as sweeps
 from dsam.sweeps.planned import Planned
 from dsam.training import device as devices
+from dsam.training import model as models
 
 pytestmark = pytest.mark.slow
 
@@ -172,6 +174,38 @@ def test_a_plan_says_how_long_it_will_take(tmp_path, paths):
     assert known.stdout.count("runs like it") == 1
     assert known.stdout.count("other methods' runs") == 2
     assert "4 runs: 1 finished, 3 missing. 3 would start." in known.stdout
+
+
+def test_a_survey_has_one_model_in_memory_and_tries_all_precisions_and_methods(monkeypatch, paths):
+    def config(*given):
+        return Config.load(compose_config([*QUICK, *paths, *given], CONF))
+
+    alive, most, tried, prepare = weakref.WeakSet(), [], [], run.prepare
+
+    def counted(*arguments):
+        most.append(len(alive))
+        ready = prepare(*arguments)
+        alive.add(ready.network)
+        return ready
+
+    monkeypatch.setattr(run, "prepare", counted)
+    monkeypatch.setattr(models, "require_precision", lambda c, *_: tried.append(c.train.precision))
+    monkeypatch.setattr(models, "require_words", lambda c, *_: tried.append(c.optimizer.name))
+    given = [config(), config("task=similarity"), config("train.precision=bfloat16"), config("optimizer=freelb"),
+             config("task=similarity", "optimizer=sam"), config("optimizer=sam")]  # fmt: skip
+    together = sweeps._survey(given)
+    assert most == [0, 0] and {"float32", "bfloat16", "freelb"} <= set(tried)
+    assert together == [sweeps._survey([one])[0] for one in given]
+    assert together[5] == 2 * together[0] and together[4] == 2 * together[1] != together[5]
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_one_line(tmp_path, paths):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    done = command("-m", *QUICK, *paths, "seed=0,1", env={"TMPDIR": str(folder)}, cold=True)
+    assert done.returncode == 2
+    said = f"no socket can be made in {folder}, by which a sweep's processes find each other: AF_UNIX path too long"
+    assert done.stderr == f"error: {said}; set TMPDIR to a folder with a short path, such as /tmp\n"
 
 
 def test_a_measurement_is_on_the_launcher_s_first_device(monkeypatch, paths):

@@ -128,6 +128,7 @@ class Method(Constructed):
     def take(self, step: Step) -> Tensor:
         """`backward` for a step that is made already."""
         self._require_same_parameters()
+        self._require_one_device(step)
         self.report = step.report
         try:
             with self._seeing_hooks(step) if self.looks_inside else nullcontext():
@@ -173,6 +174,16 @@ class Method(Constructed):
             f"{dist.get_world_size()} processes train, and this gradient is of this one's batch alone: "
             "Distributed(method, model) makes it that of all (dsam.integrations)"
         )
+
+    def _require_one_device(self, step: Step) -> None:
+        """ValueError for a model on several GPUs of this process, whose masks would not be replayed on each."""
+        if any(isinstance(m, torch.nn.DataParallel) for m in (self.module, *(piece.model for piece in step.pieces))):
+            raise ValueError("DataParallel over several GPUs is not supported: start one process per GPU with torchrun")
+        if "device" in self.checked:
+            return
+        if len(places := sorted({str(p.device) for p in (*self.params, *self._frozen)})) > 1:
+            raise ValueError(f"the parameters are on several devices ({', '.join(places)}): methods take those of one")
+        self.checked.add("device")
 
     def _require_same_parameters(self) -> None:
         given = {id(p) for p in (*self.params, *self._frozen)}

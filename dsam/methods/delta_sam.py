@@ -60,6 +60,11 @@ class DeltaSAM(SAM):
             )
         self.weighting = make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
         self.recompute = recompute
+        if self.weighting.sides and (short := sorted({str(p.dtype)[6:] for p in self.params if p.element_size() < 4})):
+            self.note(
+                f"weights of {', '.join(short)}: a probe's losses are rounded to their precision, by more than most of "
+                "them differ; float32 weights under autocast (bf16=True) have them exactly"
+            )
         self._top: TopLayers | None = None  # the layers that probes reach, where that is not the whole model
         if self.weighting.sides and self.weighting.layers is not None:
             if self.module is None:

@@ -110,7 +110,7 @@ class TopLayers:
             kept[0] = tree_map(keep, output)
 
         def first(_, args: tuple, kwargs: dict) -> None:
-            kept[1] = self._random.get()
+            kept[1] = self._random.mark()
             if self.count == len(self.stack):
                 kept[0] = keep(hidden_of(args, kwargs))
 
@@ -140,7 +140,7 @@ class TopLayers:
         def first(_, args: tuple, kwargs: dict):
             nonlocal entered
             entered = True
-            self._random.set(state)
+            self._random.return_to(state)
             return with_hidden(args, kwargs, wide) if self.count == len(self.stack) else None
 
         lower = list(self.stack)[: -self.count]

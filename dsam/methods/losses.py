@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .compiled import is_compiled
 from .gradients import wide
@@ -124,7 +125,8 @@ class ExampleLosses:
     @property
     def network(self) -> nn.Module:
         """The Hugging Face model itself."""
-        return self.model
+        model: Any = self.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:

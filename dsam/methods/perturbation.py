@@ -1,9 +1,12 @@
 """Moving the weights to w + ε and back, exactly; and the random state that both sides of a comparison share."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,9 +71,18 @@ def perturbed(params: Sequence[Tensor], direction: Gradients, scale: float | Ten
         torch.clear_autocast_cache()
 
 
+class Mark(NamedTuple):
+    """A place in all the streams that a pass may draw from."""
+
+    torch: list[Tensor]
+    python: tuple
+    numpy: Any
+
+
 class RandomState:
-    """The state of PyTorch's default generators, the CPU's and those of the devices of `params`: what dropout draws
-    from. RuntimeError where a device's cannot be read, and masks so not be replayed."""
+    """The states of PyTorch's default generators, the CPU's and those of the devices of `params`, which dropout draws
+    from, and of Python's and NumPy's, from which some models and closures draw (SpecAugment). RuntimeError where a
+    device's cannot be read, and masks so not be replayed."""
 
     def __init__(self, params: Sequence[Tensor]):
         self.params = params
@@ -81,6 +93,7 @@ class RandomState:
         return sorted({p.device for p in self.params if p.device.type not in ("cpu", "meta")}, key=str)
 
     def get(self) -> list[Tensor]:
+        """PyTorch's alone."""
         return [torch.get_rng_state(), *(_of(d, "get_rng_state")() for d in self.devices)]
 
     def set(self, state: list[Tensor]) -> None:
@@ -88,28 +101,38 @@ class RandomState:
         for device, there in zip(self.devices, state[1:], strict=True):
             _of(device, "set_rng_state")(there)
 
+    def mark(self) -> Mark:
+        return Mark(self.get(), random.getstate(), np.random.get_state())
+
+    def return_to(self, mark: Mark) -> None:
+        self.set(mark.torch)
+        random.setstate(mark.python)
+        np.random.set_state(mark.numpy)
+
     @contextmanager
-    def replay(self, state: list[Tensor]) -> Iterator[None]:
-        """Inside, draws start at `state`; outside, the stream goes on as if nothing had been drawn."""
-        outside = self.get()
-        self.set(state)
+    def replay(self, mark: Mark) -> Iterator[None]:
+        """Inside, draws start at `mark`; outside, the streams go on as if nothing had been drawn."""
+        outside = self.mark()
+        self.return_to(mark)
         try:
             yield
         finally:
-            self.set(outside)
+            self.return_to(outside)
 
     @contextmanager
     def aside(self, seed: int) -> Iterator[None]:
-        """Inside, draws come from a stream of their own; outside, nothing was drawn."""
-        outside = self.get()
+        """Inside, draws come from streams of their own; outside, nothing was drawn."""
+        outside = self.mark()
         torch.default_generator.manual_seed(seed)
         for device in self.devices:
             with torch.get_device_module(device).device(device) if device.index is not None else nullcontext():
                 torch.get_device_module(device).manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:
-            self.set(outside)
+            self.return_to(outside)
 
 
 def _of(device: torch.device, name: str) -> Callable:

@@ -111,7 +111,7 @@ class Step:
         """Losses of piece k as a pass that is no part of the step: not counted, and nothing drawn or moved by it."""
         state = self._masks[k]
         if state is None:
-            state = self.random.get()
+            state = self.random.mark()
         with self._gradient_left_alone(), buffers.kept(self._movable), self.random.replay(state):
             return self.pieces[k].losses(precise)
 
@@ -173,10 +173,10 @@ class Step:
                 yield
         elif ascent and self.mask == "fresh":
             with self.other_masks():
-                self._masks[k] = self.random.get()
+                self._masks[k] = self.random.mark()
                 yield
         else:
-            self._masks[k] = self.random.get()
+            self._masks[k] = self.random.mark()
             yield
 
     def other_masks(self) -> AbstractContextManager:

@@ -1,6 +1,7 @@
 """Who is working on a run: a file in its folder that expires, so that no two processes do the same run at once."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -43,7 +44,7 @@ class Lease:
             mine.write_text(json.dumps({"token": self.token, **here(), **process(os.getpid())}))
             while True:
                 try:
-                    os.link(mine, self.path)  # atomic, also over NFS: fails where there is a lease
+                    _put(mine, self.path)
                     break
                 except FileExistsError:
                     holder = self._holder(mine)
@@ -83,9 +84,20 @@ class Lease:
             os.rename(self.path, aside)
             if read(aside).get("token") != holder.get("token"):  # another took it over in between
                 with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
+                    _put(aside, self.path)
             aside.unlink(missing_ok=True)
         return None
+
+
+def _put(file: Path, place: Path) -> None:
+    """The file at that place as well, at once, also over NFS. FileExistsError where there is one."""
+    try:
+        os.link(file, place)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with place.open("x", encoding="utf-8") as there:  # no hard links (exFAT, mounted object stores)
+            there.write(file.read_text(encoding="utf-8"))
 
 
 def path_in(folder: Path) -> Path:

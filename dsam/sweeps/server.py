@@ -8,13 +8,16 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+
+from ..errors import UserError
+from ..output import reader_may_leave
 
 GONE = 255  # multiprocessing's exit code of a process whose server went before it, so that nobody knows its own
 PATIENCE = [0.01, 0.1, 1.0, 5.0]  # seconds, between one server's end, which takes a while, and the next
@@ -31,8 +34,14 @@ def warm() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the server starts, which keeps its environment
     resource_tracker.ensure_running()  # unblocks SIGINT when it starts, as the server otherwise would have it do
-    with _deaf():
-        forkserver.ensure_running()
+    try:
+        with _deaf():
+            forkserver.ensure_running()
+    except OSError as error:
+        raise UserError(
+            f"no socket can be made in {tempfile.gettempdir()}, by which a sweep's processes find each other: {error}; "
+            "set TMPDIR to a folder with a short path, such as /tmp"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -101,7 +110,8 @@ def _end_with_caller() -> None:
 
 def _answer(pipe, function: Callable, arguments: tuple) -> None:
     try:
-        answer = True, function(*arguments)
+        with reader_may_leave():  # what is printed is not lost where the caller then ends this process
+            answer = True, function(*arguments)
     except Exception as error:
         error.add_note(traceback.format_exc())  # tracebacks do not travel
         answer = False, error
@@ -109,5 +119,4 @@ def _answer(pipe, function: Callable, arguments: tuple) -> None:
         pickle.loads(pickle.dumps(answer))
     except Exception as error:  # whatever the exceptions of other libraries do when they are copied
         answer = False, RuntimeError(f"{answer[1]!r}, which cannot be sent: {error!r}")
-    sys.stdout.flush()  # what was printed is not lost where the caller then ends this process
     pipe.send(answer)

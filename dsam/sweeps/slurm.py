@@ -36,6 +36,7 @@ ENDED = (
     *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
 )
 SLOWEST = 30.0  # seconds between looks at the queue and the run folders, once a sweep has gone on for a while
+REQUEUEING = 30.0  # seconds for which a controller is asked that does not answer
 LATE = 10.0  # seconds after a job's end in which a shared file system may still bring a result
 
 
@@ -136,11 +137,28 @@ def work(launcher: Launcher, configs: list[Config]) -> None:
             print(f"failed: {r.title}: {r.reason}")
     except SystemExit:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing sends another
-        job = os.environ["SLURM_JOB_ID"]
-        if _output("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() == "RUNNING":
-            print(f"requeueing job {job}", flush=True)
-            _output("scontrol", "requeue", job)
+        _requeue(os.environ)
         raise
+
+
+def _requeue(environment: Mapping[str, str]) -> None:
+    """Asks for it where the job is still running. A controller that does not answer, as where many jobs end at once, is
+    asked again."""
+    # The last job of an array has the array's number, which stands for all of its jobs.
+    array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    job = f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
+    end = time.monotonic() + REQUEUEING
+    while True:
+        try:
+            if _output("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() == "RUNNING":
+                print(f"requeueing job {job}", flush=True)
+                _output("scontrol", "requeue", job)
+            return
+        except UserError as error:
+            if time.monotonic() > end:
+                print(f"job {job} could not be requeued: {error}", flush=True)
+                return
+        time.sleep(1)
 
 
 def here(launcher: Launcher, configs: list[Config], environment: Mapping[str, str]) -> tuple[Launcher, list[Config]]:

@@ -124,6 +124,7 @@ def _survey(configs: list[Config]) -> list[float]:
 
     from ..runs.run import make_method, prepare, trained_examples
     from ..runs.tracking import connect
+    from ..training import model as models
     from ..training.device import check_devices, find_device
     from ..training.device import notes as notes_of_device
     from ..training.loop import total_steps
@@ -148,20 +149,27 @@ def _survey(configs: list[Config]) -> list[float]:
             connect("online")
         except UserError as error:
             print(f"note: {error}; the runs go without W&B, and make wandb-sync uploads them later", flush=True)
-    seen, costs = {}, []
-    for c in configs:
+    alike: dict[tuple, list[int]] = {}
+    for i, c in enumerate(configs):
         key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
-        if key not in seen:
-            ready = prepare(c, torch.device("cpu"))  # which has room for all of them
-            for note in ready.notes:
-                print(note, flush=True)
-            examples = ready.data[ready.task.train[0]]
-            weights = sum(p.numel() for p in ready.network.parameters())
-            seen[key] = examples, float(examples.lengths.mean()) * weights, ready.network
-        examples, work, network = seen[key]
-        make_method(c, network)
-        steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
-        costs.append(steps * c.train.batch_size * work * estimate.passes(c))
+        alike.setdefault(key, []).append(i)
+    costs = [0.0] * len(configs)
+    for group in alike.values():  # of which one model at a time is in memory
+        ready = prepare(configs[group[0]], torch.device("cpu"))  # which has room for all of them
+        for note in ready.notes:
+            print(note, flush=True)
+        network, tokenizer, examples = ready.network, ready.tokenizer, ready.data[ready.task.train[0]]
+        del ready
+        for c in {(configs[i].train.precision, configs[i].optimizer.method): configs[i] for i in group}.values():
+            models.require_precision(c, network, tokenizer)
+            models.require_words(c, network, tokenizer)
+        work = float(examples.lengths.mean()) * sum(p.numel() for p in network.parameters())
+        for i in group:
+            c = configs[i]
+            make_method(c, network)
+            steps = total_steps(c, trained_examples(c, examples))[0] / c.optimizer.steps_factor
+            costs[i] = steps * c.train.batch_size * work * estimate.passes(c)
+        del network
     return costs
 
 
