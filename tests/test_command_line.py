@@ -281,7 +281,7 @@ def test_what_the_environment_says_to_wandb_renames_no_run(paths, tmp_path):
 
 def test_a_reader_that_has_seen_enough_ends_nothing(paths, tmp_path):
     arguments = ["-m", "seed=range(0,2)", "train.max_steps=2", "tracking=disabled", *paths]
-    for more in ([], ["train.max_length=6", f"paths.runs={tmp_path}/cut"]):  # of which loading prints a note
+    for more in ([], ["train.max_length=8", f"paths.runs={tmp_path}/cut"]):  # of which loading prints a note
         process = start(*arguments, *more)
         process.stdout.close()
         errors = process.stderr.read()
