@@ -177,17 +177,23 @@ def test_the_table_of_what_was_found_is_that_of_the_tables():
         rows = [100 * table.loc[method, ["difference", "low", "high"]].astype(float) for table in tables]
         cells = " | ".join("{:+.1f} [{:+.1f}, {:+.1f}]".format(*row) for row in rows)
         assert re.search(rf"^\| {method}( \([^|]*\))? \| {re.escape(cells)} \|$", README, re.M), cells
-    row = "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-        *(100 * float(tables[0].loc["adamw_quarter_lr", name]) for name in ("difference", "low", "high"))
-    )
-    assert f"| adamw_quarter_lr (a quarter of the learning rate) | {row} | not run | not run | not run |" in README
+    cells = []
+    for table in tables:
+        there = "adamw_quarter_lr" in table.index
+        row = [100 * float(table.loc["adamw_quarter_lr", n]) for n in ("difference", "low", "high")] if there else None
+        cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*row) if row else "not run")
+    assert f"| adamw_quarter_lr (a quarter of the learning rate) | {' | '.join(cells)} |" in README
+
+
+def all_of(experiment):
+    """The results of the runs that lie in results/records."""
+    with zipfile.ZipFile(ROOT / "results" / "records" / f"{experiment}.zip") as held:
+        return [json.loads(held.read(name)) for name in held.namelist() if name.endswith("result.json")]
 
 
 def records_of(experiment):
-    """{(optimizer, seed): result}, of the runs that lie in results/records; the last of a grid's."""
-    with zipfile.ZipFile(ROOT / "results" / "records" / f"{experiment}.zip") as held:
-        found = [json.loads(held.read(name)) for name in held.namelist() if name.endswith("result.json")]
-    return {(r["optimizer"], r["seed"]): r for r in found}
+    """{(optimizer, seed): result}; the last of a grid's."""
+    return {(r["optimizer"], r["seed"]): r for r in all_of(experiment)}
 
 
 def test_what_is_said_of_the_rate_under_noise_is_what_the_records_say():
@@ -214,12 +220,14 @@ def test_what_is_said_of_the_rate_under_noise_is_what_the_records_say():
         assert f"| {' | '.join(cells)} |".replace("|  |  |", "| | |") in lines, cells
     assert max(heldout, key=heldout.get) == "adamw_quarter_lr"
     methods = {method for method, _ in runs if "adamw" not in method}
-    rows = {line.split(" | ")[0]: line for line in lines if re.match(r"\| [a-z_]+ \|", line)}
+    rows = {line.split(" | ")[0]: line for line in lines if re.match(r"\| [a-z_]+ \|[^|]*\|[^|]*\|$", line)}
     assert {name.strip("| ") for name in rows} - {"method", "rate"} == methods
     for method in methods:
         cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*over(method, "adamw_quarter_lr", k)[0]) for k in ("best", "last")]
         assert rows[f"| {method}"] == f"| {method} | {' | '.join(cells)} |"
-    clear = {m: over(m, "adamw_quarter_lr", "last")[0] for m in methods - {"asam", "m_sam"}}
+    unclear = {"asam", "m_sam"}
+    assert all(over(m, "adamw_quarter_lr", "last")[0][1] < 0 for m in unclear)
+    clear = {m: over(m, "adamw_quarter_lr", "last")[0] for m in methods - unclear - {"sam_quarter_lr"}}
     means = [mean for mean, *_ in clear.values()]
     assert f"by {min(means):.1f} to {max(means):.1f} points, in intervals" in " ".join(page.split())
     assert all(low > 0 for _, low, _ in clear.values())
@@ -231,6 +239,31 @@ def test_what_is_said_of_the_rate_under_noise_is_what_the_records_say():
     flat = " ".join(text.split())
     assert f"Beyond AdamW at a quarter SAM has {brief[0]} there and {brief[1]} at the last epoch, in each" in flat
     assert f"SAM has {brief[0]} and {brief[1]} ([table]" in README
+    own = [over("sam_quarter_lr", "adamw_quarter_lr", which) for which in ("best", "last")]
+    assert own[1][1].min() > 0
+    short = ["{:.1f} ({:.1f} to {:.1f})".format(*found).replace("-", "−") for found, _ in own]
+    itself = "SAM at a quarter itself, with a ρ that was chosen there, is {} beyond AdamW at that rate, and {} at"
+    assert itself.format(*short) in flat
+    assert f"SAM at a quarter itself, its ρ chosen there, has {short[0]} and {short[1]}." in README
+    full = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*found) for found, _ in own]
+    full[0] = full[0].replace("-", "−", 1)
+    flat_page = " ".join(page.split())
+    assert (
+        f"SAM is {full[0]} from AdamW at the same rate at the chosen epoch, and {full[1]} at the last, where"
+        in flat_page
+    )
+    faster = ["{:.2f} [{:+.2f}, {:+.2f}]".format(*over("sam", "sam_quarter_lr", k)[0]) for k in ("best", "last")]
+    assert f"is above SAM at a quarter, by {faster[0]} and {faster[1]}." in flat_page
+    wrong = [
+        f"{20 * sum(runs[m, s]['last']['memorised']['flipped']['accuracy'] for s in range(1, 6)):.0f}"
+        for m in ("sam_quarter_lr", "adamw_quarter_lr")
+    ]
+    assert f"they fit {wrong[0]} and {wrong[1]} % of the wrong labels" in flat_page
+    best_of = {
+        method: max(r["best"]["heldout_score"] for r in all_of("label_noise") if r["optimizer"] == method)
+        for method in ("sam_quarter_lr", "sam")
+    }
+    assert "prefers the slower one, with {:.1f} beside {:.1f}".format(*(100 * x for x in best_of.values())) in flat_page
     assert f"and {slower[0]} at the last, where SAM gains {slower[1]}" in README
 
 
@@ -297,6 +330,7 @@ def test_the_gains_beside_adamw_on_the_same_machine_are_those_of_the_records():
 @pytest.mark.parametrize("experiment, section, end", [
     ("label_noise_20", "### Half as many wrong labels", "\nThe seeds of what was chosen"),
     ("label_noise_mpnet", "### On an encoder of BERT-base's size", "\nChosen were"),
+    ("label_noise", "**SAM at that rate adds nothing", "\nThe chosen ρ"),  # of SAM at a quarter of the rate
 ])  # fmt: skip
 def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
     rows = []
@@ -307,6 +341,8 @@ def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
             result = json.loads(held.read(name))
             given = yaml.safe_load(held.read(name.replace("result.json", "config.yaml")))
             method, best, last = result["optimizer"], result["best"], result["evaluations"][-1]
+            if experiment == "label_noise" and method != "sam_quarter_lr":
+                continue
             rho = "" if "adamw" in method else f" {given['model']['rho']:g}"
             scores = f"{100 * best['heldout_score']:.1f} | {best['epoch']:g} | {100 * best['score']:.1f}"
             wrong, right = (100 * last["memorised"][which]["accuracy"] for which in ("flipped", "clean"))
@@ -395,8 +431,29 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
         found = np.array([scores[method, s][k] - scores[other, s][k] for s in range(1, 6)])
         return found.mean(), stats.ttest_1samp(found, 0).confidence_interval(), found
 
-    slower = over("adamw_low_lr", "adamw", 0)[2]
-    assert f"by {slower.min():.1f} to {slower.max():.1f} points at the last epoch, and fits" in page
+    for which, what in (("adamw_low_lr", "and fits"), ("adamw_quarter_lr", "fits")):
+        slower = over(which, "adamw", 0)[2]
+        assert f"by {slower.min():.1f} to {slower.max():.1f} points at the last epoch, {what}" in page
+    quarter = 100 * sum(fitted["adamw_quarter_lr"]) / 5
+    assert (
+        f"fits {quarter:.0f} % of the wrong labels, fewer than SAM" in page and quarter < 100 * sum(fitted["sam"]) / 5
+    )
+    assert all(over("adamw_quarter_lr", other, 0)[2].min() > 0 for other in ("adamw", "adamw_low_lr"))
+    at_quarter = [over("sam", "adamw_quarter_lr", k) for k in (0, 1)]
+    both = [number for mean, ends, _ in at_quarter for number in (mean, *ends)]
+    nothing = (
+        "gains nothing: {:+.2f} [{:+.2f}, {:+.2f}] at the last epoch, {:+.2f} [{:+.2f}, {:+.2f}] at the chosen one"
+    )
+    assert nothing.format(*both).replace(": -", ": −") in page
+    short = ["{:.1f} ({:.1f} to {:.1f})".format(mean, *ends).replace("-", "−") for mean, ends, _ in at_quarter]
+    assert f"beyond that SAM has {short[0]} and {short[1]} ([below]" in results
+    assert f"and at a quarter {short[0]} and {short[1]}. Why" in README
+    gain = ["{:.1f} ({:.1f} to {:.1f})".format(mean, *ends)
+            for mean, ends, _ in (over("adamw_quarter_lr", "adamw", k) for k in (0, 1))]  # fmt: skip
+    assert f"At a quarter of the rate it gains {gain[0]} and {gain[1]}, and" in results
+    heldout = records_of("label_noise_mpnet")
+    three = [100 * heldout[m, 0]["best"]["heldout_score"] for m in ("adamw", "adamw_low_lr", "adamw_quarter_lr")]
+    assert "with {:.1f}, {:.1f} and {:.1f} from the full rate to a quarter".format(*three) in page
     beyond = [over("sam", "adamw_low_lr", k) for k in (0, 1)]
     shown = ["{:.2f}{} [{:+.2f}, {:+.2f}]".format(mean, after, *ends)
              for (mean, ends, _), after in zip(beyond, (" points at the last epoch", ""), strict=True)]  # fmt: skip
