@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..text import first_line
-from .perturbation import RandomState
+from .perturbation import Mark, RandomState
 
 LEFT_OUT = "its passes leave layers out (LayerDrop, or a head of several)"
 
@@ -46,7 +46,7 @@ class TopLayers:
         self.params: list[nn.Parameter] | None = None
         self._all = list(model.parameters())
         self._random = RandomState(self._all)
-        self._kept: dict[int, tuple[Any, list[Tensor]]] = {}
+        self._kept: dict[int, tuple[Any, Mark]] = {}
 
     def find(self, losses: Callable[[], Tensor]) -> None:
         """Finds the parameters that a pass from the top layers on depends on, and one to them does not.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteGradient
 from . import buffers
 from .gradients import add, owned, sparse_gradient, whole
-from .perturbation import Gradients, perturbed, total_norm
+from .perturbation import Gradients, Mark, perturbed, total_norm
 from .piece import Closure, pieces_of, require_losses
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Step:
         self.finite: Tensor | None = None  # whether all was, of what nobody waited for
         self.report: dict[str, float | Tensor] = {"forwards": 0.0, "backwards": 0.0}
         self.costs = [1 / len(self.pieces)] * len(self.pieces)  # of a forward pass of each piece, in the whole batch's
-        self._masks: list[list[Tensor] | None] = [None] * len(self.pieces)
+        self._masks: list[Mark | None] = [None] * len(self.pieces)
         self._run = [False] * len(self.pieces)
 
     def __len__(self) -> int:
