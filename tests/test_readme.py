@@ -392,6 +392,28 @@ def test_what_is_said_of_noise_0_2_is_what_the_tables_say():
                 result = json.loads(held.read(name))
                 last[result["optimizer"], result["seed"]] = result["evaluations"][-1]["score"]
     assert "are above AdamW in each of the five seeds" in text
+    by_rate = {}
+    for k in ("best", "last"):
+        for one, other in (("adamw_quarter_lr", "adamw"), ("sam", "adamw_quarter_lr")):
+            runs = records_of("label_noise_20_chosen")
+            each = 100 * np.array([runs[one, s][k]["score"] - runs[other, s][k]["score"] for s in range(1, 6)])
+            by_rate[one, k] = (each.mean(), *stats.ttest_1samp(each, 0).confidence_interval()), each
+    one = "{:.1f} ({:.1f} to {:.1f})"
+    slower, beyond = ([one.format(*by_rate[m, k][0]) for k in ("best", "last")] for m in ("adamw_quarter_lr", "sam"))
+    there = "quarter of the rate gains {} and {} there, and beyond it SAM has {} and {}."
+    assert there.format(*slower, *beyond) in text
+    assert f"of the rate SAM gains {beyond[0]} there, and {beyond[1]} at the last epoch." in README
+    assert by_rate["sam", "last"][1].min() > 0
+    longer = "{:.2f} above {} [{:+.2f}, {:+.2f}]"
+    for found, what in ((by_rate["adamw_quarter_lr", "last"][0], "AdamW"), (by_rate["sam", "last"][0], "it"),
+                        (by_rate["sam", "best"][0], "it")):  # fmt: skip
+        assert longer.format(found[0], what, *found[1:]) in text
+    fits = [[100 * runs[m, s]["last"]["memorised"][which]["accuracy"] for s in range(1, 6)]
+            for m in ("adamw_quarter_lr", "sam") for which in ("flipped", "clean")]  # fmt: skip
+    shown = (
+        "fits {:.0f} % of the wrong labels and {:.0f} % of the right ones, fewer of both than SAM ({:.0f} and {:.0f} "
+    )
+    assert shown.format(*map(np.mean, fits)) in text
     same_cost = pd.read_csv(folder / "equal_compute.csv").set_index("method")
     said = re.search(rf"is SAM's {figures}, δ-SAM's {figures} and per-instance perturbation's {figures}", text).groups()
     rows = [100 * float(same_cost.loc[method, name]) for method in ("sam", "dsam", "per_instance")
