@@ -305,7 +305,7 @@ def test_conda_environment_lock_and_project_agree():
 
 def test_nothing_to_the_left_imports_what_is_to_the_right():
     """When it is loaded: `config.py` asks tasks and methods within functions."""
-    order = ["text", "files", "signals", "errors", "progress", "hub", "kinds", "mistakes", "task"]
+    order = ["text", "files", "signals", "errors", "output", "cpus", "progress", "hub", "kinds", "mistakes", "task"]
     order += ["config", "overrides", "glue", "methods", "training", "runs", "sweeps"]
     order += ["results", "approximation", "sharpness", "benchmark", "submission", "integrations", "refusals"]
     order += ["command_line"]

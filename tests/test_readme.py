@@ -469,7 +469,7 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
     assert nothing.format(*both).replace(": -", ": −") in page
     short = ["{:.1f} ({:.1f} to {:.1f})".format(mean, *ends).replace("-", "−") for mean, ends, _ in at_quarter]
     assert f"beyond that SAM has {short[0]} and {short[1]} ([below]" in results
-    assert f"and at a quarter {short[0]} and {short[1]}. Why" in README
+    assert f"and at a quarter {short[0]} and {short[1]}." in README
     gain = ["{:.1f} ({:.1f} to {:.1f})".format(mean, *ends)
             for mean, ends, _ in (over("adamw_quarter_lr", "adamw", k) for k in (0, 1))]  # fmt: skip
     assert f"At a quarter of the rate it gains {gain[0]} and {gain[1]}, and" in results
