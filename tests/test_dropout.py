@@ -2,8 +2,10 @@
 
 import copy
 import json
+import random
 
 import encoders
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -247,6 +249,15 @@ def test_rdrop_says_that_it_is_plain_training_where_nothing_is_dropped(p, said, 
         method.backward(ExampleLosses(network, encoders.batch()))
     assert [note.startswith("rdrop: the model draws no dropout") for note in method.notes] == [True] * said
     assert len(recwarn) == said
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+def test_rdrop_knows_what_a_model_draws_from_numpy_and_python(draw):
+    network = family("bert", 0.0)
+    network.bert.encoder.layer[0].register_forward_hook(lambda module, _, out: out * (1 + 0.1 * draw()))
+    method = METHODS["rdrop"](network)
+    method.backward(ExampleLosses(network, encoders.batch()))
+    assert method.notes == [] and float(method.report["divergence"]) > 0
 
 
 def test_rates_that_a_configuration_takes_as_whole_numbers_alone_reach_the_network():

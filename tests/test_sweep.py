@@ -205,7 +205,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_one_line(tmp_path, paths):
     done = command("-m", *QUICK, *paths, "seed=0,1", env={"TMPDIR": str(folder)}, cold=True)
     assert done.returncode == 2
     said = f"no socket can be made in {folder}, by which a sweep's processes find each other: AF_UNIX path too long"
-    assert done.stderr == f"error: {said}; set TMPDIR to a folder with a short path, such as /tmp\n"
+    assert done.stderr == f"error: {said}; set TMPDIR to another folder, of a short path, such as /tmp\n"
 
 
 def test_a_measurement_is_on_the_launcher_s_first_device(monkeypatch, paths):

@@ -1,6 +1,5 @@
 """R-Drop: two dropout masks have to agree."""
 
-import torch
 from torch import Tensor
 
 from .embedding_noise import OutputMethod, add_to_report, divergence, require_at_least
@@ -35,9 +34,9 @@ class RDrop(OutputMethod):
     def piece(
         self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        before = self.random.get()
+        before = self.random.mark()
         losses, logits = step.outputs(k)
-        if all(map(torch.equal, before, self.random.get())):  # on the host, which waits for no device
+        if self.random.mark().equals(before):  # on the host, which waits for no device
             self.note("rdrop: the model draws no dropout, so that this is plain training in twice the time")
         others, other_logits = step.outputs(k, other_masks=True)
         apart = divergence(logits, other_logits)

@@ -90,7 +90,8 @@ class Lease:
 
 
 def _put(file: Path, place: Path) -> None:
-    """The file at that place as well, at once, also over NFS. FileExistsError where there is one."""
+    """The file at that place as well, at once, also over NFS; where there are no hard links, a moment in which it is
+    empty comes before. FileExistsError where there is one."""
     try:
         os.link(file, place)
     except OSError as error:

@@ -40,7 +40,7 @@ def warm() -> None:
     except OSError as error:
         raise UserError(
             f"no socket can be made in {tempfile.gettempdir()}, by which a sweep's processes find each other: {error}; "
-            "set TMPDIR to a folder with a short path, such as /tmp"
+            "set TMPDIR to another folder, of a short path, such as /tmp"
         ) from None
 
 
