@@ -217,6 +217,13 @@ def test_pairs_that_differ_in_more_than_the_method_are_said(tmp_path):
         told = [note for note in table.notes if "the two runs ran" in note]
         assert [note.split(": ")[-1] for note in told] == ["dsam 1 of 3, rdrop 1 of 3, sam 2 of 3.", "dsam 3 of 3."]
         assert "on two machines" in told[0] and "two versions of the model's weights" in told[1]
+    cells = built.pairwise.text.set_index("method")
+    alike = {(row, column) for row, own in cells.iterrows() for column, cell in own.items() if not cell.endswith(" †")}
+    own = {(method, f"− {method}") for method in cells.index}
+    assert (
+        alike == own
+    )  # seed 1 sets sam apart, seed 2 adamw and sam, which have two machines each, and the weights dsam
+    assert sum(note.startswith("†: of some of these pairs") for note in built.pairwise.notes) == 2
 
 
 def test_what_differs_by_rounding_alone_is_a_tie(tmp_path):
@@ -290,6 +297,30 @@ def test_methods_are_also_compared_at_equal_compute(built, runs_dir):
     # By hand: sam (rho=0.05) is 7, 5 and 6 points higher, adamw 1 lower, 1 higher and 0.
     assert text["sam (rho=0.05)"].startswith("+6.00 [") and text["adamw"].startswith("+0.00 [")
     assert tables.build(collect(runs_dir)).equal_compute is None
+
+
+def test_every_two_methods_are_compared(built, runs_dir):
+    table = built.pairwise
+    text = table.text.set_index("method")
+    # sam (rho=0.05) is 6, 4 and 8 points above adamw: sd 2, and t of 2 degrees of freedom at 97.5 % is 4.3027.
+    reach = 4.302653 * 2 / 3**0.5
+    assert text.loc["sam (rho=0.05)", "− adamw"] == f"+6.00 [+{6 - reach:.2f}, +{6 + reach:.2f}]"
+    assert text.loc["adamw", "− sam (rho=0.05)"] == f"-6.00 [-{6 + reach:.2f}, -{6 - reach:.2f}]"
+    assert [text.loc[method, f"− {method}"] for method in text.index] == ["–"] * 4
+    values = table.values.set_index(["method", "other"])
+    assert len(values) == 12 and set(values["pairs"]) == {3}
+    for method in ("adamw_2x", "sam (rho=0.05)", "sam (rho=0.1)"):  # the first column is the comparison with adamw
+        of_statistics = built.statistics.values.set_index("method").loc[method, ["difference", "low", "high"]]
+        assert list(of_statistics) == list(values.loc[(method, "adamw"), ["difference", "low", "high"]])
+    assert "6 pairs of methods" in " ".join(table.notes)
+    assert tables.build(collect(runs_dir)).pairwise is None  # two methods
+
+
+def test_methods_are_compared_at_the_last_epoch_too(built):
+    values = built.pairwise_last_epoch.values
+    first = built.last_epoch.values.set_index("method")["difference"].dropna()
+    assert list(values[values["other"] == "adamw"].set_index("method")["difference"]) == list(first)
+    assert "last epoch" in built.pairwise_last_epoch.caption
 
 
 def test_the_settings_of_the_methods(built):
@@ -382,7 +413,7 @@ def test_latex_compiles_every_table(runs_dir, built, tmp_path):
     for name, made in (("smoke", tables.build(collect(runs_dir))), ("swept", built)):
         paths = tables.write(made, folder / name)
         inputs += [rf"\input{{{name}/{path.name}}}\par" for path in paths if path.suffix == ".tex"]
-    assert len(inputs) == 7 + 9
+    assert len(inputs) == 7 + 11
     odd = pd.DataFrame({"δ-SAM": ["ρ² ≥ 0.5 – 50 % of a_b & c#d {e} $f ~ ^ \\ η λ ≤ 1 × 2 < 3 > -4 Σ‖∇ℓ‖"]})
     (folder / "odd.tex").write_text(as_latex(Table("odd", "δ ± ρ", ["ρ² – note %"], odd, odd)), encoding="utf-8")
     (folder / "document.tex").write_text(DOCUMENT % "\n".join([*inputs, r"\input{odd}"]), encoding="utf-8")

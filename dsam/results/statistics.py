@@ -257,23 +257,26 @@ def compare(frame: pd.DataFrame, baseline: str = "adamw", which: str = "best") -
     return pd.DataFrame(rows, columns=columns).astype({"tasks": "Int64", "pairs": "Int64"})
 
 
+def paired_difference(scores: pd.Series, others: pd.Series) -> dict:
+    """What two methods' scores by task and seed say of their difference, over the cells that both have."""
+    found = (scores - others).dropna()
+    low, high = t_interval(found)
+    tasks = found.index.get_level_values("task").nunique()
+    return {"difference": mean_difference(found), "low": low, "high": high, "tasks": tasks, "pairs": len(found)}
+
+
 def _comparison(runs: pd.DataFrame, scores: pd.DataFrame, label: str, reference: str) -> dict:
-    differences = (scores[label] - scores[reference]).dropna()
-    low, high = t_interval(differences)
-    p, smallest = sign_flip_test(differences)
+    paired = (scores[label] - scores[reference]).dropna()
+    p, smallest = sign_flip_test(paired)
     by_task = [
         {task: values.to_numpy() for task, values in scores[name].dropna().groupby("task")}
         for name in (label, reference)
     ]
     return {
-        "difference": mean_difference(differences),
-        "low": low,
-        "high": high,
+        **paired_difference(scores[label], scores[reference]),
         "p": p,
         "smallest_p": smallest,
-        "tasks": differences.index.get_level_values("task").nunique(),
-        "pairs": len(differences),
-        "effect_size": effect_size(differences),
+        "effect_size": effect_size(paired),
         "probability_of_improvement": probability_of_improvement(*by_task),
         "missing_pairs": "; ".join(_missing_pairs(runs, scores, label, reference)),
     }

@@ -180,7 +180,7 @@ def _from_cells(folder: Path) -> Iterator[Finding]:
     frame["evaluations"] = [[] for _ in range(len(frame))]
     frame = frame.assign(**{f"train.{name}": float("nan") for name in TRAIN})
     built = tables.build(frame)
-    for table in (built.main, built.per_task, built.statistics):
+    for table in filter(None, (built.main, built.per_task, built.statistics, built.pairwise)):
         there, made = folder / f"{table.name}.csv", _csv(table)
         # Columns that cells.csv knows nothing of are empty when made from it; it doesn't know what is degenerate.
         known = [c for c in table.values if table.values[c].notna().any() and c != "degenerate"]

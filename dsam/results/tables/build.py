@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsam.results.collect import SEVERAL
 from dsam.results.statistics import ROUNDING, baseline_label, compare, methods, scored, summarise, worse_than_best
 from dsam.results.tables import rendering
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
@@ -13,10 +12,12 @@ from dsam.results.tables.formatting import DASH, interval, percent, score_cell
 from dsam.results.tables.formatting import number as formatted
 from dsam.results.tables.labels import data_set
 from dsam.results.tables.memorised import memorised_table
+from dsam.results.tables.pairwise import pairwise_table
 from dsam.results.tables.published import beside_published
 from dsam.results.tables.rendering import BOLD, UNDERLINED, Table, styled
 from dsam.results.tables.sensitivity import rho_table
 from dsam.results.tables.settings import chosen_table, selection_note, settings_table
+from dsam.results.tables.unlike import unlike_notes
 
 NAMED_RUNS = 12  # how many runs without a score the main table names before it points to cells.csv
 
@@ -26,10 +27,10 @@ class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
     `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
-    step; None where there is no such run. `last_epoch` is the main table without a choice of the epoch; None where that
-    is the main one. `chosen` is None where no settings were chosen by another sweep, `rho` where
-    no method was run with several, `memorised` without label noise, `beside_published` where nothing published is
-    comparable.
+    step; None where there is no such run. `pairwise` compares every two methods; None where there are two. `last_epoch`
+    and `pairwise_last_epoch` are without a choice of the epoch; None where the others are. `chosen` is None where no
+    settings were chosen by another sweep, `rho` where no method was run with several, `memorised` without label noise,
+    `beside_published` where nothing published is comparable.
     """
 
     main: Table
@@ -38,6 +39,8 @@ class Tables:
     per_task: Table
     statistics: Table
     equal_compute: Table | None
+    pairwise: Table | None
+    pairwise_last_epoch: Table | None
     cost: Table
     hyperparameters: Table
     chosen: Table | None
@@ -61,6 +64,8 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
         per_task=_per_task(frame, summary, which),
         statistics=_statistics(frame, comparison, which, baseline),
         equal_compute=_equal_compute(frame, which, baseline),
+        pairwise=_pairwise(frame, which, baseline),
+        pairwise_last_epoch=_pairwise_last_epoch(frame, baseline) if which == "best" else None,
         cost=cost,
         hyperparameters=settings_table(frame, which, baseline),
         chosen=chosen_table(frame.attrs.get("chosen", [])),
@@ -128,6 +133,15 @@ def _last_epoch(frame, cost, baseline) -> Table:
     return replace(table, name="last_epoch")
 
 
+def _pairwise(frame, which, baseline) -> Table | None:
+    return pairwise_table(frame, which, baseline, [selection_note(frame, which), *_one_data_set(frame)])
+
+
+def _pairwise_last_epoch(frame, baseline) -> Table | None:
+    table = _pairwise(frame, "last", baseline)
+    return table and replace(table, name="pairwise_last_epoch")
+
+
 def _marks(runs, means, which) -> dict[str, dict[str, str]]:
     """Task -> method -> style: the best mean, and what isn't significantly worse; none where one method has a score."""
     scores = scored(runs, which)
@@ -170,7 +184,7 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
             f"methods. Before correction no p can be below {_from_to(smallest)} with these cells."
         )
     notes += _one_data_set(frame)
-    notes += _unlike_pairs(scored(frame, which), baseline)
+    notes += unlike_notes(scored(frame, which), baseline)
     notes += _other_tasks(scored(frame, which), baseline)
     if summarise(frame, which)["degenerate"].any():
         notes.append(f"Degenerate: the run's score ({which} epoch) is at or below the majority answer; it counts.")
@@ -198,31 +212,6 @@ def _one_data_set(frame: pd.DataFrame) -> list[str]:
         return []
     return [f"{', '.join(several)}: one seed's runs on several levels of noise are no independent pairs. Interval and "
             "test take them for one cell."]  # fmt: skip
-
-
-UNLIKE = {
-    "machine": "on two machines, which round otherwise and, where one is a GPU, draw other dropout masks",
-    "data": "with two versions of the data",
-    "weights": "from two versions of the model's weights",
-}
-
-
-def _unlike_pairs(runs: pd.DataFrame, baseline: str) -> list[str]:
-    """A note on each model of whose pairs the two runs differ in more than the method."""
-    notes = []
-    for model, own in runs.groupby("model", sort=False):
-        reference = baseline_label(own["method_label"].unique(), baseline)
-        theirs = own[own["method_label"] == reference].set_index(["task", "seed"])[list(UNLIKE)]
-        pairs = own[own["method_label"] != reference].join(theirs.add_suffix(" there"), on=["task", "seed"])
-        for what, words in UNLIKE.items():
-            here, there = pairs[what], pairs[f"{what} there"]
-            other = here.notna() & there.notna() & ((here != there) | (here == SEVERAL))
-            unlike = pairs[other].groupby("method_label", sort=False).size()
-            if len(unlike):
-                counts = pairs[there.notna()].groupby("method_label").size()
-                told = ", ".join(f"{method} {count} of {counts[method]}" for method, count in unlike.items())
-                notes.append(f"{model}: of these pairs with {baseline} the two runs ran {words}: {told}.")
-    return notes
 
 
 def _other_tasks(runs: pd.DataFrame, baseline: str) -> list[str]:
@@ -351,7 +340,7 @@ def _statistics(frame, comparison, which, baseline, name="statistics") -> Table:
         "Welch's and Satterthwaite's degrees of freedom).",
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         *_one_data_set(frame),
-        *_unlike_pairs(scored(frame, which), baseline),
+        *unlike_notes(scored(frame, which), baseline),
         "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
     ]
     return Table(name, f"Methods compared with {baseline}", notes, comparison, text).without_single_model()

@@ -16,6 +16,7 @@ _LATEX |= {
     "×": r"$\times$",
     "–": "--",
     "−": "$-$",
+    "†": r"$\dagger$",
     "²": r"\textsuperscript{2}",
     "Σ": r"$\Sigma$",
     "∇": r"$\nabla$",
