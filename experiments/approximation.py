@@ -69,6 +69,8 @@ def main() -> None:
         looked_at = {task: int(count) for task, count in (pair.split("=") for pair in pairs)}
     except ValueError:
         raise UserError(f"--looked-at {' '.join(given.looked_at)}: give TASK=N, e.g. cola=10 rte=17") from None
+    if any(count < 0 for count in looked_at.values()):
+        raise UserError(f"--looked-at {' '.join(pairs)}: a number of batches is 0 or more")
     if given.summary_only and (wrong := [*settings, *given.settings]):
         raise UserError(f"--summary-only measures nothing: {' '.join(wrong)} has no effect")
     common = ["train.epochs=1", "tracking=disabled", f"checkpoint.keep_at={[p for p in given.phases if p]}"]
@@ -78,17 +80,20 @@ def main() -> None:
         common += ["data=local", f"data.root={given.data_root}"]
     common += [f"paths.runs={given.out / 'runs'}", *settings, *given.settings]
     measurements, timed = given.out / "measurements.csv", given.out / "times.csv"
-    if not given.summary_only:
-        configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
-        study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-        if not given.no_times:
-            times.measure(configs, given.batch_size, timed)
-    extra = timed if timed.exists() and not given.no_times else None
     try:
+        if not given.summary_only:
+            configs = [
+                Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks
+            ]
+            study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
+            if not given.no_times:
+                times.measure(configs, given.batch_size, timed)
+        extra = timed if timed.exists() and not given.no_times else None
         for path in summary.write(measurements, given.out, looked_at, extra):
             print(path)
     except OSError as error:
-        raise UserError(f"cannot write {given.out}: {error.strerror or error}; set --out DIR") from None
+        what = error.filename or given.out
+        raise UserError(f"cannot write {what}: {error.strerror or error}; set --out DIR") from None
 
 
 if __name__ == "__main__":

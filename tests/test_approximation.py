@@ -294,6 +294,12 @@ def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("summary.md", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (there / name).read_bytes()
+    for typed, why in (("rte=999", "leaves no batch"), ("qnli=3", "--looked-at qnli:"), ("cola=-1", "is 0 or more")):
+        all_of = [f"{task}=999" for task in ("cola", "mrpc", "sst2")] if typed == "rte=999" else []
+        refused = command(
+            "--summary-only", "--out", str(tmp_path), "--looked-at", typed, *all_of, script="approximation.py"
+        )
+        assert refused.returncode == 2 and why in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     wrong = command("--summary-only", "--out", str(tmp_path), "--looked-at", "colaa=10", script="approximation.py")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --summary-only measures nothing: colaa=10 has no effect\n")
     wrong = command("--summary-only", "--out", str(tmp_path), "--rho", "0.3", script="approximation.py")

@@ -87,6 +87,14 @@ def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monke
     assert {int(m.sum()) for m in masks} <= {int(m.sum()) for m in dynamic_masks}  # the same rows
 
 
+def test_what_would_be_padded_after_all_is_not_called_padding_free(config, monkeypatch):
+    monkeypatch.setattr(steps, "packing_of", lambda *given: (None, ["train.padding=free does not go here"]))
+    assert set(throughput.CONTENDERS) - {f.name for f in throughput.measure(config, 1, 1)} == {"dsam, padding-free"}
+    ways = {(way.method, way.name) for way in padding.measure(config, 1, 1)}
+    assert ways == {("adamw", "pieces"), ("adamw", "undivided"), ("adamw", "of one length"), ("sam", "pieces")}
+    assert len(table.ways(padding.measure(config, 1, 1))) == 4
+
+
 def counted(patch, *of):
     """The names of these functions, (holder, name) each, as they are called from here on."""
     calls = []

@@ -1,6 +1,7 @@
 """Methods under the real Hugging Face `Trainer`, against the stock Trainer and loops written by hand."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -166,6 +167,20 @@ def test_a_method_by_name_takes_options_and_the_seed_of_the_arguments(tmp_path):
     named = trained(Ours, tmp_path, method="delta_sam", method_options={"rho": 0.1})
     reference, _, _ = by_hand(lambda m: DeltaSAM(m, 0.1, seed=5))
     assert_same(named.model, reference, **CLOSE)
+
+
+def test_the_trainer_of_the_page_trains(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", page.split("## Hugging Face's Trainer")[1].split("\n## ")[0], re.DOTALL
+    )
+    names = {"model": network(), "args": arguments(tmp_path), "data": examples()}
+    exec(code, names)
+    reference = trained(
+        SharpnessAwareTrainer, tmp_path, method=lambda m: DeltaSAM(m, 0.05, weighting="probe", layers=2, seed=5)
+    )
+    assert_same(names["model"], reference.model)
+    assert distance(names["model"], network()) > 1e-3  # it moved
 
 
 @pytest.mark.parametrize("method", ["plain", "sam", "delta_sam"])

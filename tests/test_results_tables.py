@@ -187,6 +187,38 @@ def test_seconds_and_memory_of_two_machines_are_not_compared(tmp_path):
         assert table.notes[-1].endswith(" Here they, and memory, are of the runs on GPU alone.")
 
 
+def test_seconds_are_means_over_the_same_tasks(tmp_path):
+    """adamw ran rte on the CPU: its seconds there are of mrpc alone, and so are those of the others beside it."""
+    seconds = {"adamw": {"rte": 9.0, "mrpc": 1.0}, "sam": {"rte": 6.0, "mrpc": 2.0}, "dsam": {"rte": 7.0, "mrpc": 3.0}}
+    for method, own in seconds.items():
+        for task, spent in own.items():
+            one = plan(task, "tiny", method, 0)
+            train = {"steps": 1, "seconds": 1, "peak_memory_bytes": spent * 2**20, "passes_per_step": 1}
+            finish(tmp_path, one, train=train | {"seconds_per_step": spent, "examples_per_second": 1})
+            device = "CPU" if (method, task) == ("adamw", "rte") else "GPU"
+            (tmp_path / one["folder"] / "provenance.json").write_text(json.dumps({"device": device}))
+    cost = tables.build(collect(tmp_path)).cost
+    text = cost.text.set_index("method")
+    assert text["seconds per step"].to_dict() == {"adamw": "1.00", "sam": "2.00", "dsam": "3.00"}
+    assert text["time / adamw"].to_dict() == {"adamw": "1.00", "sam": "2.00", "dsam": "3.00"}
+    assert text["peak memory (MiB)"].to_dict() == {"adamw": "1.00", "sam": "2.00", "dsam": "3.00"}
+    assert cost.notes[-1].endswith("of that machine: tiny mrpc.")
+
+
+def test_each_model_has_a_machine_of_its_own(tmp_path):
+    for model, device, spent in (("minilm", "CPU", 0.5), ("mpnet", "GPU", 0.25)):
+        for method, times in (("adamw", 1), ("sam", 2)):
+            one = plan("rte", model, method, 0)
+            train = {"steps": 1, "seconds": 1, "peak_memory_bytes": 1, "passes_per_step": times}
+            finish(tmp_path, one, train=train | {"seconds_per_step": times * spent, "examples_per_second": 1})
+            (tmp_path / one["folder"] / "provenance.json").write_text(json.dumps({"device": device}))
+    cost = tables.build(collect(tmp_path)).cost
+    assert set(zip(cost.text["model"], cost.text["seconds per step"], strict=True)) == {
+        ("minilm", "0.500"), ("minilm", "1.00"), ("mpnet", "0.250"), ("mpnet", "0.500")
+    }  # fmt: skip
+    assert list(cost.text["time / adamw"]) == ["1.00", "2.00"] * 2
+
+
 def test_a_run_that_went_on_elsewhere_tells_no_seconds(tmp_path):
     """Neither machine's, though both are less than those of the undisturbed run."""
     for seed, device, earlier, seconds in ((0, "V100", [{"device": "H100"}], 0.004), (1, "V100", [], 0.13)):
@@ -316,6 +348,20 @@ def test_every_two_methods_are_compared(built, runs_dir):
     assert tables.build(collect(runs_dir)).pairwise is None  # two methods
 
 
+def test_cells_over_other_tasks_and_methods_left_out_are_said(tmp_path):
+    for task, method, seeds in (("cola", "adamw", 3), ("rte", "adamw", 3), ("cola", "sam", 3), ("cola", "dsam", 3),
+                                ("rte", "dsam", 3), ("cola", "asam", 1)):  # fmt: skip
+        for seed in range(seeds):
+            finish(tmp_path, plan(task, "tiny", method, seed), best=0.6 + 0.01 * seed)
+    built = tables.build(collect(tmp_path))
+    assert list(built.pairwise.text["method"]) == ["adamw", "dsam", "sam"]
+    assert any("not all over the same tasks" in note for note in built.pairwise.notes)
+    assert built.pairwise.notes[-1] == "Left out, with fewer than 2 seeds on every task: asam."
+    assert any("not over the same tasks" in note for note in built.statistics.notes)
+    even = tables.build(collect(tmp_path).query("task == 'cola' and method_label != 'asam'"))
+    assert not any("same tasks" in note or "Left out" in note for note in even.pairwise.notes)
+
+
 def test_methods_are_compared_at_the_last_epoch_too(built):
     values = built.pairwise_last_epoch.values
     first = built.last_epoch.values.set_index("method")["difference"].dropna()
@@ -330,6 +376,17 @@ def test_the_settings_of_the_methods(built):
         "further options": ["–", "–", "mask=same"],
     }  # fmt: skip
     assert table.notes[1] == "Equal for all methods: lr 2e-05; epochs 3." and len(table.values) == 4
+
+
+def test_the_rate_is_that_of_the_optimizer(tmp_path):
+    for method, factor in (("adamw", {}), ("adamw_quarter_lr", {"lr_factor": 0.25}), ("sam", {"lr_factor": 1})):
+        finish(tmp_path, plan(optimizer=method, lr=3e-5, **factor))
+    table = tables.build(collect(tmp_path)).hyperparameters
+    assert dict(zip(table.text["method"], table.text["lr"], strict=True)) == {
+        "adamw": "3e-05", "adamw_quarter_lr": "7.5e-06", "sam": "3e-05"
+    }  # fmt: skip
+    assert list(table.values["lr"]) == [3e-5, 7.5e-6, 3e-5] and "lr_factor" not in table.values
+    assert "lr factor" not in " ".join(table.notes) and "further options" not in table.text
 
 
 def test_a_setting_that_follows_the_task_names_the_tasks(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from test_results_collect import finish, plan
 
 from dsam import command_line
 from dsam.config import CONF, Config, Launcher
@@ -181,6 +182,32 @@ def test_a_fresh_clone_checks_what_follows_from_the_cells(copied):
     cells.write_text("\n".join([head, *rows]) + "\n")
     wrong = found(copied)[1]
     assert any("main.csv, tiny, adamw, agreement mean" in line for line in wrong) and len(wrong) == 3
+
+
+def test_pairs_on_two_machines_are_no_difference_to_the_cells(tmp_path):
+    """Which they are cells.csv does not know; what of it cannot be read is one line."""
+    for method in ("adamw", "sam", "dsam"):
+        for seed in (0, 1):
+            one = plan("rte", "tiny", method, seed)
+            made = finish(tmp_path / "runs", one, best=0.6 + 0.01 * seed).with_name("provenance.json")
+            made.write_text(json.dumps({"device": "H100" if method == "sam" else "EPYC"}))
+    frame = collect(tmp_path / "runs")
+    folder = tmp_path / "tables" / "sweep"
+    report.write_tables(tables.build(frame), frame, "sweep", tmp_path / "runs", folder)
+    assert "True" in (folder / "pairwise.csv").read_text()
+    right, wrong = found(tmp_path)
+    assert wrong == [] and sum("pairwise.csv: 6 rows" in line for line in right) == 1
+    whole = (folder / "pairwise.csv").read_text()
+    (folder / "pairwise.csv").write_text(whole.replace("tiny,sam,dsam,0.0", "tiny,sam,dsam,0.1", 1))
+    assert [line.split("pairwise.csv, ")[1].split(":")[0] for line in found(tmp_path)[1]] == [
+        "tiny, sam, dsam, difference"
+    ]
+    (folder / "pairwise.csv").write_text(whole)
+    cells = (folder / "cells.csv").read_text()
+    for old, new in ((",0.6", ",abc"), ("tiny,rte,adamw,0", "tiny,rte,adamw,x"), ("seed", "sead"), ("score", "skore")):
+        (folder / "cells.csv").write_text(cells.replace(old, new))
+        (line,) = found(tmp_path)[1]
+        assert "cells.csv cannot be read: " in line and "\n" not in line
 
 
 def test_a_rerun_that_would_be_another_run_says_why(copied):

@@ -22,6 +22,7 @@ from ..runs.identity import identify
 from ..runs.run import Ready, prepare, run, take_up_parent
 from ..text import first_line
 from ..training.batches import pieces, training_subset
+from ..training.device import memory_said
 from .oracle import HINDSIGHT, Oracle
 
 BLOCK = 10  # batches of a task and phase in a row
@@ -81,8 +82,9 @@ def study(
         for cell in mine:
             closure, parts, wrong = batch_of(cell, ready, examples, batch_size, config.train)
             try:
-                oracle = Oracle(closure, rhos, parts, seed=cell.batch, wrong=wrong)
-                rows = oracle.measure(weightings, cell.batch < headroom)
+                with memory_said(ready.device, "take a smaller --batch-size"):
+                    oracle = Oracle(closure, rhos, parts, seed=cell.batch, wrong=wrong)
+                    rows = oracle.measure(weightings, cell.batch < headroom)
             except Unsupported as error:
                 raise UserError(
                     f"{config.model.name} has no exact per-example gradients to measure by: {error}"

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dsam.errors import UserError
 from dsam.results.statistics import sign_flip_test, t_interval
 
 from .study import read_rows
@@ -189,6 +190,10 @@ def write(
     `times` (a CSV) every weighting has its extra time beside SAM's.
     """
     table = read_rows(measurements)
+    if unknown := sorted(set(looked_at or ()) - set(table["task"])):
+        raise UserError(f"--looked-at {unknown[0]}: {measurements} has {', '.join(table['task'].unique())} alone")
+    if looked_at and not (table["batch"] >= table["task"].map(looked_at).fillna(0)).any():
+        raise UserError(f"--looked-at leaves no batch of {measurements} for a confirmation: give fewer")
     summary = summarise(table)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]

@@ -13,7 +13,8 @@ from ..config import Config
 from ..files import write_atomically
 from ..methods import SAM, DeltaSAM
 from ..runs.identity import identify
-from ..runs.run import prepare
+from ..runs.run import Ready, prepare
+from ..training.device import memory_said
 from .study import WEIGHTINGS, Cell, batch_of, read_rows
 
 ROUNDS, BATCHES = 3, 2
@@ -36,6 +37,11 @@ def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
 def of_task(config: Config, batch_size: int) -> list[dict]:
     """weighting, seconds, extra: one alternating run over all weightings, after a round that does not count."""
     ready = prepare(config)
+    with memory_said(ready.device, "take a smaller --batch-size"):
+        return _times(config, ready, batch_size)
+
+
+def _times(config: Config, ready: Ready, batch_size: int) -> list[dict]:
     model, examples = ready.network.train(), ready.data[ready.task.train[0]]
     closures = [
         batch_of(Cell(config.task.name, 0, k), ready, examples, batch_size, config.train)[0] for k in range(BATCHES)

@@ -72,10 +72,13 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                 )
                 yield f"loss_{place}", text, curves(runs, which, baseline, by="passes", of="loss")
         for task, noisy in runs[runs["memorised"].str.len() > 0].groupby("task", sort=False):
+            classes = any("accuracy" in point["flipped"] for points in noisy["memorised"] for _, point in points)
+            fitted = "how much of the wrong training labels is fitted, and of the right ones"
+            if not classes:
+                fitted = "the loss on the wrong training labels, and on the right ones"
             text = (
-                f"{model}, {task}: how much of the wrong training labels is fitted, and of the right ones, and the "
-                "wrong ones' share in the gradients' norms, by step; thin lines are runs, thick ones the means of "
-                "those that finished"
+                f"{model}, {task}: {fitted}, and the wrong labels' share in the gradients' norms, by step; thin "
+                "lines are runs, thick ones the means of those that finished"
             )
             yield f"memorised_{place}_{_file_name(task)}", text, memorised(noisy, baseline)
         sensitivity = against_rho(runs, which, baseline)
@@ -206,12 +209,19 @@ def curves(
 
 def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
     """How fast the runs of a task with label noise fit wrong and right labels, and how much the wrong ones pull."""
-    shown: dict[str, Callable[[dict], float | None]] = {
-        "wrong labels fitted (%)": lambda point: point["flipped"].get("accuracy"),
-        "right labels fitted (%)": lambda point: point["clean"].get("accuracy"),
-        "wrong labels' share of Σ‖gradient‖ (%)": lambda point: point.get("pull"),
-    }
     points = [point for points in frame["memorised"] for _, point in points]
+    classes = any("accuracy" in point["flipped"] for point in points)
+    fitted: dict[str, Callable[[dict], float | None]] = {
+        "wrong labels fitted (%)": lambda point: _times(100, point["flipped"].get("accuracy")),
+        "right labels fitted (%)": lambda point: _times(100, point["clean"].get("accuracy")),
+    }
+    losses: dict[str, Callable[[dict], float | None]] = {
+        "loss on wrong labels": lambda point: point["flipped"].get("loss"),
+        "loss on right labels": lambda point: point["clean"].get("loss"),
+    }
+    shown = (fitted if classes else losses) | {
+        "wrong labels' share of Σ‖gradient‖ (%)": lambda point: _times(100, point.get("pull"))
+    }
     shown = {title: value for title, value in shown.items() if any(value(point) is not None for point in points)}
     figure = Figure(figsize=(2.9 * max(1, len(shown)), 2.6), layout="constrained")
     panels = {}
@@ -226,16 +236,20 @@ def memorised(frame: pd.DataFrame, baseline: str = "adamw") -> Figure:
                 lambda points, value=value: pd.Series({step: value(point) for step, point in points}, dtype=float)
             )
             for line in lines:
-                axes.plot(line.index, 100 * line, color=style["color"], linewidth=0.6, alpha=0.35)
+                axes.plot(line.index, line, color=style["color"], linewidth=0.6, alpha=0.35)
             means = list(lines[runs["status"] == "finished"])
             if means:
                 mean = pd.concat(means, axis=1).dropna().mean(axis=1)
-                axes.plot(mean.index, 100 * mean, linewidth=1.6, label=method, **style)
+                axes.plot(mean.index, mean, linewidth=1.6, label=method, **style)
     wrong = frame["memorised"].map(lambda points: points[-1][1].get("pulling")).dropna()
     if len(wrong):  # where each example pulls alike, in the last panel
         axes.axhline(100 * wrong.mean(), color="#777777", linestyle=(0, (4, 3)), linewidth=0.8)
     _legend(figure, panels)
     return figure
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
 
 
 def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw") -> Figure:

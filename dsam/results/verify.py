@@ -23,10 +23,12 @@ from dsam.runs import archive, manifest
 from dsam.runs.identity import digest, identify
 from dsam.runs.record import seal
 from dsam.sweeps import sweep
+from dsam.text import first_line
 
 Finding = tuple[bool, str]  # whether it is as it should be, and the line that says so
-ROW = ("model", "task", "method", "metric", "seed")  # the columns that say which row of a table one is
+ROW = ("model", "task", "method", "other", "metric", "seed")  # the columns that say which row of a table one is
 MACHINE = ("versions", "device", "device_type", "threads", "platform", "host")
+NOT_IN_CELLS = ("degenerate", "unlike")  # columns of tables that follow from more than cells.csv has
 TOLERANCE = 0.02  # of a score on another machine: rounding differs there, and training lets it grow
 
 
@@ -171,25 +173,33 @@ def first_difference(name: str, there: str, made: str, columns: list[str] | None
 
 def _from_cells(folder: Path) -> Iterator[Finding]:
     """The numbers of the tables that follow from the runs' scores: means, spreads, counts, and every comparison."""
-    text = dict.fromkeys(("model", "task", "method", "id", "folder", "status"), str)  # a task may be called NA, or 1
-    empty = {"seed": [""], "score": [""]}
-    cells = pd.read_csv(folder / "cells.csv", dtype=text | {"seed": "Int64"}, keep_default_na=False, na_values=empty)
-    frame = cells.rename(columns={"method": "method_label"}).reindex(columns=COLUMNS)
-    frame["best"] = frame["last"] = cells["score"]
-    frame["optimizer"] = frame["method_label"]
-    frame["evaluations"] = [[] for _ in range(len(frame))]
-    frame = frame.assign(**{f"train.{name}": float("nan") for name in TRAIN})
-    built = tables.build(frame)
+    try:
+        built = _built_from(folder / "cells.csv")
+    except (ValueError, TypeError, KeyError, UserError) as error:
+        yield False, f"{folder / 'cells.csv'} cannot be read: {first_line(error)}"
+        return
     for table in filter(None, (built.main, built.per_task, built.statistics, built.pairwise)):
         there, made = folder / f"{table.name}.csv", _csv(table)
-        # Columns that cells.csv knows nothing of are empty when made from it; it doesn't know what is degenerate.
-        known = [c for c in table.values if table.values[c].notna().any() and c != "degenerate"]
+        # Columns that cells.csv knows nothing of are empty when made from it.
+        known = [c for c in table.values if table.values[c].notna().any() and c not in NOT_IN_CELLS]
         if not there.is_file():
             yield False, f"{there} is missing"
         elif line := first_difference(there.name, _text(there), made, known):
             yield False, f"{folder}: {line}"
         else:
             yield True, f"{there}: {len(table.values)} rows × {len(known)} columns come out again from cells.csv"
+
+
+def _built_from(path: Path) -> tables.Tables:
+    text = dict.fromkeys(("model", "task", "method", "id", "folder", "status"), str)  # a task may be called NA, or 1
+    empty = {"seed": [""], "score": [""]}
+    cells = pd.read_csv(path, dtype=text | {"seed": "Int64"}, keep_default_na=False, na_values=empty)
+    frame = cells.rename(columns={"method": "method_label"}).reindex(columns=COLUMNS)
+    frame["best"] = frame["last"] = cells["score"]
+    frame["optimizer"] = frame["method_label"]
+    frame["evaluations"] = [[] for _ in range(len(frame))]
+    frame = frame.assign(**{f"train.{name}": float("nan") for name in TRAIN})
+    return tables.build(frame)
 
 
 def _csv(table: Table) -> str:

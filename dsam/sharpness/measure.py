@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from ..runs.run import load_data
 from ..text import first_line
 from ..training import model as models
 from ..training.batches import training_subset
-from ..training.device import choose_device, to
+from ..training.device import choose_device, memory_said, to
 from .curvature import top_eigenvalues, trace
 from .objective import Objective
 from .rise import rises
@@ -88,8 +89,9 @@ def main(arguments: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
-    require_same_data(config, options.run)
-    of_run = {"run": result["id"], **{k: result.get(k) for k in ("task", "model", "optimizer", "seed", "status")}}
+    unchecked = require_same_data(config, options.run)
+    of_run = {"run": result["id"], **{k: result.get(k) for k in ("model", "optimizer", "seed", "status")}}
+    of_run |= {"task": config.task_label} | ({"data": unchecked} if unchecked else {})
 
     def keep(found: dict) -> None:
         try:
@@ -98,7 +100,8 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
 
-    found, drawn = measure(config, options, keep)
+    with memory_said(choose_device(without_tf32(config)), "take a smaller --batch, or --device cpu"):
+        found, drawn = measure(config, options, keep)
     keep(found)
     print(summary(found))
     try:
@@ -115,11 +118,17 @@ def main(arguments: Sequence[str]) -> None:
     print(out)
 
 
-def require_same_data(config: Config, folder: Path) -> None:
-    """UserError where the data that lie there now are not those that the run was made with."""
+def require_same_data(config: Config, folder: Path) -> str | None:
+    """UserError where the data that lie there now are not those that the run was made with; a line where the run's
+    record does not tell, or None."""
     made_with = (Record(folder).provenance() or {}).get("identity") or {}
-    if made_with.get("record_version") == RECORD_VERSION and made_with.get("data") != (now := data_fingerprint(config)):
+    if made_with.get("record_version") != RECORD_VERSION:
+        note = "not checked: the run's record is of another version, or has lost what it was made with"
+        print(f"{folder}: data {note}", file=sys.stderr)
+        return note
+    if made_with.get("data") != (now := data_fingerprint(config)):
         raise UserError(f"{folder} was made with the data '{made_with.get('data')}', and these are '{now}'")
+    return None
 
 
 def load(config: Config, device: torch.device) -> tuple[PreTrainedModel, glue.Tokenised]:

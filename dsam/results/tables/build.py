@@ -189,8 +189,10 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     if summarise(frame, which)["degenerate"].any():
         notes.append(f"Degenerate: the run's score ({which} epoch) is at or below the majority answer; it counts.")
     lost = frame.loc[~frame.index.isin(scored(frame, which).index)]
+    several = frame["model"].nunique() > 1
     named = [
-        f"{run.method_label} {run.task} seed {run.seed} {run.status.replace('finished', 'without score')}"
+        f"{run.model} " * several
+        + f"{run.method_label} {run.task} seed {run.seed} {run.status.replace('finished', 'without score')}"
         for run in lost.head(NAMED_RUNS).itertuples()
     ]
     if named:
@@ -341,6 +343,8 @@ def _statistics(frame, comparison, which, baseline, name="statistics") -> Table:
         "p: two-sided sign-flip test pooled over task × seed cells; smallest p: what these cells could give at best.",
         *_one_data_set(frame),
         *unlike_notes(scored(frame, which), baseline),
-        "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best.",
+        *_other_tasks(scored(frame, which), baseline),
+        "Effect size: paired Cohen's d over the cells. P(improvement): Agarwal et al. 2021. Rank 1 is the best, over "
+        "the tasks that every method with a score has.",
     ]
     return Table(name, f"Methods compared with {baseline}", notes, comparison, text).without_single_model()

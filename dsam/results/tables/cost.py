@@ -23,56 +23,73 @@ def seconds_note(frame: pd.DataFrame) -> str:
         "only between runs of one machine, as many at once, where each method had an undisturbed one: see the "
         "provenance."
     )
-    several = frame.loc[frame["status"] == "finished", "machine"].nunique() > 1
-    machine = main_machine(frame)
-    if several:
-        note += f" Here they, and memory, are of the runs on {machine} alone."
-    elif machine is None and frame["machine"].notna().any():
-        note += " Here each run went on from another machine's checkpoint, so that there are none."
+    models = list(frame.groupby("model", sort=False))
+    for model, runs in models:
+        of = f" of {model}" if len(models) > 1 else ""
+        several = runs.loc[runs["status"] == "finished", "machine"].nunique() > 1
+        machine = main_machine(runs)
+        if several and machine is not None:
+            note += f" Here they, and memory, are{of} of the runs on {machine} alone."
+        elif machine is None and runs["machine"].notna().any():
+            note += f" Here each run{of} went on from another machine's checkpoint, so that there are none."
     return note
 
 
-def main_machine(frame: pd.DataFrame) -> str | None:
-    """That on which most (model, method, task) finished a run; of equals, that of the most runs."""
-    finished = frame[(frame["status"] == "finished") & frame["machine"].notna() & (frame["machine"] != SEVERAL)]
+def main_machine(runs: pd.DataFrame) -> str | None:
+    """That on which most (method, task) of one model finished a run; of equals, that of the most runs."""
+    finished = runs[(runs["status"] == "finished") & runs["machine"].notna() & (runs["machine"] != SEVERAL)]
     if finished.empty:
         return None
-    cells = finished.groupby("machine")[["model", "method_label", "task"]]
+    cells = finished.groupby("machine")[["method_label", "task"]]
     return max(cells, key=lambda one: (len(one[1].drop_duplicates()), len(one[1])))[0]
 
 
 def per_step(frame: pd.DataFrame) -> pd.DataFrame:
     """What the finished runs of each (model, method, task) took: over the seeds the median, of seconds the least.
 
-    Seconds and memory are of the runs of one machine (`main_machine`), where it is known of any; NaN without such.
+    Seconds and memory are of the runs of one machine for each model (`main_machine`), where it is known of any; NaN
+    without such.
     """
     finished = frame[frame["status"] == "finished"]
     finished = finished.assign(**{"train.passes": finished["train.passes_per_step"] * finished["train.steps"]})
-    machine = main_machine(frame)
-    if finished["machine"].notna().any():
-        finished.loc[finished["machine"] != machine, OF_A_MACHINE] = float("nan")
+    for model, runs in finished.groupby("model"):
+        if runs["machine"].notna().any():
+            elsewhere = (finished["model"] == model) & (finished["machine"] != main_machine(runs))
+            finished.loc[elsewhere, OF_A_MACHINE] = float("nan")
     return finished.groupby(["model", "method_label", "task"]).agg(FIGURES)
+
+
+def _on_all(figures: list[pd.Series], tasks: set[str]) -> set[str] | None:
+    """The tasks on which every method that has a figure on any of them has one; None where no method has any."""
+    known = [own for of_method in figures if (own := set(of_method.dropna().index) & tasks)]
+    return set.intersection(*known) if known else None
 
 
 def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
     """Seconds, forward-backward passes and peak memory per step of the finished runs, and ratios to `baseline`.
 
     A task's figures are those of `per_step`; a method's is the mean over the tasks that all of the model's methods
-    finished, and its ratio the mean of the per-task ratios. `compute_ratio` is that of all passes of a run, so that
+    finished (of seconds and memory, on which all that have any have them), and its ratio the mean of the per-task
+    ratios. `compute_ratio` is that of all passes of a run, so that
     twice the steps cost as much as two passes per step, over the tasks that it shares with the baseline.
     """
     figures_of = per_step(frame)
-    values = []
+    values, fewer = [], []
     for model, runs in frame[frame["status"] == "finished"].groupby("model", sort=False):
         labels = methods(runs, baseline)
         per_task = figures_of.loc[model]
         tasks = set.intersection(*(set(per_task.loc[label].index) for label in labels))
         reference = baseline_label(frame.loc[frame["model"] == model, "method_label"].unique(), baseline)
         reference = reference if reference in labels else None
+        measured = {name: _on_all([per_task.loc[label][name] for label in labels], tasks) for name in OF_A_MACHINE}
+        if (on := measured["train.seconds_per_step"]) not in (tasks, None):
+            fewer.append(f"{model} {', '.join(sorted(on)) or 'no task'}")
         for label in labels:
             row = {"model": model, "method": label, "tasks": ", ".join(sorted(tasks))}
             row["hours"] = runs.loc[runs["method_label"] == label, "train.seconds"].sum(min_count=1) / 3600
-            common = per_task.loc[label][per_task.loc[label].index.isin(tasks)]
+            common = per_task.loc[label][per_task.loc[label].index.isin(tasks)].copy()
+            for name, on in measured.items():
+                common.loc[~common.index.isin(on or ()), name] = float("nan")
             row |= common.mean().rename(lambda name: name.removeprefix("train.")).to_dict()
             for name, figures in (
                 ("time_ratio", common["train.seconds_per_step"]),
@@ -103,4 +120,9 @@ def cost_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table:
         "model finished. One pass is a forward and backward over the batch; compute is passes per step × steps.",
         seconds_note(frame),
     ]
+    if fewer:
+        notes.append(
+            "Seconds and memory are over the tasks alone on which every method that has any has some of that machine: "
+            f"{'; '.join(fewer)}."
+        )
     return Table("cost", "What the methods cost", notes, values, text).without_single_model()

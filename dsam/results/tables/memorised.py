@@ -10,6 +10,10 @@ from dsam.results.tables.rendering import Table
 FITTED = {"wrong labels fitted (%)": ("flipped", "accuracy"), "right labels fitted (%)": ("clean", "accuracy")}
 PULL = {"wrong ones' share of Σ‖∇ℓ‖ (%)": ("pull",)}
 LOSSES = {"loss on wrong labels": ("flipped", "loss"), "loss on right labels": ("clean", "loss")}
+FITTED_NOTE = (
+    "Fitted: the model answers, without dropout, what it was trained to answer. A model that has learned the rule "
+    "and no exception fits the right labels and none of the wrong; one that knows each example by heart, all."
+)
 MEASURED = FITTED | PULL | LOSSES
 """Column -> where it stands in what `dsam.training.memorised.memorised` found."""
 
@@ -43,8 +47,7 @@ def memorised_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table | Non
         "Wrong labels among the examples looked at: "
         + ", ".join(f"{task} {percent(share)} %" for task, share in wrong.items())
         + "; the development sets have none.",
-        "Fitted: the model answers, without dropout, what it was trained to answer. A model that has learned the rule "
-        "and no exception fits the right labels and none of the wrong; one that knows each example by heart, all.",
+        *([FITTED_NOTE] if set(FITTED) & set(table.columns) else []),
         _seen_on(noisy["memorised"].map(lambda points: points[-1][1].get("examples", 2000))),
     ]
     caption = "How far wrong labels are fitted (last epoch): mean ± sd over seeds"

@@ -18,7 +18,7 @@ def pairwise_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[s
     Methods with a run on several seeds of some task; None where no model has three such. `notes` go before its own.
     """
     runs = scored(frame, which)
-    values, text, marked = [], [], set()
+    values, text, marked, cells_of = [], [], set(), set()
     order = methods(frame, baseline)
     for model, own in runs.groupby("model", sort=False):
         seeds = own.groupby(["method_label", "task"]).size().groupby("method_label").max()
@@ -38,6 +38,7 @@ def pairwise_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[s
                     row = _mirrored(found[other, method])
                 else:
                     row = found[method, other] = paired_difference(scores[method], scores[other])
+                    cells_of.add((model, frozenset(scores[[method, other]].dropna().index)))
                 values.append({"model": model, "method": method, "other": other} | row | {"unlike": bool(differ)})
                 shown[f"− {other}"] = interval(pd.Series(row)) + (f" {MARK}" if differ else "")
                 marked |= differ
@@ -53,10 +54,17 @@ def pairwise_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[s
         "method differed, one in twenty would still leave out 0.",
         *(f"{MARK}: of some of these pairs the two runs ran {words}." for words in UNLIKE.values() if words in marked),
     ]
+    if len(cells_of) > shown["model"].nunique():
+        own_notes.append(
+            "The cells are not all over the same tasks and seeds (the CSV has their numbers), so that they do not add "
+            "up and do not order the methods."
+        )
+    if alone := [label for label in order if label not in set(shown["method"])]:
+        own_notes.append(f"Left out, with fewer than {SEEDS} seeds on every task: {', '.join(alone)}.")
     caption = f"Every method minus every other one ({which} epoch)"
     table = Table("pairwise", caption, [*notes, *own_notes], pd.DataFrame(values), shown)
     return table.without_single_model()
 
 
 def _mirrored(row: dict) -> dict:
-    return row | {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+    return row | {name: 0.0 - row[of] for name, of in (("difference", "difference"), ("low", "high"), ("high", "low"))}

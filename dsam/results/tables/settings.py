@@ -86,6 +86,7 @@ def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "ad
     names = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     # A run of which nothing is known but its folder has no settings to show.
     known = frame[frame[[PREFIX + name for name in names]].notna().any(axis=1)]
+    known, names = _with_the_rate_used(known, names)
     rows = []
     for model, runs in known.groupby("model", sort=False):
         labels = methods(runs, baseline)
@@ -111,6 +112,15 @@ def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "ad
         same = "; ".join(f"{name.replace('_', ' ')} {shown[name].iloc[0]}" for name in equal)
         notes.append(f"Equal for all methods: {same}.")
     return Table("hyperparameters", "Settings of the methods", notes, values, text).without_single_model()
+
+
+def _with_the_rate_used(runs: pd.DataFrame, names: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs with `lr` as the optimizer had it, in place of that of the recipe and a method's factor."""
+    if not {"lr", "lr_factor"} <= set(names):
+        return runs, names
+    used = runs[f"{PREFIX}lr"] * runs[f"{PREFIX}lr_factor"].astype(float).fillna(1)
+    used = used.map(lambda rate: float(f"{rate:.6g}"))  # 3e-5 / 4 is not to be seven and a half with sixteen digits
+    return runs.assign(**{f"{PREFIX}lr": used}), [name for name in names if name != "lr_factor"]
 
 
 def _shown(runs: pd.DataFrame, column: str) -> str:
