@@ -59,6 +59,15 @@ def _told(usual: Callable[..., str], message, category, *place, **more) -> str:
     return f"{message}\n" if issubclass(category, Note) else usual(message, category, *place, **more)
 
 
+def _scratch() -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(prefix="dsam-")
+    except OSError as error:  # what tempfile raises where it finds no folder that takes a file
+        raise UserError(
+            f"no temporary file can be written ({error.strerror or error}): make room, or set TMPDIR=DIR"
+        ) from None
+
+
 def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
     """Checks Hydra's arguments, then hands over to the Hydra main."""
     from hydra.errors import HydraException
@@ -66,7 +75,7 @@ def start(main: Callable[[], None], arguments: Sequence[str]) -> None:
 
     from . import overrides
 
-    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dsam-") as scratch:
+    with one_line_errors(), _scratch() as scratch:
         given = flags(arguments)
         if given.experimental_rerun:
             raise UserError("--experimental-rerun is not supported: a run's folder holds its config.yaml")
@@ -237,6 +246,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     from .sweeps.planned import unfinished
 
     failed: list[Planned] = []
+    lacking: list[str] = []
     for line, configs in rounds:
         refusals.require_one_sweep(configs)
         refusals.require_read(configs)
@@ -269,17 +279,23 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         return
     if (fresh or line) and unfinished(runs) and not failed:  # launcher.wait=false
         print("the same command goes on with these runs' scores, once they are finished")
-    elif fresh or (line and not failed):  # a search that stopped has not come to its choice
+    elif (fresh or line) and not (line and failed):  # a search that stopped has not come to its choice
         chosen, rows = choose.choose(runs)
         print(choose.described(rows))
+        lacking = choose.lacking(rows) if fresh else []
+        if fresh and not chosen:
+            manifest.forget(Path(first.paths.runs), name + manifest.CHOSEN)  # an earlier choice is not this one's
         if chosen and fresh:
             print(f"the chosen variants with the seeds {fresh}, as experiment {name}{manifest.CHOSEN}:")
             again = sweeps.plan(choose.reseeded(chosen, fresh))
             failed += sweeps.work(again, name + manifest.CHOSEN, command, run_all, rows)
     for r in failed:
         print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
+    for cell in lacking:
+        print(f"nothing chosen for {cell}: no variant of it has all its runs finished with a score", file=sys.stderr)
     if failed:
         print("the same command runs only what is missing", file=sys.stderr)
+    if failed or lacking:
         raise SystemExit(1)
 
 

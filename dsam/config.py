@@ -80,7 +80,14 @@ class Optimizer(Settings):
             return given
         options = {k: v for k, v in given.items() if k not in cls.model_fields}
         if given.get("options") is not None:
-            options |= coerced(given["options"], Group, "optimizer.options")
+            nested = coerced(given["options"], Group, "optimizer.options")
+            for name in options.keys() & nested.keys():
+                if options[name] != nested[name]:
+                    raise UserError(
+                        f"optimizer.{name}={options[name]} and optimizer.options.{name}={nested[name]} contradict each "
+                        "other: leave one of the two out"
+                    )
+            options |= nested
         given = {k: v for k, v in given.items() if k in cls.model_fields} | {"options": options}
         if "method" in given:
             given["options"] = check_method(coerced(given["method"], Text, "optimizer.method"), options)
@@ -304,6 +311,12 @@ class Config(Settings):
             other.task = {"name": name}
             assert isinstance(other, DictConfig)
             plain["parent"] = cls.load(other, experiment).to_dict()
+        return cls.resolved(plain)
+
+    @classmethod
+    def resolved(cls, plain: dict) -> "Config":
+        """The checked configuration of plain values, as `to_dict` gives them: a `${…}` in them is text, which a first
+        resolution left as it should. Raises UserError, one line."""
         try:
             return cls.model_validate(plain)
         except ValidationError as error:

@@ -126,6 +126,11 @@ class Task(_Part):
             raise ValueError(f"is built in, and only {', '.join(GENERATED)} are")
         if self.builtin == bool(self.files or self.hub):
             raise ValueError("needs files or hub" if not self.builtin else "is built in: it has neither files nor hub")
+        if both := sorted({*self.train} & {*self.evaluation}):
+            raise ValueError(f"evaluation names '{both[0]}', which is trained on: take another split, or "
+                             "selection=heldout, which keeps a part of the training set")  # fmt: skip
+        if len(set(self.evaluation)) < len(self.evaluation):
+            raise ValueError(f"evaluation={list(self.evaluation)} names a split twice")
         known = {*self.train, *self.evaluation, *self.test}
         if HELD_OUT in known:
             raise ValueError(f"'{HELD_OUT}' is what selection=heldout calls its part of the training set: name the "

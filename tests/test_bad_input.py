@@ -854,12 +854,14 @@ SPOILS = {
     "no tokenizer at all": lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "vocab.txt")
                                            if (folder / name).exists()],
     "code of its own": code_of_its_own,
+    "a file that cannot be read": lambda folder: (folder / "training_args.bin").symlink_to("/proc/self/mem"),
 }  # fmt: skip
 # What a message says beside the folder.
 MISSING = {
     "without model.safetensors": ["no weights", "model.safetensors"],
     "without config.json": ["no configuration"],
     "no tokenizer at all": ["no tokenizer"],
+    "a file that cannot be read": ["training_args.bin cannot be read: Input/output error"],
     "config.json holds 'broken'": ["config.json"],
     "model.safetensors holds 'broken'": ["weights"],
     "tokenizer.json holds '{}'": ["tokenizer"],

@@ -8,12 +8,16 @@ import torch
 from conftest import ROOT, command
 from safetensors.torch import load_file
 
+from dsam import command_line
 from dsam.config import CONF, Config
 from dsam.errors import UserError
 from dsam.overrides import check, compose_config
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
-from dsam.sweeps.choose import choose
+from dsam.sweeps import choose as choose_module
+from dsam.sweeps import planned as planned_module
+from dsam.sweeps import sweep
+from dsam.sweeps.choose import choose, reseeded
 from dsam.sweeps.sweep import plan as plan_of_configs
 from dsam.training.batches import held_out
 from dsam.training.loop import best
@@ -107,6 +111,44 @@ def test_settings_that_only_one_variant_has_are_no_obstacle(paths, words, settin
     for row, expected in zip(choose(runs)[1], settings[::-1] if turned else settings, strict=True):
         assert expected.items() <= row["settings"].items()
         assert set(row["settings"]) <= {"weighting", "lr_factor", "floor", "probes", "layers", "radius"}
+
+
+def test_what_nothing_can_be_chosen_of_is_said_and_an_earlier_choice_is_none_of_this(tmp_path, paths):
+    """Runs that diverge are finished and have no score; first every variant of sam, then of both."""
+    wild = ["train.warmup_ratio=0", "train.max_steps=30"]
+    arguments = ["-m", *FAST, *wild, "optimizer=adamw,sam", "seed=0", "fresh_seeds=[7]", *paths]
+    manifest = tmp_path / "runs" / ".sweeps" / "sweep_chosen.json"
+    for rates, lacking in (("optimizer.lr_factor=1", []), ("optimizer.lr_factor=1e33", ["adamw", "sam"])):
+        done = command(*arguments, rates)
+        assert done.returncode == bool(lacking), done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("nothing chosen for")]
+        assert said == [
+            f"nothing chosen for agreement tiny {name}: no variant of it has all its runs finished with a score"
+            for name in lacking
+        ]
+        assert manifest.exists() == (not lacking)
+
+
+def test_a_search_that_a_failed_run_stopped_chooses_nothing_of_the_trials_before(paths, monkeypatch, capsys):
+    """Of a round's two trials one is whole."""
+    runs = [config("model.rho=0.1", *paths), config("model.rho=0.2", *paths)]
+    monkeypatch.setattr(sweep, "work", lambda runs, *_: runs[:1])
+    monkeypatch.setattr(planned_module, "unfinished", lambda runs: True)
+    monkeypatch.setattr(choose_module, "choose", lambda runs: pytest.fail("chosen"))
+    with pytest.raises(SystemExit) as left:
+        command_line._carry_out(iter([("trials 1 and 2", runs)]))
+    assert left.value.code == 1 and "the same command runs only" in capsys.readouterr().err
+
+
+def test_text_that_is_not_interpolated_reaches_the_fresh_seeds(paths):
+    """`\\${NAME}` in a file is `${NAME}` to the shell, and stays that."""
+    composed = compose_config(check([*FAST, "launcher=slurm", *paths], CONF), CONF)
+    composed.launcher.setup = [r"export TMPDIR=\${SLURM_TMPDIR}"]
+    one = Config.load(composed)
+    assert one.launcher.setup == ["export TMPDIR=${SLURM_TMPDIR}"]
+    (again,) = reseeded([one], [7])
+    assert again.launcher.setup == one.launcher.setup and again.seed == 7
+    assert identify(Config.resolved(one.to_dict())) == identify(one)
 
 
 def test_fresh_seeds_must_be_fresh(paths):

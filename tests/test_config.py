@@ -121,6 +121,17 @@ def test_other_numbers_have_another_identity(change):
     assert identify(config()).id != identify(config(*change)).id
 
 
+def test_an_option_that_is_said_twice_is_one_thing():
+    """A file in the form of a run's own config.yaml, and what is typed beside it."""
+    given = config("optimizer=sam", "optimizer.rho=0.2").to_dict()
+    assert given["optimizer"]["options"]["rho"] == 0.2
+    same = given | {"optimizer": given["optimizer"] | {"rho": 0.2}}
+    assert Config.load(same).optimizer.options["rho"] == 0.2
+    other = given | {"optimizer": given["optimizer"] | {"rho": 0.1}}
+    with pytest.raises(UserError, match="optimizer.rho=0.1 and optimizer.options.rho=0.2 contradict each other"):
+        Config.load(other)
+
+
 def test_a_weightings_options_are_part_of_the_identity():
     ids = {
         identify(config("optimizer=dsam", *more)).id

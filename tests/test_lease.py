@@ -117,6 +117,20 @@ def test_another_machines_lease_expires_by_the_file_systems_time(tmp_path, monke
         assert lease.read(path)["token"] != "theirs"
 
 
+@pytest.mark.parametrize("failures, held", [(1, True), (9, False)])
+def test_a_lease_that_a_network_mount_renews_meanwhile_is_held(tmp_path, monkeypatch, failures, held):
+    path, stat, failed = elsewhere(tmp_path), Path.stat, []
+
+    def stale(self, **how):
+        if self == path and len(failed) < failures:
+            failed.append(self)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(self, **how)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    assert lease.alive(path) is held
+
+
 def test_a_held_lease_is_renewed(tmp_path):
     with Lease(tmp_path, renewed=0.05):
         path = tmp_path / "lease.json"

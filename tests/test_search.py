@@ -182,6 +182,10 @@ def test_what_is_typed_takes_the_place_of_what_a_file_searches():
          "'model.rho=interval(0.01,0.2)'"),
         (("-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "hydra.sweeper.n_jobs=0"),
          "hydra.sweeper.n_jobs=0 must be a whole number of at least 1"),
+        (("-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "hydra.sweeper.seed=null"),
+         "hydra.sweeper.seed=None must be a whole number from 0 to 2^32 - 1"),
+        (("-m", "hydra/sweeper=optuna", "model.rho=interval(0.1,0.2)", "hydra.sweeper.seed=-1"),
+         "hydra.sweeper.seed=-1 must be a whole number from 0 to 2^32 - 1"),
         (("-m", "hydra/sweeper=optuna", "model.rho=interval(-2.0,0.2)"), "optimizer: rho must be at least 0, got -"),
     ],
 )  # fmt: skip

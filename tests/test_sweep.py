@@ -1,11 +1,13 @@
 """A sweep goes on whatever becomes of its runs, and says what became of them."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import warm
 from conftest import ROOT, command, start
 
+from dsam import command_line
 from dsam.command_line import CONF
 from dsam.config import Config, Launcher
 from dsam.errors import OutOfMemory, UserError
@@ -197,6 +200,27 @@ def test_a_survey_has_one_model_in_memory_and_tries_all_precisions_and_methods(m
     assert most == [0, 0] and {"float32", "bfloat16", "freelb"} <= set(tried)
     assert together == [sweeps._survey([one])[0] for one in given]
     assert together[5] == 2 * together[0] and together[4] == 2 * together[1] != together[5]
+
+
+def test_data_and_model_are_loaded_once_for_a_grid_and_again_for_another_selection(monkeypatch, paths):
+    loaded, prepare = [], run.prepare
+    monkeypatch.setattr(run, "prepare", lambda *given: loaded.append(given[0]) or prepare(*given))
+    grid = [["optimizer=sam", f"model.rho={rho}", f"train.lr={lr}"] for rho in (0.1, 0.2) for lr in (1e-3, 1e-4)]
+    given = [*grid, ["selection=heldout"]]
+    sweeps._survey([Config.load(compose_config([*QUICK, *paths, *own], CONF)) for own in given])
+    assert [config.selection for config in loaded] == ["dev", "heldout"]
+
+
+def test_without_a_temporary_folder_there_is_one_line(monkeypatch, capsys):
+    def full(**_):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    with pytest.raises(SystemExit) as left:
+        command_line.start(lambda: None, ["task=agreement"])
+    assert left.value.code == 2
+    said = "no temporary file can be written (No usable temporary directory found in ['/tmp'])"
+    assert capsys.readouterr().err == f"error: {said}: make room, or set TMPDIR=DIR\n"
 
 
 def test_a_temporary_folder_too_long_for_sockets_is_one_line(tmp_path, paths):

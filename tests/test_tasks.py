@@ -229,6 +229,8 @@ def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):
         ({"labels": None, "score_range": [0, float("inf")], "metrics": ["pearson"]}, "must be finite"),
         ({"builtin": True, "files": None}, "is built in, and only agreement"),
         ({"evaluation": ["dev", "heldout"]}, "name the split otherwise"),
+        ({"evaluation": ["dev", "train"]}, "evaluation names 'train', which is trained on"),
+        ({"evaluation": ["dev", "dev"]}, "names a split twice"),
     ],
 )
 def test_a_description_that_cannot_be_meant_is_refused(settings, said):

@@ -290,6 +290,7 @@ def test_the_record_says_what_was_done(tmp_path):
     assert result == json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["train"]["steps"] == 9
+    assert result["train"]["examples_per_second"] == pytest.approx(3 * 96 / result["train"]["seconds"])
     assert result["train"]["forwards_per_step"] == pytest.approx(3)
     assert result["train"]["backwards_per_step"] == pytest.approx(2)
     assert [e["epoch"] for e in result["evaluations"]] == [1, 2, 3]
@@ -298,6 +299,24 @@ def test_the_record_says_what_was_done(tmp_path):
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["identity"]["data"].startswith("builtin")
+
+
+@pytest.mark.parametrize("steps, taken", [(3, 80), (4, 112)])  # of two epochs of 32, 32 and 16
+def test_a_smaller_last_batch_counts_by_its_size(tmp_path, steps, taken):
+    found = run(short(tmp_path, "train.max_train_examples=80", f"train.max_steps={steps}"))["train"]
+    assert found["examples_per_second"] == pytest.approx(taken / found["seconds"])
+
+
+def test_a_result_that_the_disk_does_not_give_is_not_done_again(tmp_path):
+    chosen = short(tmp_path)
+    run(chosen)
+    path = identify(chosen).folder / "result.json"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # which opens, and fails with an input/output error where it is read
+    with pytest.raises(UserError, match="result.json cannot be read: Input/output error"):
+        run(chosen)
+    (path.parent / "failure.json").symlink_to("/proc/self/mem")
+    assert Record(path.parent).failure() is None
 
 
 def test_a_finished_run_is_returned_without_work(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def at_phase(config: Config, phase: int) -> tuple[Ready, glue.Tokenised]:
             raise UserError(
                 f"{folder} is not there: the run was finished without checkpoint.keep_at=[{phase}]; set paths.runs=DIR"
             )
-        there = Config.load(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
+        there = Config.resolved(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
         ready = prepare(without_tf32(there))
     examples = ready.data[ready.task.train[0]]
     if examples.clean_labels is not None:  # wrong labels that were not trained on have not been fitted

@@ -250,7 +250,7 @@ def _same(folder: Path, scratch: str, again: Again) -> Config:
             given["parent"] = moved(given["parent"]) | {"checkpoint": {"keep_weights": True}}
         return given
 
-    return Config.load(moved(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+    return Config.resolved(moved(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
 
 
 def _compared(old: Path, new: Path) -> Finding:

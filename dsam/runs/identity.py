@@ -62,7 +62,7 @@ def identify(config: Config) -> Identity:
         "train": config.train.named(),
         "seeds": config.seeds.model_dump(),
         "selection": config.selection,
-        "parent": identify(Config.load(config.parent)).id if config.parent else None,
+        "parent": identify(Config.resolved(config.parent)).id if config.parent else None,
     }
     # Not there for what was there before these could be set, so that old runs keep their names.
     if config.data.noisy:

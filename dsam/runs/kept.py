@@ -31,7 +31,7 @@ def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
         raise UserError(f"{folder} has no {weights}/: its weights are kept only with checkpoint.keep_weights=true")
     try:
         given = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        config = Config.load({name: value for name, value in given.items() if name != "launcher"})  # that is done
+        config = Config.resolved({name: value for name, value in given.items() if name != "launcher"})  # that is done
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{folder} cannot be read: {first_line(error)}") from None

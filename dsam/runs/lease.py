@@ -114,11 +114,22 @@ def alive(path: Path, expires: float = EXPIRES, now: Path | None = None) -> bool
             return False
         if UNKNOWN not in (began, holder.get("began")):
             return began == holder.get("began")
-    try:
-        renewed = path.stat().st_mtime
-    except (FileNotFoundError, NotADirectoryError):
+    renewed = _renewed(path)
+    if renewed is None:
         return False
     return _now(now or path.with_name(f".lease.now.{uuid.uuid4().hex}"), keep=now is not None) - renewed < expires
+
+
+def _renewed(path: Path) -> float | None:
+    """When the lease was written last; None where there is none, or none that can be looked at."""
+    for _ in range(3):
+        try:
+            return path.stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:  # over NFS: it was made anew meanwhile
+            continue
+    return None
 
 
 def _now(file: Path, keep: bool) -> float:

@@ -44,6 +44,11 @@ def read(runs_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
 
 
+def forget(runs_dir: Path, name: str) -> None:
+    """Takes the sweep's manifest away, if there is one; its runs stay."""
+    path_in(runs_dir, name).unlink(missing_ok=True)
+
+
 def parsed(contents: bytes) -> dict[str, Any]:
     """Raises ValueError, KeyError or TypeError where `contents` is no manifest."""
     manifest = json.loads(contents)

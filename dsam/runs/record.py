@@ -43,6 +43,8 @@ class Record:
                 return result
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:  # which says nothing of what is in it: to do the run again might lose it
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
         except (ValueError, UnicodeDecodeError) as error:
             reason = f"cannot be read ({error})"
         if not set_aside:
@@ -62,7 +64,7 @@ class Record:
     def _read(self, name: str) -> dict | None:
         try:
             found = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
 

@@ -73,7 +73,7 @@ def run(config: Config) -> dict:
 def take_up_parent(config: Config, ready: "Ready") -> None:
     """Gives the network the encoder of the run that it starts from (`initialise_from`), if any, which is done first."""
     if config.parent:
-        parent = Config.load(config.parent)
+        parent = Config.resolved(config.parent)
         run(parent)
         models.start_from(ready.network, kept_weights(parent))
 
@@ -273,8 +273,9 @@ def packing_of(config: Config, ready: Ready, method: Method) -> tuple[PaddingFre
 def summarise(config: Config, run_id: str, task: Task, data: dict, state: State, network, device) -> dict:
     """What result.json holds."""
     seen = trained_examples(config, data[task.train[0]])
-    per_step = min(config.train.batch_size, seen)
     steps = max(1, state.step)
+    epochs, further = divmod(state.step, -(-seen // config.train.batch_size))
+    taken = epochs * seen + min(further * config.train.batch_size, seen)  # an epoch's last batch may be smaller
     return {
         "record_version": RECORD_VERSION,
         "id": run_id,
@@ -298,7 +299,7 @@ def summarise(config: Config, run_id: str, task: Task, data: dict, state: State,
             "examples": seen,
             "seconds": state.seconds,
             "seconds_per_step": state.seconds / steps,
-            "examples_per_second": steps * per_step / state.seconds if state.seconds else None,
+            "examples_per_second": taken / state.seconds if state.seconds else None,
             # In units of one training pass, of which a no-grad forward is about a third.
             "passes_per_step": (state.forwards + 2 * state.backwards) / 3 / steps,
             "forwards_per_step": state.forwards / steps,

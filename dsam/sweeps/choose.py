@@ -54,6 +54,13 @@ def choose(runs: Sequence[Planned]) -> tuple[list[Config], list[dict]]:
     return configs, rows
 
 
+def lacking(rows: Sequence[dict]) -> list[str]:
+    """The cells ('task model optimizer') of which `choose` could choose no variant."""
+    cells = dict.fromkeys((row["task"], row["model"], row["optimizer"]) for row in rows)
+    chosen = {(row["task"], row["model"], row["optimizer"]) for row in rows if row["chosen"]}
+    return [" ".join(cell) for cell in cells if cell not in chosen]
+
+
 def _cell(config: Config) -> tuple[str, str, str]:
     return config.task_label, config.model.name, config.optimizer.name
 
@@ -90,7 +97,7 @@ def reseeded(configs: Sequence[Config], seeds: Sequence[int]) -> list[Config]:
         parent = given["parent"] and again(given["parent"], seed)
         return given | {"seed": seed, "seeds": {"init": seed, "data": seed}, "parent": parent, "fresh_seeds": []}
 
-    return [Config.load(again(config.to_dict(), seed)) for config in configs for seed in seeds]
+    return [Config.resolved(again(config.to_dict(), seed)) for config in configs for seed in seeds]
 
 
 def check_fresh(configs: Sequence[Config]) -> list[int]:

@@ -59,6 +59,8 @@ class Search:
         for name, value in (("n_trials", trials), ("n_jobs", at_once)):
             if type(value) is not int or value < 1:
                 raise UserError(f"hydra.sweeper.{name}={value} must be a whole number of at least 1")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise UserError(f"hydra.sweeper.seed={seed} must be a whole number from 0 to 2^32 - 1")
         self.jobs, self.fixed, self.seeds, self.trials, self.at_once = jobs, fixed, seeds, trials, at_once
         self.space = {o.get_key_element(): distribution(o) for o in space}
         optuna = _optuna()

@@ -72,7 +72,7 @@ def _names(config: Config) -> tuple[str, ...]:
 
 def parents(configs: list[Config]) -> list[Config]:
     """The runs that these start from."""
-    return [Config.load(config.parent) for config in configs if config.parent]
+    return [Config.resolved(config.parent) for config in configs if config.parent]
 
 
 def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
@@ -80,7 +80,7 @@ def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
     lost = {r.identity.id: r for r in unfinished(parents)}
     found = []
     for r in unfinished(runs):
-        parent = lost.get(identify(Config.load(r.config.parent)).id) if r.config.parent else None
+        parent = lost.get(identify(Config.resolved(r.config.parent)).id) if r.config.parent else None
         if parent is not None:
             r.status, r.reason = "failed", f"the run that it starts from failed: {parent.title}: {parent.reason}"
             found.append(r)
@@ -151,7 +151,9 @@ def _survey(configs: list[Config]) -> list[float]:
             print(f"note: {error}; the runs go without W&B, and make wandb-sync uploads them later", flush=True)
     alike: dict[tuple, list[int]] = {}
     for i, c in enumerate(configs):
-        key = (c.task.name, str(c.data), str(c.model), c.train.max_length, c.paths.cache, c.device.name)
+        model = (c.model.path, c.model.id, c.model.revision, str(c.model.architecture))  # and not its ρ and rate
+        key = (c.task.name, str(c.data), *model, c.train.max_length, c.train.dropout, c.selection, c.paths.cache,
+               c.device.name)  # fmt: skip
         alike.setdefault(key, []).append(i)
     costs = [0.0] * len(configs)
     for group in alike.values():  # of which one model at a time is in memory

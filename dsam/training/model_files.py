@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -42,11 +43,21 @@ def fingerprint(model: Model) -> str:
 @functools.cache
 def _folder_digest(path: str) -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model") and file.is_file():
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    with _readable(path):
+        for file in sorted(Path(path).iterdir()):
+            if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model") and file.is_file():
+                with file.open("rb") as stream:
+                    digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = error.filename or path
+        raise UserError(f"model.path={path}: {what} cannot be read: {error.strerror or error}") from None
 
 
 def folder_of(model: Model) -> Path:
@@ -75,7 +86,9 @@ def check_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder")
-    _check(f"model.path={path}", [file.name for file in folder.iterdir() if file.is_file()])
+    with _readable(path):
+        names = [file.name for file in folder.iterdir() if file.is_file()]
+    _check(f"model.path={path}", names)
     return _without_adapter(folder, f"model.path={path}")
 
 
