@@ -16,9 +16,10 @@ from test_config import composed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AlbertTokenizer, PreTrainedTokenizerFast, XLNetTokenizer
 
-from dsam.config import Config
+from dsam.config import CONF, Config
 from dsam.errors import UserError
 from dsam.glue import Tokenised
+from dsam.overrides import compose_config
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
 from dsam.training.loop import parameter_groups
@@ -97,6 +98,31 @@ def test_a_decoder_without_a_word_for_padding_takes_its_tokenizers(tmp_path):
     both = network(**tokenizer(rows, padding=True, return_tensors="pt")).logits
     each = torch.cat([network(**tokenizer(row, return_tensors="pt")).logits for row in rows])
     torch.testing.assert_close(both, each, rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_s_copy_of_a_model_without_padding_is_taken(tmp_path):
+    """GPT-2: no word for padding in its tokenizer, none in its configuration."""
+    page = (Path(__file__).parent.parent / "docs" / "own-model.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    bare = folder_of(tmp_path / "bare", "gpt2", plain_tokenizer(pad_token=None), pad_token_id=None)
+    exec(code, {"NAME": str(bare), "DIR": str(tmp_path / "copy")})
+    given = of(tmp_path / "copy", "train.max_length=32")
+    tokenizer = load_tokenizer(given.model)
+    network = build(given, 3, tokenizer)
+    assert tokenizer.pad_token_id == network.config.pad_token_id == tokenizer.eos_token_id == 2
+    there = load_file(bare / "model.safetensors")
+    kept = {name: value for name, value in network.state_dict().items() if name in there and "score" not in name}
+    assert len(kept) > 10 and all(torch.equal(value, there[name]) for name, value in kept.items())
+
+
+def test_the_page_s_model_of_one_s_own_composes(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "own-model.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "deberta.yaml").write_text(file)
+    given = Config.load(compose_config(["model=deberta"], CONF, more=tmp_path))
+    assert (given.model.name, given.model.path, given.model.rho) == ("deberta", "/models/deberta", 0.02)
+    assert (given.train.lr, given.train.epochs, given.train.batch_size) == (3e-5, 5, 16)
 
 
 def test_a_decoder_whose_padding_is_not_its_tokenizers_is_refused(tmp_path):
