@@ -80,7 +80,9 @@ def test_the_figures_of_the_five_sentences_are_those_of_the_tables():
         ("per_instance_clean", "per_instance", "sam", "best"),
     ]
     sentences = RESULTS.split("\n![")[0].replace("−", "-")
-    said = re.findall(r"(-?\d+\.\d) \((?:95 % interval )?(-?\d+\.\d) to (-?\d+\.\d)\)", " ".join(sentences.split()))
+    said = re.findall(
+        r"(-?\d+\.\d)(?: points)? \((?:95 % interval )?(-?\d+\.\d) to (-?\d+\.\d)\)", " ".join(sentences.split())
+    )
     expected = []
     for experiment, method, other, which in told:
         row = pairs_of(experiment, which).loc[(method, other), ["difference", "low", "high"]].astype(float)
@@ -228,6 +230,7 @@ def test_the_gains_beside_adamw_on_the_same_machine_are_those_of_the_records():
 @pytest.mark.parametrize("experiment, section, end", [
     ("label_noise_20", "### Half as many wrong labels", "\nThe seeds of what was chosen"),
     ("label_noise_mpnet", "### On an encoder of BERT-base's size", "\nChosen were"),
+    ("label_noise_stsb", "### On a second task", "\n| method | seeds"),
     ("label_noise", "**SAM at that rate adds nothing", "\nThe chosen ρ"),  # of SAM at a quarter of the rate
 ])  # fmt: skip
 def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
@@ -243,8 +246,9 @@ def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
                 continue
             rho = "" if "adamw" in method else f" {given['model']['rho']:g}"
             scores = f"{100 * best['heldout_score']:.1f} | {best['epoch']:g} | {100 * best['score']:.1f}"
-            wrong, right = (100 * last["memorised"][which]["accuracy"] for which in ("flipped", "clean"))
-            rows.append(f"| {method} |{rho} | {scores} | {100 * last['score']:.1f} | {wrong:.0f} | {right:.0f} |")
+            of = [last["memorised"][which] for which in ("flipped", "clean")]
+            wrong, right = (f"{100 * fit['accuracy']:.0f}" if "accuracy" in fit else f"{fit['loss']:.2f}" for fit in of)
+            rows.append(f"| {method} |{rho} | {scores} | {100 * last['score']:.1f} | {wrong} | {right} |")
     page = RESULTS.split(section)[1].split(end)[0]
     lines = [" ".join(line.replace("**", "").split()) for line in page.splitlines()]
     assert sorted(line for line in lines if re.match(r"\| (adamw|sam|dsam|per)", line)) == sorted(rows)
@@ -253,6 +257,7 @@ def test_the_rows_of_a_grid_are_its_records(experiment, section, end):
 @pytest.mark.parametrize("experiment, task, start", [
     ("label_noise_20_chosen", "sst2 noise 0.2", "The seeds of what was chosen"),
     ("label_noise_mpnet_chosen", "sst2 noise 0.4", "\nChosen were"),
+    ("label_noise_stsb_chosen", "stsb noise 0.4", "### On a second task"),
 ])  # fmt: skip
 def test_the_seeds_of_what_was_chosen_are_those_of_the_tables(experiment, task, start):
     """Also the number of seeds of each method, as long as some have more than others."""
@@ -355,6 +360,66 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
     assert f"SAM gains {shown[0]}, in each of the five seeds, and {shown[1]}" in page and beyond[0][2].min() > 0
     mean, ends, each = over("sam", "per_instance", 0)
     assert "by {:.2f} points in the mean [{:+.2f}, {:+.2f}]".format(mean, *ends) in page and each.min() > 0
+
+
+def test_what_is_said_of_the_second_task_is_what_its_tables_say():
+    page = " ".join(RESULTS.split("### On a second task")[1].split("\n### ")[0].split())
+    said = re.findall(
+        r"([+-]?\d+\.\d\d)(?: points)? \[([+-]\d+\.\d\d), ([+-]\d+\.\d\d)\]", page.split("**SAM gains")[1]
+    )
+    expected = []
+    for method, other in (("sam", "adamw"), ("adamw_quarter_lr", "adamw"), ("sam", "adamw_quarter_lr")):
+        for which in TABLES:
+            row = pairs_of("label_noise_stsb_chosen", which).loc[(method, other), ["difference", "low", "high"]]
+            expected.append(tuple("{:.2f} {:+.2f} {:+.2f}".format(*(100 * row.astype(float))).split()))
+    assert said == expected
+    runs = records_of("label_noise_stsb_chosen")
+    assert all(runs["sam", s]["last"]["score"] > runs["adamw", s]["last"]["score"] for s in range(1, 6))
+    losses = {
+        method: [
+            sum(runs[method, s]["last"]["memorised"][k]["loss"] for s in range(1, 6)) / 5 for k in ("flipped", "clean")
+        ]
+        for method in ("adamw", "adamw_quarter_lr", "sam")
+    }
+    told = (
+        "is {:.2f} on the permuted scores and {:.2f} on the others; at a quarter of the rate it is {:.2f} and {:.2f},"
+    )
+    assert told.format(*losses["adamw"], *losses["adamw_quarter_lr"]) in page
+    assert "SAM's, {:.2f} and {:.2f}, are nearly AdamW's".format(*losses["sam"]) in page
+
+
+def test_the_words_of_the_first_screen_are_what_the_intervals_say():
+    def low_and_high(experiment, method, other, which="best"):
+        return tuple(pairs_of(experiment, which).loc[(method, other), ["low", "high"]].astype(float))
+
+    noisy = ["label_noise_chosen", "label_noise_mpnet_chosen", "label_noise_stsb_chosen"]
+    assert all(low_and_high(e, "sam", "adamw")[0] > 0 for e in noisy)
+    shares = {}
+    for experiment in noisy:
+        low, high = low_and_high(experiment, "sam", "adamw_quarter_lr")
+        assert low < 0 < high
+        table = pairs_of(experiment, "best")["difference"]
+        shares[experiment] = table["adamw_quarter_lr", "adamw"] / table["sam", "adamw"]
+    assert all(share > 0.5 for share in shares.values()) and shares[noisy[1]] > 0.9
+    beyond = {e: low_and_high(e, "sam", "adamw_quarter_lr", "last")[0] > 0 for e in noisy}
+    assert beyond == dict.fromkeys(noisy, False) | {noisy[0]: True}
+    assert low_and_high("label_noise_20_chosen", "sam", "adamw", "last")[0] > 0
+    twenty = [pairs_of("label_noise_20_chosen", which).loc[("sam", "adamw"), "difference"] for which in TABLES]
+    assert twenty[0] < 0.5 * twenty[1]
+    for experiment in ("label_noise_none_chosen", "glue_minilm", "per_instance_clean"):
+        for method in ("sam", "dsam") if experiment != "per_instance_clean" else ("sam",):
+            assert low_and_high(experiment, method, "adamw")[0] < 0
+    assert low_and_high("per_instance_clean", "per_instance", "adamw")[0] > 0 > low_and_high(
+        "glue_minilm", "per_instance", "adamw")[0]  # fmt: skip
+    for experiment in ("label_noise_chosen", "label_noise_20_chosen"):
+        for method in ("dsam", "per_instance"):
+            low, high = low_and_high(experiment, method, "sam")
+            assert low < 0 < high
+    clean = pairs_of("label_noise_none_chosen", "best")["difference"]
+    assert clean["sam", "adamw"] < clean["dsam", "adamw"] < clean["per_instance", "adamw"]
+    for other in ("sam", "per_instance"):
+        low, high = low_and_high("label_noise_none_chosen", "dsam", other)
+        assert low < 0 < high
 
 
 def test_what_is_said_of_the_levels_together_is_what_their_table_says():

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsam.overrides import check
+from dsam.runs.manifest import configurations_of
 from dsam.submission import make
 from dsam.text import published
 
@@ -69,7 +70,8 @@ def test_every_command_line_is_one_that_its_script_takes():
         if script == "experiments/submission.py":
             assert make.parse(arguments).model == "bert_base"
         elif "--config-dir" not in arguments:  # a folder of the reader's
-            check([a for a in arguments if "=" in a and not a.startswith("-")], ROOT / "conf")
+            settings = [a for a in arguments if "=" in a and not a.startswith("-")]
+            check(configurations_of(settings) if script == "experiments/paper.py" else settings, ROOT / "conf")
 
 
 def test_every_page_named_is_there():
