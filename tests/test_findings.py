@@ -386,6 +386,10 @@ def test_what_is_said_of_the_second_task_is_what_its_tables_say():
     )
     assert told.format(*losses["adamw"], *losses["adamw_quarter_lr"]) in page
     assert "SAM's, {:.2f} and {:.2f}, are nearly AdamW's".format(*losses["sam"]) in page
+    heldout = {r["optimizer"]: [] for r in all_of("label_noise_stsb")}
+    for r in all_of("label_noise_stsb"):
+        heldout[r["optimizer"]].append(r["best"]["heldout_score"])
+    assert max(heldout, key=lambda method: max(heldout[method])) == "sam"
 
 
 def test_the_words_of_the_first_screen_are_what_the_intervals_say():
