@@ -345,7 +345,7 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
     wrong = command("--summary-only", "--out", str(tmp_path / "out"), script="approximation.py")
     assert (wrong.returncode, wrong.stderr) == (
         2,
-        f"error: cannot write {tmp_path}/out: Is a directory; set --out DIR\n",
+        f"error: cannot write {tmp_path}/out/summary.md: Is a directory; set --out DIR\n",
     )
     # A setting behind --looked-at is a setting: another seed is another fine-tuning, and not what the file holds.
     other = command(*arguments, "--batches", "2", "--looked-at", "agreement=1", "seed=1", *settings,

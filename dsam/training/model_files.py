@@ -43,8 +43,10 @@ def fingerprint(model: Model) -> str:
 @functools.cache
 def _folder_digest(path: str) -> str:
     digest = hashlib.sha256()
-    with _readable(path):
-        for file in sorted(Path(path).iterdir()):
+    with _readable(path, path):
+        files = sorted(Path(path).iterdir())
+    for file in files:
+        with _readable(path, file.name):
             if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model") and file.is_file():
                 with file.open("rb") as stream:
                     digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
@@ -52,11 +54,10 @@ def _folder_digest(path: str) -> str:
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _readable(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = error.filename or path
         raise UserError(f"model.path={path}: {what} cannot be read: {error.strerror or error}") from None
 
 
@@ -86,7 +87,7 @@ def check_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder")
-    with _readable(path):
+    with _readable(path, path):
         names = [file.name for file in folder.iterdir() if file.is_file()]
     _check(f"model.path={path}", names)
     return _without_adapter(folder, f"model.path={path}")
