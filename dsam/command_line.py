@@ -283,8 +283,8 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         chosen, rows = choose.choose(runs)
         print(choose.described(rows))
         lacking = choose.lacking(rows) if fresh else []
-        if fresh and not chosen:
-            manifest.forget(Path(first.paths.runs), name + manifest.CHOSEN)  # an earlier choice is not this one's
+        if fresh and not chosen and manifest.forget(Path(first.paths.runs), name + manifest.CHOSEN):
+            print(f"{name}{manifest.CHOSEN} was an earlier choice, and is forgotten; its runs stay", file=sys.stderr)
         if chosen and fresh:
             print(f"the chosen variants with the seeds {fresh}, as experiment {name}{manifest.CHOSEN}:")
             again = sweeps.plan(choose.reseeded(chosen, fresh))

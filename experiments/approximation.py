@@ -80,15 +80,13 @@ def main() -> None:
         common += ["data=local", f"data.root={given.data_root}"]
     common += [f"paths.runs={given.out / 'runs'}", *settings, *given.settings]
     measurements, timed = given.out / "measurements.csv", given.out / "times.csv"
+    if not given.summary_only:
+        configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
+        study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
+        if not given.no_times:
+            times.measure(configs, given.batch_size, timed)
+    extra = timed if timed.exists() and not given.no_times else None
     try:
-        if not given.summary_only:
-            configs = [
-                Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks
-            ]
-            study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
-            if not given.no_times:
-                times.measure(configs, given.batch_size, timed)
-        extra = timed if timed.exists() and not given.no_times else None
         for path in summary.write(measurements, given.out, looked_at, extra):
             print(path)
     except OSError as error:

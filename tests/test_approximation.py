@@ -342,6 +342,9 @@ def test_the_study_measures_once_and_goes_on(tmp_path):
     assert "| uniform" in (tmp_path / "out" / "summary.md").read_text()
     (tmp_path / "out" / "summary.md").unlink()
     (tmp_path / "out" / "summary.md").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*/file/a.csv: .*; set --out DIR"):
+        append(tmp_path / "file" / "a.csv", [{"task": "cola"}])
     wrong = command("--summary-only", "--out", str(tmp_path / "out"), script="approximation.py")
     assert (wrong.returncode, wrong.stderr) == (
         2,

@@ -127,6 +127,7 @@ def test_what_nothing_can_be_chosen_of_is_said_and_an_earlier_choice_is_none_of_
             for name in lacking
         ]
         assert manifest.exists() == (not lacking)
+        assert ("sweep_chosen was an earlier choice, and is forgotten; its runs stay" in done.stderr) == bool(lacking)
 
 
 def test_a_search_that_a_failed_run_stopped_chooses_nothing_of_the_trials_before(paths, monkeypatch, capsys):

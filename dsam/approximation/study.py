@@ -182,8 +182,16 @@ def read_rows(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
+def keep(path: Path, text: str) -> None:
+    """Writes a file of the study, whole or not at all. UserError where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; set --out DIR") from None
+
+
 def append(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     lines = [",".join(rows[0])] if new else []
     lines += [
@@ -191,4 +199,4 @@ def append(path: Path, rows: list[dict]) -> None:
     ]
     # The whole file anew, so that a kill leaves all rows of a batch or none.
     before = "" if new else path.read_text(encoding="utf-8")
-    write_atomically(path, before + "\n".join(lines) + "\n")
+    keep(path, before + "\n".join(lines) + "\n")

@@ -10,12 +10,11 @@ import pandas as pd
 import torch
 
 from ..config import Config
-from ..files import write_atomically
 from ..methods import SAM, DeltaSAM
 from ..runs.identity import identify
 from ..runs.run import Ready, prepare
 from ..training.device import memory_said
-from .study import WEIGHTINGS, Cell, batch_of, read_rows
+from .study import WEIGHTINGS, Cell, batch_of, keep, read_rows
 
 ROUNDS, BATCHES = 3, 2
 
@@ -31,7 +30,7 @@ def measure(configs: Sequence[Config], batch_size: int, path: Path) -> None:
         if not len(done) or not (done.reindex(columns=list(made))[of_this] == pd.Series(made)).all(axis=1).any():
             rows = pd.DataFrame([made | row for row in of_task(config, batch_size)])
             done = pd.concat([done[~of_this], rows]) if len(done) else rows
-            write_atomically(path, done.to_csv(index=False, float_format="%.4g"))
+            keep(path, done.to_csv(index=False, float_format="%.4g"))
 
 
 def of_task(config: Config, batch_size: int) -> list[dict]:

@@ -35,8 +35,8 @@ class Way:
 
 
 def measure(config: Config, batches: int, rounds: int) -> list[Way]:
-    """Times AdamW's steps in every way and SAM's in two, in turn on each batch, after a batch that does not count, or
-    as many rounds as a device needs (`Steps.unsteady`). A way that does not go there is left out."""
+    """Times AdamW's steps in every way and SAM's in two, in turn on each batch, after rounds that do not count
+    (`Steps.unsteady`). A way that does not go there is left out."""
     ready, size = prepare(config), config.train.batch_size
     examples = ready.data[ready.task.train[0]]
     order = epoch_order(len(examples), config.seeds.data, 0)[: batches * size]
@@ -55,17 +55,14 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {both: [] for both in steps}
     contenders = list(steps.items())
     unsteady = max(made.unsteady for made, _ in steps.values())
-    for turn in range(1 - unsteady, rounds):
-        print(f"{config.task.name}: padding, round {max(turn + 1, 0)}/{rounds}", file=sys.stderr, flush=True)
+    for turn in range(1 - unsteady, rounds + 1):
+        print(f"{config.task.name}: padding, round {max(turn, 0)}/{rounds}", file=sys.stderr, flush=True)
         for k in range(0, len(order), size):
-            if turn == k == 0 and unsteady == 1:
-                for made, rows in steps.values():
-                    made(rows[:size])
             first = (turn + k // size) % len(contenders)  # a way's place changes, so that none always follows another
             for both, (made, rows) in [*contenders[first:], *contenders[:first]]:
                 began = time.process_time()
                 spent = made(rows[k : k + size]), time.process_time() - began
-                if turn >= 0:
+                if turn > 0:
                     seconds[both].append(spent)
     return [Way(*both, *map(statistics.median, zip(*seconds[both], strict=True)), tokens[both]) for both in steps]
 

@@ -44,9 +44,12 @@ def read(runs_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
 
 
-def forget(runs_dir: Path, name: str) -> None:
-    """Takes the sweep's manifest away, if there is one; its runs stay."""
-    path_in(runs_dir, name).unlink(missing_ok=True)
+def forget(runs_dir: Path, name: str) -> bool:
+    """Takes the sweep's manifest away, and says whether there was one; its runs stay."""
+    path = path_in(runs_dir, name)
+    there = path.is_file()
+    path.unlink(missing_ok=True)
+    return there
 
 
 def parsed(contents: bytes) -> dict[str, Any]:

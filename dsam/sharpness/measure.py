@@ -28,7 +28,7 @@ from ..runs.run import load_data
 from ..text import first_line
 from ..training import model as models
 from ..training.batches import training_subset
-from ..training.device import choose_device, memory_said, to
+from ..training.device import choose_device, find_device, memory_said, to
 from .curvature import top_eigenvalues, trace
 from .objective import Objective
 from .rise import rises
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}; set --out DIR") from None
 
-    with memory_said(choose_device(without_tf32(config)), "take a smaller --batch, or --device cpu"):
+    with memory_said(find_device(without_tf32(config)), "take a smaller --batch, or --device cpu"):
         found, drawn = measure(config, options, keep)
     keep(found)
     print(summary(found))

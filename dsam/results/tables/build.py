@@ -27,10 +27,10 @@ class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
     `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
-    step; None where there is no such run. `pairwise` compares every two methods; None where there are two. `last_epoch`
-    and `pairwise_last_epoch` are without a choice of the epoch; None where the others are. `chosen` is None where no
-    settings were chosen by another sweep, `rho` where no method was run with several, `memorised` without label noise,
-    `beside_published` where nothing published is comparable.
+    step; None where there is no such run. `pairwise` compares every two methods; None without three on several seeds.
+    `last_epoch` and `pairwise_last_epoch` are without a choice of the epoch; None where the others are. `chosen` is
+    None where no settings were chosen by another sweep, `rho` where no method was run with several, `memorised` without
+    label noise, `beside_published` where nothing published is comparable.
     """
 
     main: Table

@@ -119,7 +119,7 @@ def _with_the_rate_used(runs: pd.DataFrame, names: list[str]) -> tuple[pd.DataFr
     if not {"lr", "lr_factor"} <= set(names):
         return runs, names
     used = runs[f"{PREFIX}lr"] * runs[f"{PREFIX}lr_factor"].astype(float).fillna(1)
-    used = used.map(lambda rate: float(f"{rate:.6g}"))  # 3e-5 / 4 is not to be seven and a half with sixteen digits
+    used = used.map(lambda rate: float(f"{rate:.6g}"))  # a product of floats shows its rounding otherwise
     return runs.assign(**{f"{PREFIX}lr": used}), [name for name in names if name != "lr_factor"]
 
 
