@@ -331,6 +331,28 @@ def test_methods_are_also_compared_at_equal_compute(built, runs_dir):
     assert tables.build(collect(runs_dir)).equal_compute is None
 
 
+def test_methods_are_compared_on_each_task(built, tmp_path):
+    """A gain on one and a loss on the other make no difference together."""
+    for task, gains in (("cola", (0.01, 0.02, 0.03)), ("rte", (-0.03, -0.02, -0.01))):
+        for seed, gain in enumerate(gains):
+            finish(tmp_path, plan(task, "tiny", "adamw", seed), best=0.6, last=0.5)
+            finish(tmp_path, plan(task, "tiny", "sam", seed), best=0.6 + gain, last=0.5 + 2 * gain)
+    two = tables.build(collect(tmp_path))
+    assert two.main.text.set_index("method").loc["sam", "difference to adamw"].startswith("+0.00 [")
+    reach = 4.302653 * 1 / 3**0.5  # sd 1, t of 2 degrees of freedom at 97.5 %
+    low, high = 2 - reach, 2 + reach
+    (row,) = two.by_task.text.to_dict("records")
+    assert row == {
+        "method": "sam",
+        "cola": f"+2.00 [{low:+.2f}, {high:+.2f}]",
+        "rte": f"-2.00 [{-high:+.2f}, {-low:+.2f}]",
+    }
+    later = two.by_task_last_epoch.values.set_index("task")["difference"]
+    assert later.round(9).to_dict() == {"cola": 0.04, "rte": -0.04}
+    assert "2 intervals" in two.by_task.notes[1] and "last epoch" in two.by_task_last_epoch.caption
+    assert built.by_task is None  # one task
+
+
 def test_every_two_methods_are_compared(built, runs_dir):
     table = built.pairwise
     text = table.text.set_index("method")

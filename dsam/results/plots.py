@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsam.results.statistics import compare, methods, scored
+from dsam.results.statistics import compare, compare_by_task, methods, scored
 from dsam.results.tables.labels import without
 from dsam.results.tables.sensitivity import against_rho
 
@@ -51,11 +51,7 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if comparison["low"].notna().any():
             text = f"{model}: mean difference to {baseline}, paired by seed, with {_interval_note([comparison])}"
             yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
-        by_task = {
-            task: found
-            for task, of_task in runs.groupby("task", sort=False)
-            if (found := compare(of_task, baseline, which).dropna(subset="difference"))["low"].notna().any()
-        }
+        by_task = compare_by_task(runs, baseline, which)
         if len(by_task) > 1:
             what = _interval_note(by_task.values())
             text = f"{model}: difference to {baseline} on each task, paired by seed, with {what}"

@@ -257,6 +257,16 @@ def compare(frame: pd.DataFrame, baseline: str = "adamw", which: str = "best") -
     return pd.DataFrame(rows, columns=columns).astype({"tasks": "Int64", "pairs": "Int64"})
 
 
+def compare_by_task(runs: pd.DataFrame, baseline: str = "adamw", which: str = "best") -> dict[str, pd.DataFrame]:
+    """`compare` on each task by itself, of one model's runs: {task: its rows that have a difference}.
+
+    p_holm is corrected over the methods of one task. Tasks without a spread (one pair of each method) are left out.
+    """
+    found = {task: compare(own, baseline, which) for task, own in runs.groupby("task", sort=False)}
+    found = {task: comparison.dropna(subset="difference") for task, comparison in found.items()}
+    return {task: comparison for task, comparison in found.items() if comparison["low"].notna().any()}
+
+
 def paired_difference(scores: pd.Series, others: pd.Series) -> dict:
     """What two methods' scores by task and seed say of their difference, over the cells that both have."""
     found = (scores - others).dropna()

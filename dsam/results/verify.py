@@ -178,7 +178,7 @@ def _from_cells(folder: Path) -> Iterator[Finding]:
     except (ValueError, TypeError, KeyError, UserError) as error:
         yield False, f"{folder / 'cells.csv'} cannot be read: {first_line(error)}"
         return
-    for table in filter(None, (built.main, built.per_task, built.statistics, built.pairwise)):
+    for table in filter(None, (built.main, built.per_task, built.statistics, built.by_task, built.pairwise)):
         there, made = folder / f"{table.name}.csv", _csv(table)
         # Columns that cells.csv knows nothing of are empty when made from it.
         known = [c for c in table.values if table.values[c].notna().any() and c not in NOT_IN_CELLS]

@@ -7,6 +7,7 @@ import pandas as pd
 
 from dsam.results.statistics import ROUNDING, baseline_label, compare, methods, scored, summarise, worse_than_best
 from dsam.results.tables import rendering
+from dsam.results.tables.by_task import by_task_table
 from dsam.results.tables.cost import cost_table, per_step, seconds_note
 from dsam.results.tables.formatting import DASH, interval, percent, score_cell
 from dsam.results.tables.formatting import number as formatted
@@ -27,10 +28,11 @@ class Tables:
     """What `build` makes; `cells` has every run behind the tables.
 
     `equal_compute` compares with plain training of more steps, the fair baseline of methods that take several passes a
-    step; None where there is no such run. `pairwise` compares every two methods; None without three on several seeds.
-    `last_epoch` and `pairwise_last_epoch` are without a choice of the epoch; None where the others are. `chosen` is
-    None where no settings were chosen by another sweep, `rho` where no method was run with several, `memorised` without
-    label noise, `beside_published` where nothing published is comparable.
+    step; None where there is no such run. `by_task` compares on each task by itself; None with one. `pairwise`
+    compares every two methods; None without three on several seeds. `last_epoch`, `by_task_last_epoch` and
+    `pairwise_last_epoch` are without a choice of the epoch; None where the others are. `chosen` is None where no
+    settings were chosen by another sweep, `rho` where no method was run with several, `memorised` without label noise,
+    `beside_published` where nothing published is comparable.
     """
 
     main: Table
@@ -39,6 +41,8 @@ class Tables:
     per_task: Table
     statistics: Table
     equal_compute: Table | None
+    by_task: Table | None
+    by_task_last_epoch: Table | None
     pairwise: Table | None
     pairwise_last_epoch: Table | None
     cost: Table
@@ -64,6 +68,8 @@ def build(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -> 
         per_task=_per_task(frame, summary, which),
         statistics=_statistics(frame, comparison, which, baseline),
         equal_compute=_equal_compute(frame, which, baseline),
+        by_task=_by_task(frame, which, baseline),
+        by_task_last_epoch=_by_task_last_epoch(frame, baseline) if which == "best" else None,
         pairwise=_pairwise(frame, which, baseline),
         pairwise_last_epoch=_pairwise_last_epoch(frame, baseline) if which == "best" else None,
         cost=cost,
@@ -131,6 +137,15 @@ def _main(frame, summary, comparison, cost, which, baseline) -> Table:
 def _last_epoch(frame, cost, baseline) -> Table:
     table = _main(frame, summarise(frame, "last"), compare(frame, baseline, "last"), cost, "last", baseline)
     return replace(table, name="last_epoch")
+
+
+def _by_task(frame, which, baseline) -> Table | None:
+    return by_task_table(frame, which, baseline, [selection_note(frame, which)])
+
+
+def _by_task_last_epoch(frame, baseline) -> Table | None:
+    table = _by_task(frame, "last", baseline)
+    return table and replace(table, name="by_task_last_epoch")
 
 
 def _pairwise(frame, which, baseline) -> Table | None:

@@ -1,0 +1,41 @@
+"""Each method beside the baseline on one task at a time: what a mean over tasks, which adds points of several metrics,
+can hide."""
+
+import pandas as pd
+
+from dsam.results.statistics import compare_by_task, methods, scored
+from dsam.results.tables.formatting import DASH, interval
+from dsam.results.tables.rendering import Table
+from dsam.results.tables.unlike import unlike_notes
+
+
+def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[str]) -> Table | None:
+    """A row per model and method, a column per task; `values` have a row per model, task and method.
+
+    None without a model whose methods are compared on two tasks. `notes` go before its own.
+    """
+    values, text = [], []
+    for model, runs in frame.groupby("model", sort=False):
+        found = compare_by_task(runs, baseline, which)
+        if len(found) < 2:
+            continue
+        for task, comparison in found.items():
+            values.append(comparison.assign(task=task))
+        rows = {task: comparison.set_index("method") for task, comparison in found.items()}
+        for method in methods(runs, baseline):
+            cells = {task: interval(own.loc[method]) for task, own in rows.items() if method in own.index}
+            if cells:
+                text.append({"model": model, "method": method} | cells)
+    if not values:
+        return None
+    tasks = [task for task in frame["task"].unique() if any(task in row for row in text)]
+    shown = pd.DataFrame(text, columns=["model", "method", *tasks]).fillna(DASH)
+    columns = ["model", "task", "method", "difference", "low", "high", "p", "p_holm", "smallest_p", "pairs"]
+    own_notes = [
+        "The row's method minus the baseline: means of the differences paired by seed, ×100 of each task's own metric, "
+        f"with 95 % t-interval. The {sum(map(len, values))} intervals are not corrected for their number: if no method "
+        "differed, one in twenty would still leave out 0.",
+        *unlike_notes(scored(frame, which), baseline),
+    ]
+    caption = f"Difference to {baseline} on each task ({which} epoch)"
+    return Table("by_task", caption, [*notes, *own_notes], pd.concat(values)[columns], shown).without_single_model()
