@@ -77,7 +77,7 @@ def preferred(experiment):
 
 
 def harder_lines():
-    """SAM beside AdamW where AdamW has as much compute, where both have a chosen rate, and where clean labels choose."""
+    """SAM beside AdamW with as much compute, with chosen rates of both, and where clean labels choose."""
     lines = []
     for training, experiment in TRAININGS.items():
         if not experiment.startswith("label_noise"):
