@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -295,7 +296,6 @@ def test_estimates_count_the_passes_of_a_methods_own_options(method, options, pa
 def test_conda_environment_lock_and_project_agree():
     import tomllib
 
-    import yaml
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -311,7 +311,23 @@ def test_conda_environment_lock_and_project_agree():
     (python,) = [d for d in conda["dependencies"] if str(d).startswith("python=")]
     assert project["requires-python"] == ">=" + python.split("=")[1]
     (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
-    assert any("requirements.lock" in line for line in pip)
+    assert pip == ["--requirement requirements.lock", "--editable ."]
+
+
+def test_pip_takes_the_lines_that_conda_hands_to_it(tmp_path):
+    """As a requirements file, which knows fewer options than pip's command."""
+    from pip._internal.network.session import PipSession
+    from pip._internal.req import parse_requirements
+
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    handed = tmp_path / "condaenv.txt"
+    handed.write_text("\n".join(pip).replace("requirements.lock", str(ROOT / "requirements.lock")))
+    found = list(parse_requirements(str(handed), PipSession()))
+    assert len(found) > 50 and [r.requirement for r in found if r.is_editable] == ["."]
+    with pytest.raises(BaseException, match="no such option|Invalid requirement|--no-deps"):
+        handed.write_text("--no-deps --editable .")
+        list(parse_requirements(str(handed), PipSession()))
 
 
 def test_nothing_to_the_left_imports_what_is_to_the_right():

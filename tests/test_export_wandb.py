@@ -242,6 +242,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.history, self.ended, self.requests, self.refuse_lines = {}, {}, 0, refuse_lines
+        self.going_on, self.deleted = set(), set()  # runs whose lines are asked for before more come; and gone ones
 
     def handle_error(self, *_):
         pass  # a client that was killed
@@ -267,7 +268,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests += 1
         body = self._body()
         if self.path == "/graphql":
-            self._answer({"data": self._graphql(json.loads(body))})
+            data = self._graphql(json.loads(body))
+            self._answer(
+                {"data": data} if data is not None else {"errors": [{"message": "deleted"}]}, 409 * (not data) or 200
+            )
         elif self.path.endswith("/file_stream"):
             if self.server.refuse_lines:
                 self._answer({"error": "refused"}, 400)
@@ -293,6 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         project = {"id": "p", "name": "dsam", "entity": {"id": "e", "name": "me"}}
         if "RunResumeStatus" in query:
             history = self.server.history.get(given["name"])
+            self.server.going_on.add(given["name"])
             bucket = history is not None and {
                 "id": "r", "name": given["name"], "displayName": "", "summaryMetrics": "{}", "config": "{}",
                 "logLineCount": 0, "eventsLineCount": 0, "historyLineCount": len(history), "eventsTail": "[]",
@@ -301,6 +306,8 @@ class Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
             return {"model": project | {"bucket": bucket or None}}
         if "upsertBucket" in query:
+            if given["name"] in self.server.deleted:
+                return None
             self.server.history.setdefault(given["name"], {})
             bucket = {"id": "r", "name": given["name"], "displayName": "", "config": "{}", "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -313,10 +320,12 @@ class Handler(BaseHTTPRequestHandler):
         part = (given.get("files") or {}).get("wandb-history.jsonl")
         if part:
             for i, line in enumerate(part["content"], part["offset"]):
-                assert i not in self.server.history[run_id], "a line of the history written over"
+                known = run_id in self.server.going_on and i in self.server.history[run_id]
+                assert not known, "a line of the history written over"
                 self.server.history[run_id][i] = line
         if given.get("complete"):
             self.server.ended[run_id] = given["exitcode"]
+            self.server.going_on.discard(run_id)
 
 
 @contextmanager
@@ -345,6 +354,37 @@ def test_an_upload_is_whole_and_is_not_repeated_until_something_changes(copy):
             stream.write(json.dumps({"event": "train", "step": 99, "loss": 1.0}) + "\n")
         assert export("--mode", "online", copy, env=env).returncode == 0
         assert server.rows(copy.name) == [as_wandb_has_it(line) for line in lines(copy)]
+
+
+def test_a_run_done_anew_takes_the_place_of_the_old_one(copy):
+    """Its method was mended, say, and its folder removed: the identity holds no source code."""
+    with serving() as server:
+        env = KEY | {"WANDB_BASE_URL": server.url}
+        assert export("--mode", "online", copy, env=env).returncode == 0
+        anew = [line | ({"loss": line["loss"] + 1} if "loss" in line else {}) for line in lines(copy)]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in anew))
+        done = export("--mode", "online", copy, env=env)
+        assert done.returncode == 0 and "lines uploaded" in done.stdout
+        assert server.rows(copy.name) == [as_wandb_has_it(line) for line in anew]
+
+
+def test_a_run_that_the_server_will_not_have_keeps_no_other_from_it(copy, tmp_path):
+    others = [copy.parent / f"{copy.name[:-1]}{last}" for last in "xy"]
+    for other in others:
+        shutil.copytree(copy, other)
+        (other / "result.json").unlink()  # which names its run
+    with serving() as server:
+        server.deleted.add(others[0].name)
+        done = export("--mode", "online", others[0], copy, others[1], env=KEY | {"WANDB_BASE_URL": server.url})
+        assert done.returncode == 1 and "3 runs: 2 exported, 0 unchanged, 1 failed" in done.stdout
+        (error,) = done.stderr.splitlines()
+        assert error.startswith(f"failed: {others[0]}: W&B refuses it: ")
+        assert server.history.keys() == {copy.name, others[1].name}
+        server.deleted |= {copy.name, others[1].name}  # all: another account's, say
+        for folder in (copy, *others):
+            (folder / "wandb-sync.json").unlink(missing_ok=True)
+        done = export("--mode", "online", copy, *others, env=KEY | {"WANDB_BASE_URL": server.url})
+        assert done.returncode == 1 and done.stderr.startswith(f"error: W&B at {server.url}: ")
 
 
 def test_an_online_run_killed_and_resumed_is_one_run_with_each_line_once(paths, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, NonFiniteGradient, Plain
-from dsam.integrations.transformers import SharpnessAwareTrainer
+from dsam.integrations.transformers import SharpnessAwareTrainer, classifier_losses
 
 LR = 1e-2
 
@@ -256,7 +257,9 @@ def test_bfloat16_autocast_reaches_the_passes_but_not_the_probes(tmp_path):
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
             model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
-                lambda module, inputs, output: seen.append((output.dtype, torch.is_grad_enabled()))
+                lambda module, inputs, output: (
+                    seen.append((output.dtype, torch.is_grad_enabled())) if module.training else None
+                )  # else it is compared with the model's own loss
             )
 
     ours = trained(
@@ -391,6 +394,40 @@ def test_evaluation_has_the_losses_that_are_trained(tmp_path):
     )
 
 
+class WithClassWeights(BertForSequenceClassification):
+    def forward(self, labels=None, **inputs):
+        outputs = super().forward(**inputs)
+        if labels is not None:
+            outputs.loss = nn.functional.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 1.0, 20.0]))
+        return outputs
+
+
+def test_a_model_s_own_loss_is_not_trained_as_another(tmp_path):
+    model = WithClassWeights(network().config)
+    with pytest.raises(ValueError, match=r"WithClassWeights's own loss is \d\.\d{4} .*: pass losses="):
+        trained(Ours, tmp_path, model, steps=1, method="sam")
+    assert model.training and all(module.training for module in model.modules())
+
+    def weighted(outputs, labels):
+        weights = torch.tensor([1.0, 1.0, 20.0])
+        return nn.functional.cross_entropy(outputs.logits, labels, weights, reduction="none")
+
+    trained(Ours, tmp_path, model, steps=1, method="sam", losses=weighted)
+    drawing = network(dropout=0.1)  # comparing draws no random number
+    once = trained(Ours, tmp_path, drawing, steps=3, method="sam", losses=classifier_losses).model
+    assert_same(once, trained(Ours, tmp_path, network(dropout=0.1), steps=3, method="sam").model, **EXACT)
+
+
+def test_other_options_than_the_checkpoint_s_are_said(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trained(Ours, tmp_path, steps=1, args=saving, method="looksam", method_options={"k": 2})
+    resume = {"steps": 2, "method": "looksam", "resume": str(tmp_path / "checkpoint-1")}
+    with pytest.warns(UserWarning, match=r"with method_options \{'k': 2\}, and goes on with \{'k': 5\}"):
+        trained(Ours, tmp_path, method_options={"k": 5}, **resume)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        trained(Ours, tmp_path, method_options={"k": 2}, **resume)
+
+
 def trained_by_hand(losses, data):
     """The head after one step of SAM on the Trainer's first batch."""
     model = network()
@@ -513,6 +550,8 @@ def a_rank(rank, port, folder):
         trainer = trained(Ours, folder, steps=2, args=cut, method=lambda m: DeltaSAM(m, 0.1, seed=5), **options)
         assert trainer.accelerator.num_processes == 2
         found[name] = losses_logged(trainer), trainer.model.state_dict()
+    own = trained(Ours, folder, steps=1, args=cut, losses=classifier_losses, method="sam")
+    found["evaluated"] = [own.evaluate(examples())["eval_loss"]]
     saving = cut | {"save_strategy": "steps", "save_steps": 1}
     options = {"method": lambda m: DeltaSAM(m, 0.1, seed=5), "args": saving}
     trained(Ours, folder / "saved", steps=2, **options)
@@ -544,5 +583,7 @@ def test_two_processes_equal_one_with_the_joint_batch_and_resume_exactly(tmp_pat
         for name, value in one.model.state_dict().items():
             torch.testing.assert_close(weights[name], value, **CLOSE)
             assert torch.equal(found["resumed"][1][name], weights[name])
+        (evaluated,), once = found["evaluated"], trained(Ours, tmp_path, steps=1, method="sam")
+        assert evaluated == pytest.approx(once.evaluate(examples())["eval_loss"], abs=1e-5)
         _, local = found["local"]
         assert max(float((weights[k] - local[k]).abs().max()) for k in weights) > 1e-5

@@ -7,6 +7,7 @@ trainer = SharpnessAwareTrainer(model, args, train_dataset=data, method=lambda m
 trainer.train()
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,8 +26,11 @@ from .distributed import Distributed
 METHOD_STATE = "dsam_method{rank}.pt"
 """In a checkpoint's folder: the method's state and name; with several processes one file for each."""
 
-METHOD_NAME, PROCESSES = "method", "processes"
-"""The keys of its name, and of how many processes there were."""
+METHOD_NAME, PROCESSES, OPTIONS = "method", "processes", "options"
+"""The keys of its name, of how many processes there were, and of the options that are plain values."""
+
+COMPARED = 8
+"""On how many micro-batches of a training a model's own loss is compared with the one that is trained."""
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 """(the model's output, labels (B, …)) -> per-example losses (B,)."""
@@ -56,6 +60,9 @@ class SharpnessAwareMixin:
         losses: (outputs, labels) -> per-example losses (B,), by default `classifier_losses`; evaluation has their mean.
         ascent: with several processes "global" or "local", see `dsam.integrations.distributed.Distributed`.
 
+    `args.average_tokens_across_devices` is set to False: it would multiply the evaluation's loss by the number of
+    processes, and training has no use for it.
+
     Checkpoints also hold the method's state, and `train(resume_from_checkpoint=…)` goes on bit for bit, with the same
     method and as many processes.
 
@@ -63,7 +70,8 @@ class SharpnessAwareMixin:
         ValueError: an unknown method or option, a checkpoint of another method or of another number of processes, or a
             setting that would not do what it says here: DataParallel (start one
             process per GPU with torchrun), FSDP, DeepSpeed, an overridden `compute_loss`, `compute_loss_func`, label
-            smoothing without `losses`, an optimizer that steps inside the backward pass.
+            smoothing without `losses`, a model whose own loss is another (class weights in its `forward`) without
+            `losses`, an optimizer that steps inside the backward pass.
         NonFiniteGradient: out of `train`; the step was not taken. With fp16 the scaler skips the step instead.
     """
 
@@ -89,6 +97,7 @@ class SharpnessAwareMixin:
         if method_options and not isinstance(method, type):
             raise ValueError("method_options go with a method's name or class; a function takes care of its own")
         super().__init__(*args, **kwargs)
+        self.args.average_tokens_across_devices = False
         if type(self).compute_loss is not Trainer.compute_loss:
             raise ValueError(
                 f"{type(self).__name__}.compute_loss would not be called: pass losses=, one loss for each example"
@@ -108,6 +117,7 @@ class SharpnessAwareMixin:
             raise ValueError(f"{self.accelerator.distributed_type.value} is not supported: it shards the weights")
         self._make_method, self._method_options = method, dict(method_options or {})
         self._example_losses, self._ascent = losses or classifier_losses, ascent
+        self._compares, self._compared = losses is None, 0
         if losses is not None:  # what `evaluate` calls; training steps are `training_step`'s own
             self.compute_loss_func = lambda outputs, labels, **_: losses(outputs, labels).mean()
         self.method: Method | Distributed | None = None
@@ -137,7 +147,7 @@ class SharpnessAwareMixin:
         self.method = self._made(self.model)
         if self.accelerator.num_processes > 1:
             self.method = Distributed(self.method, model, ascent=self._ascent)
-        self._pending = []
+        self._pending, self._compared = [], 0
         if resume_from_checkpoint is not None:
             self._resume_method(resume_from_checkpoint)
         return model, train_dataloader
@@ -161,7 +171,14 @@ class SharpnessAwareMixin:
                 f"{path} is the state of {name} and this training's method is {own}: resume with {name}, or remove "
                 f"{METHOD_STATE.format(rank='*')} there to begin anew"
             )
+        options, now = saved.pop(OPTIONS, None), self._plain_options()
+        if options is not None and options != now:
+            warnings.warn(f"{folder} was trained with method_options {options}, and goes on with {now}", stacklevel=2)
         self.method.load_state_dict(saved)
+
+    def _plain_options(self) -> dict[str, Any]:
+        kinds = (bool, int, float, str, type(None))
+        return {name: value for name, value in self._method_options.items() if isinstance(value, kinds)}
 
     def _method_name(self) -> str:
         return type(self.method.method if isinstance(self.method, Distributed) else self.method).__name__
@@ -174,6 +191,9 @@ class SharpnessAwareMixin:
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
         self._pending.append(_TrainerLosses(self, model, self._prepare_inputs(inputs)))
+        if self._compares and self._compared < COMPARED:
+            self._compared += 1
+            self._pending[-1].compare_with_own()
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         closures, self._pending = self._pending, []
@@ -190,7 +210,7 @@ class SharpnessAwareMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        of_it = {METHOD_NAME: self._method_name(), PROCESSES: self.args.world_size}
+        of_it = {METHOD_NAME: self._method_name(), PROCESSES: self.args.world_size, OPTIONS: self._plain_options()}
         torch.save(self.method.state_dict() | of_it, self._method_path(output_dir))
 
     def _method_path(self, folder: str) -> str:
@@ -225,6 +245,33 @@ class _TrainerLosses(ExampleLosses):
         with torch.autocast(self.labels.device.type, enabled=False):
             outputs = getattr(network, "_original_forward", network)(**self.inputs)
         return self._losses_by(outputs)
+
+    def compare_with_own(self) -> None:
+        """ValueError where the model has a loss of its own, and it is not the mean of those that are trained.
+
+        Without dropout, so that both are of the same outputs; no random number is drawn.
+        """
+        network = self.network
+        if "labels" not in inspect.signature(getattr(network, "_original_forward", network.forward)).parameters:
+            return
+        training = [module for module in network.modules() if module.training]
+        network.eval()
+        try:
+            with torch.no_grad():
+                outputs = network(**self.inputs, labels=self.labels)
+                own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+                if own is None or own.numel() != 1:
+                    return
+                ours = self.trainer._example_losses(outputs, self.labels).mean()
+        finally:
+            for module in training:
+                module.training = True
+        rounding = 1e-3 if own.dtype == outputs.logits.dtype == torch.float32 else 2e-2
+        if not abs(own - ours) <= rounding * max(1e-3, abs(own), abs(ours)) and own.isfinite():
+            raise ValueError(
+                f"{type(network).__name__}'s own loss is {float(own):.4f} on a batch where cross-entropy or squared "
+                f"error, which would be trained, is {float(ours):.4f}: pass losses=, which returns one loss per example"
+            )
 
     def _losses_by(self, outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", None)

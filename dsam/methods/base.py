@@ -186,6 +186,12 @@ class Method(Constructed):
         self.checked.add("device")
 
     def _require_same_parameters(self) -> None:
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.params):
+            raise ValueError(
+                "a parameter has a hook that runs once its gradient is accumulated (register_post_accumulate_grad_hook,"
+                " as of an optimizer that steps inside the backward pass): a method assigns .grad when the step is "
+                "whole, and it would not run; remove it, and step after backward"
+            )
         given = {id(p) for p in (*self.params, *self._frozen)}
         if self.module is not None and {id(p) for p in self.module.parameters()} != given:
             raise ValueError(

@@ -11,6 +11,7 @@ from .examples_apart import batch_norms, require_examples_apart, require_own_gra
 from .factors import joined
 from .gradients import tf32_products, widest
 from .layers import DoesNotFit, TopLayers
+from .losses import example_losses
 from .one_by_one import OneByOne
 from .per_example import PerExampleGradients, Unsupported
 from .perturbation import Gradients, total_norm
@@ -222,6 +223,24 @@ class DeltaSAM(SAM):
 
         return curvature_along_own_gradients(gradients, losses)
 
+    def _require_likelihood(self, step: Step, losses: Tensor) -> None:
+        """ValueError where the losses are not those of the logits that the closures keep: cross-entropy, or squared
+        error. Looked at in a method's first step; a closure that keeps no logits is taken at its word."""
+        step.checked.add("losses")
+        outputs = [piece.labelled_logits for piece in step.pieces]
+        if any(found is None for found in outputs):
+            return
+        try:
+            expected = torch.cat([example_losses(*found) for found in outputs if found is not None])
+            alike = torch.allclose(expected.to(losses), losses, rtol=1e-2, atol=1e-3, equal_nan=True)
+        except (ValueError, IndexError, RuntimeError):  # labels that only the closure's own losses understand
+            alike = False
+        if not alike:
+            raise ValueError(
+                f"weighting {type(self.weighting).__name__} is of cross-entropy (or squared error of one output), and "
+                "the closure's losses are others, with class weights or smoothing perhaps: take another weighting"
+            )
+
     def _probe(self, step: Step, losses: Tensor) -> tuple[Tensor, Probe]:
         """(losses at w to compare with, what the probes saw): losses at w ± v for random directions v, same masks."""
         params = self.params
@@ -235,6 +254,8 @@ class DeltaSAM(SAM):
                 raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
             probe.logits = torch.cat([logits for logits, _ in outputs])
             probe.labels = torch.cat([labels for _, labels in outputs])
+        if self.weighting.of_likelihood and "losses" not in step.checked:
+            self._require_likelihood(step, losses)
         if self.weighting.exact and self.singly:
             self._look_singly(step, probe)
         if not self.weighting.sides:
@@ -275,9 +296,10 @@ class DeltaSAM(SAM):
         """
         draw = rademacher if self.weighting.noise == "rademacher" else gaussian
         words, direction, not_drawn = step.words, [], 0
+        ids = [piece.word_ids for piece in step.pieces]
         for p in params:
-            if words is not None and p is words.weight:
-                rows = torch.cat([piece.word_ids.flatten() for piece in step.pieces]).unique()
+            if words is not None and p is words.weight and None not in ids:
+                rows = torch.cat([found.flatten() for found in ids if found is not None]).unique()
                 values = draw((len(rows), p.shape[1]), p, self.generator)
                 found = torch.sparse_coo_tensor(rows[None], values, p.shape, is_coalesced=True, check_invariants=False)
                 not_drawn += p.numel() - values.numel()

@@ -14,6 +14,8 @@ PROVEN = frozenset({"gradients", "square"})
 MOST = 4
 NEAR = 0.05
 """Share of the gradients' norm that two ways to them may differ by: rounding in half precision takes less."""
+TINY = torch.finfo(torch.float32).tiny ** 0.5
+"""Gradients whose squares are 0 in float32."""
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -51,12 +53,16 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
     rest = [
         sums[id(p)] - (0 if g is None else g.to_dense() / found.scale) for p, g in zip(params, expected, strict=True)
     ]
-    away = float(total_norm(rest) / (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt())
-    if not math.isfinite(away):  # of gradients that are 0, or not finite: that shows nothing
+    apart, norm = total_norm(rest), (weights.square() @ found.squared_norms().to(weights.dtype)).sqrt()
+    apart, norm = torch.stack([apart.to(norm), norm]).tolist()
+    # Where both are 0, or one is not finite, that shows nothing; a norm alone that is 0 shows that none was seen.
+    if not math.isfinite(apart + norm) or max(apart, norm) < TINY:
         return
-    if away > NEAR:
+    if apart > NEAR * norm:
+        told = f"their sum is {100 * apart / norm:.0f} % of their norm away from the batch's" if norm else (
+            "they are 0, unlike the batch's")  # fmt: skip
         raise Unsupported(
-            f"per-example gradients: their sum is {100 * away:.0f} % of their norm away from the batch's "
+            f"per-example gradients: {told} "
             "gradient: the model does not keep its examples in the first dimension, or uses a layer's weight without "
             "calling the layer"
         )

@@ -1,5 +1,6 @@
 """F-SAM: the ascent leaves out what the batch's gradient shares with those before it."""
 
+import torch
 from torch import Tensor
 
 from .gradients import combine
@@ -37,7 +38,10 @@ class FSAM(SAM):
         # A layer that this pass skipped is not moved, and one that none had reached before has nothing to leave out. A
         # gradient that is not finite shows in the direction's norm.
         moved = [None if g is None else d for g, d in zip(gradient, direction, strict=True)]
-        return moved, total_norm(moved)
+        norm = total_norm(moved)
+        # What is left of a gradient that equals the average is rounding, which would be blown up to the length ρ.
+        rounding = min(100 * max(torch.finfo(p.dtype).eps for p in self.params), 0.02)
+        return moved, torch.where(norm > rounding * total_norm(gradient), norm, 0) + 0 * norm
 
     def descent(self, step: Step, losses: Tensor, ascent: Gradients) -> list[Tensor | None]:
         gradient = super().descent(step, losses, ascent)  # which ends where the ascent is not finite

@@ -1,7 +1,7 @@
 """Arithmetic on gradients (lists with one tensor per parameter, None where none came); passes without a trace."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,13 @@ def dense(gradient: Tensor | None) -> Tensor | None:
 def whole(gradients: Gradients, by_rows: bool = False) -> list[Tensor | None]:
     """Each of the gradients dense; or, `by_rows`, sparse ones coalesced instead: every row that is used once."""
     return [g.coalesce() if by_rows and g is not None and g.is_sparse else dense(g) for g in gradients]
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """Around backward passes and products, should the caller be inside autocast: PyTorch would apply it to them too."""
+    kind = device.type
+    within = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if within else nullcontext()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ class ExampleLosses:
         owners = [m for m in self.model.modules() if any(p is words.weight for p in m._parameters.values())]
         return words if len(owners) == 1 else None
 
+    @property
+    def word_ids(self) -> Tensor | None:
+        """All that is looked up in `words`; None where a subclass has a `__call__` of its own: it may look up more."""
+        return self.inputs.get("input_ids") if type(self).__call__ is ExampleLosses.__call__ else None
+
     def _embeddings(self) -> nn.Embedding:
         """The module that a Hugging Face model looks its words up with."""
         find: Any = getattr(self.network, "get_input_embeddings", None)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gradients import dense, wide
+from .gradients import dense, outside_autocast, wide
 from .perturbation import Gradients
 from .step import Step
 
@@ -49,7 +49,7 @@ class OneByOne:
             squares.append(gradient.square().sum())
             total += gradient
         mean = total / len(self)
-        return self._stacked(squares), self._stacked([self.gradient(i) @ mean for i in range(len(self))])
+        return self._stacked(squares), self._stacked([_product(self.gradient(i), mean) for i in range(len(self))])
 
     def gram(self) -> Tensor:
         """g_i · g_j: (B, B)."""
@@ -57,9 +57,9 @@ class OneByOne:
         found = self._zeros(len(self), len(self))
         for start in range(0, len(self), size):
             block = torch.stack([self.gradient(i) for i in range(start, min(start + size, len(self)))])
-            found[start : start + size, start : start + size] = block @ block.mT
+            found[start : start + size, start : start + size] = _product(block, block.mT)
             for j in range(start + size, len(self)):
-                found[start : start + size, j] = found[j, start : start + size] = block @ self.gradient(j)
+                found[start : start + size, j] = found[j, start : start + size] = _product(block, self.gradient(j))
         return found
 
     def curvature(self, step: float = 1e-2) -> Tensor:
@@ -84,3 +84,9 @@ class OneByOne:
 
     def _stacked(self, numbers: list[Tensor]) -> Tensor:
         return torch.stack(numbers) if numbers else self._zeros(0)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in its own precision also inside the caller's autocast."""
+    with outside_autocast(a.device):
+        return a @ b

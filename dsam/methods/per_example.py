@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import factors
 from .factors import GradientFactors
-from .gradients import wide
+from .gradients import outside_autocast, wide
 from .layer_kinds import (
     EMBEDDING,
     LINEAR,
@@ -169,7 +169,7 @@ class PerExampleGradients(GradientFactors):
         again = positions_apart(self._model, lambda: self._batch)  # where checkpointed layers run once more
         places = [bare.place for bare, _ in self._copies]
         unproven = len(losses) > 1 and any(which not in _proven.get(module, ()) for module, which in places)
-        with again:
+        with again, outside_autocast(total.device):
             torch.autograd.grad(total, self._anchor, allow_unused=True, retain_graph=unproven)
         self._gather()
         if unproven:

@@ -54,8 +54,9 @@ class Piece:
         return getattr(self.closure, "words", None)
 
     @property
-    def word_ids(self) -> Tensor:
-        return self.closure.inputs["input_ids"]
+    def word_ids(self) -> Tensor | None:
+        """The only rows of `words` that it looks up, where it says so."""
+        return getattr(self.closure, "word_ids", None)
 
     @property
     def autocast(self) -> torch.dtype | None:

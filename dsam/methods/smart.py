@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .embedding_noise import OutputMethod, add_to_report, divergence, one_sided, over_examples, require_at_least
+from .gradients import outside_autocast
 from .piece import Outputs
 from .step import Step
 
@@ -64,7 +65,7 @@ class SMART(OutputMethod):
             target = logits.detach()
             far = _as_in_code(noisy, target) if code else divergence(target, noisy)
             scale = step.scale_of_one(examples)  # or half precision's smallest numbers become 0
-            with step.reruns_undone():
+            with step.reruns_undone(), outside_autocast(noise.device):
                 (gradient,) = torch.autograd.grad(far.sum() * scale, noise)
             gradient = gradient / scale
             step.report["backwards"] += step.costs[k]

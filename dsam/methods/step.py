@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteGradient
 from . import buffers
-from .gradients import add, owned, sparse_gradient, whole
+from .gradients import add, outside_autocast, owned, sparse_gradient, whole
 from .perturbation import Gradients, Mark, perturbed, total_norm
 from .piece import Closure, pieces_of, require_losses
 
@@ -268,7 +268,7 @@ class Step:
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
         try:
-            with self.reruns_undone():
+            with self.reruns_undone(), outside_autocast(loss.device):
                 found = self.grad(loss, [*chosen, *also])
         except RuntimeError as error:
             for words, said in MISTAKES.items():

@@ -1,6 +1,5 @@
 """Where passes are looked into: hooks on a model's layers, and a function that hands an output's gradient over."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,8 +69,9 @@ def hooked(
         contexts.enter_context(positions_apart(model, examples))
         try:
             yield
-        except RuntimeError as error:  # as where the one output is then repeated for all examples, by prompts of peft
-            if not expanded or not re.search("size|shape", str(error), re.IGNORECASE):
+        except Exception as error:  # as where the one output is then repeated for all examples, by prompts of peft
+            # A mistake of the closure's own comes again, in its own words, from passes without this.
+            if not expanded or isinstance(error, (Unsupported, torch.OutOfMemoryError)):
                 raise
             raise Unsupported(
                 f"per-example gradients: {' or '.join(map(repr, expanded))} serves all examples at once, and "

@@ -55,6 +55,8 @@ class Weighting:
     exact: Sequence[str] = ()
     """Which exact fields of `Probe` it reads: norms, cosines, gram, curvature."""
     needs_logits = False
+    of_likelihood = False
+    """Whether it takes the losses for cross-entropies (or squared errors of one output)."""
 
     def __init__(
         self,
@@ -191,7 +193,7 @@ class GaussNewton(Weighting):
     """
 
     exact = ("norms",)
-    needs_logits = True
+    needs_logits = of_likelihood = True
 
     def __init__(self, floor: float = 0.1, **options):
         super().__init__(**options)
@@ -213,6 +215,8 @@ class GaussNewton(Weighting):
 class Confidence(Weighting):
     """p_i ∝ p_y = exp(−ℓ_i), the probability of the true class; `power` tempers it. No cost. Exploratory, [derived]:
     for two classes the part of the Gauss-Newton weight that the logits alone give."""
+
+    of_likelihood = True
 
     def scores(self, losses: Tensor, probe: Probe) -> Tensor:
         return torch.exp(-losses)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
 
     What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless it
     cannot be read or the file's names all of its runs and more. A run's result is written last, so that one that a
-    kill left half written counts as unfinished; a damaged one is set aside. Returns (finished runs written, finished
+    kill left half written counts as unfinished; a damaged one is set aside. Weights and checkpoints that an unfinished
+    attempt left in a folder are removed: they are not those of the result. Returns (finished runs written, finished
     runs left alone).
 
     Raises:
@@ -106,6 +108,9 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
                 written.add(folder)
             elif there.exists():
                 continue
+            # What another attempt left here half way is no weights of this result: they can be trained for it.
+            for stale in (there / "best", there / "last", there / "checkpoint", *there.glob("at-*")):
+                shutil.rmtree(stale, ignore_errors=True)
             there.mkdir(parents=True, exist_ok=True)
             for name in FILES:
                 if name in record:

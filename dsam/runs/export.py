@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -31,7 +33,7 @@ class Damaged(Exception):
 
 
 class Unreachable(Exception):
-    """W&B does not answer or does not let us in: no other run would fare better."""
+    """W&B does not answer, does not let us in, or does not take this run."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     folders, runs = choose(options.chosen, own_folder(options.config_dir))
     into = options.into or (runs.parent if options.mode == "offline" else None)
     server = connect(options.mode)
-    failed, done, same = [], 0, 0
+    failed, done, same, refused = [], 0, 0, 0
     for i, folder in enumerate(folders, 1):
         start = f"{i}/{len(folders)} {folder}:"
         try:
@@ -69,13 +71,17 @@ def main(arguments: Sequence[str]) -> None:
             if options.mode == "online":
                 remember(run, server)
             print(f"{start} {len(run.lines)} lines {'to ' + str(written) if written else 'uploaded'}", flush=True)
-            done += 1
+            done, refused = done + 1, 0
         except Unreachable as error:
-            print(
-                f"error: W&B at {server}: {error}; {counted(done, 'run')} uploaded, the same command goes on",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from None
+            refused += 1
+            if refused > 1 or not answers(server):  # else it may be this run alone, as one that was deleted there
+                print(
+                    f"error: W&B at {server}: {error}; {counted(done, 'run')} uploaded, the same command goes on",
+                    file=sys.stderr,
+                )
+                raise SystemExit(1) from None
+            failed.append(f"failed: {folder}: W&B refuses it: {error}")
+            print(f"{start} failed", flush=True)
         except Damaged as error:
             failed.append(f"failed: {folder}: {error}")
             print(f"{start} failed", flush=True)
@@ -171,7 +177,7 @@ def export(run: Run, mode: Mode, into: Path | None) -> Path | None:
         # Aside first: a stop half way leaves no half of a run, and the notes that wandb writes beside it are dropped.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=into) as scratch:
             try:
-                mirror = Mirror(run.config, run.folder.name, run.identity, Path(scratch), mode, PATIENCE)
+                mirror = Mirror(run.config, run.folder.name, run.identity, Path(scratch), mode, PATIENCE, False)
             except Exception as error:
                 if mode == "offline":
                     raise
@@ -198,6 +204,17 @@ def export(run: Run, mode: Mode, into: Path | None) -> Path | None:
         raise UserError(f"cannot write below {into or tempfile.gettempdir()}: {error.strerror or error}") from None
     except Exception as error:  # whatever wandb raises at one run does not keep the others from W&B
         raise Damaged(f"{type(error).__name__}: {first_line(error)}") from None
+
+
+def answers(server: str) -> bool:
+    """Whether something listens where W&B should."""
+    place = urlsplit(server)
+    try:
+        port = place.port or {"http": 80}.get(place.scheme, 443)
+        socket.create_connection((place.hostname or "", port), timeout=PATIENCE).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def refusal(written: Path) -> str | None:

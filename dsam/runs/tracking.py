@@ -55,13 +55,18 @@ def connect(mode: Mode) -> str:
 class Mirror:
     """One W&B run with a run's own id: how the lines and the result of a run look to W&B.
 
-    W&B's own step is the number of the line in metrics.jsonl. W&B drops a step that it has, so each line is there
-    once, however often a run was resumed or uploaded.
+    W&B's own step is the number of the line in metrics.jsonl.
+
+    Args:
+        goes_on: W&B has lines of this run that are not logged again: it keeps them, and drops a step that it has, so
+            that each is there once. Otherwise the lines begin with number 0, and take the place of what an earlier
+            attempt under the same id left there.
 
     Raises UserError without a login, wandb's own errors where W&B cannot be reached, TimeoutError from `finish`.
     """
 
-    def __init__(self, config: dict, run_id: str, identity: dict, folder: Path, mode: Mode, patience: float):
+    def __init__(self, config: dict, run_id: str, identity: dict, folder: Path, mode: Mode, patience: float,
+                 goes_on: bool):  # fmt: skip
         import wandb
 
         connect(mode)
@@ -77,7 +82,7 @@ class Mirror:
             config=for_json(config) | {"identity": identity},
             dir=str(folder),
             mode=mode,
-            resume="allow",
+            resume="allow" if goes_on else None,
             reinit="create_new",
             settings=wandb.Settings(
                 silent=True,
@@ -158,8 +163,10 @@ class Tracker:
     def _work(self) -> None:
         try:
             mode = self.config.tracking.mode
-            mirror = Mirror(self.config.to_dict(), self.id, self.identity, self.folder, mode, PATIENCE[mode])
-            name = None
+            name, arguments = self.calls.get()  # begun with its first line, whose number says whether it goes on
+            goes_on = not (name == "log" and arguments[0] == 0)
+            mirror = Mirror(self.config.to_dict(), self.id, self.identity, self.folder, mode, PATIENCE[mode], goes_on)
+            getattr(mirror, name)(*arguments)
             while name != "finish":
                 name, arguments = self.calls.get()
                 getattr(mirror, name)(*arguments)
