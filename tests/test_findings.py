@@ -117,6 +117,8 @@ def test_the_figures_of_the_five_sentences_are_those_of_the_tables():
         ("label_noise_chosen", "sam", "adamw_quarter_lr", "best"),
         ("label_noise_mpnet_chosen", "sam", "adamw_quarter_lr", "best"),
         ("label_noise_stsb_chosen", "sam", "adamw_quarter_lr", "best"),
+        ("label_noise_none_chosen", "adamw_quarter_lr", "adamw", "best"),
+        ("label_noise_none_chosen", "sam", "adamw", "best"),
         ("label_noise_20_chosen", "sam", "adamw", "last"),
         ("label_noise_20_chosen", "sam", "adamw", "best"),
         ("per_instance_clean", "per_instance", "adamw", "best"),
@@ -493,6 +495,20 @@ def test_the_words_of_the_first_screen_are_what_the_intervals_say():
     alone = pd.read_csv(ROOT / "results" / "tables" / "glue_minilm" / "by_task.csv").set_index(["method", "task"])
     low, mean, high = (-100 * float(alone.loc[("per_instance", "cola"), end]) for end in ("high", "difference", "low"))
     assert f"On CoLA it lost {mean:.1f} points ({low:.1f} to {high:.1f})" in README
+    table = pairs_of("label_noise_none_chosen", "best")
+    low, mean, high = (
+        -100 * float(table.loc[("adamw_quarter_lr", "adamw"), end]) for end in ("high", "difference", "low")
+    )
+    assert f"that rate loses {mean:.1f} points ({low:.1f} to {high:.1f}) on SST-2" in README and low > 0
+    clean = RESULTS.split("**The lower rate, which is most")[1].split("\n\n")[0]
+    for pair, words in ((("adamw_quarter_lr", "adamw"), "{:.2f} below AdamW [{:+.2f}, {:+.2f}]"),
+                        (("sam", "adamw"), "(-{:.2f} [{:+.2f}, {:+.2f}])"),
+                        (("sam", "adamw_quarter_lr"), "{:.2f} points [{:+.2f}, {:+.2f}]")):  # fmt: skip
+        mean, low, high = (100 * float(table.loc[pair, end]) for end in ("difference", "low", "high"))
+        assert words.format(abs(mean), low, high) in " ".join(clean.split())
+    first = {r["optimizer"]: 100 * r["best"]["heldout_score"] for r in all_of("label_noise_none") if r["seed"] == 0}
+    told = "by {adamw:.1f} beside {adamw_quarter_lr:.1f}.".format(**first)
+    assert told in " ".join(clean.split()) and first["adamw"] > first["adamw_quarter_lr"]
     mean, low, high = (
         -100 * float(pairs_of("glue_minilm", "best").loc[("per_instance", "adamw"), end])
         for end in ("difference", "high", "low")

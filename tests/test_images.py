@@ -368,7 +368,11 @@ def test_a_bare_parameter_that_examples_would_share_is_taken_one_example_at_a_ti
 
 def test_bare_parameters_are_themselves_again_if_the_forward_raises():
     model = vit()
-    with pytest.raises(ValueError, match="doesn't match"), PerExampleGradients(model).record():
+    with pytest.raises(Unsupported, match="doesn't match"), PerExampleGradients(model).record():
         model(images(size=12)[0])
     assert type(model.vit.embeddings.position_embeddings) is nn.Parameter
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    method = PerInstance(model, 0.05)  # which tells a mistake of the closure's from what it cannot look into
+    with pytest.raises(ValueError, match="^Input image size"):
+        method.backward(lambda: model(images(size=12)[0]).logits.square().sum(-1))
+    assert not method.singly and not method.notes

@@ -395,8 +395,8 @@ def test_evaluation_has_the_losses_that_are_trained(tmp_path):
 
 
 class WithClassWeights(BertForSequenceClassification):
-    def forward(self, labels=None, **inputs):
-        outputs = super().forward(**inputs)
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask)
         if labels is not None:
             outputs.loss = nn.functional.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 1.0, 20.0]))
         return outputs

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .examples_apart import batch_norms, require_examples_apart, require_own_gradients
+from .examples_apart import batch_norms, require_examples_apart, require_own_gradients, require_sound
 from .factors import joined
 from .gradients import tf32_products, widest
 from .layers import DoesNotFit, TopLayers
@@ -18,6 +18,8 @@ from .perturbation import Gradients, total_norm
 from .sam import SAM
 from .step import Step
 from .weighting import WEIGHTINGS, Probe, Weighting, make_weighting
+
+LIKELIHOOD = "the losses are those of the logits"  # what `Method.checked` then has
 
 
 class DeltaSAM(SAM):
@@ -142,6 +144,7 @@ class DeltaSAM(SAM):
             try:
                 return self._exactly_weighted(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
+                require_sound(step, why)
                 self._go_singly(why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
         try:
@@ -226,7 +229,9 @@ class DeltaSAM(SAM):
     def _require_likelihood(self, step: Step, losses: Tensor) -> None:
         """ValueError where the losses are not those of the logits that the closures keep: cross-entropy, or squared
         error. Looked at in a method's first step; a closure that keeps no logits is taken at its word."""
-        step.checked.add("losses")
+        if not losses.isfinite().all():  # which the step's end says
+            return
+        step.checked.add(LIKELIHOOD)
         outputs = [piece.labelled_logits for piece in step.pieces]
         if any(found is None for found in outputs):
             return
@@ -254,7 +259,7 @@ class DeltaSAM(SAM):
                 raise ValueError("this weighting reads the logits: pass dsam.ExampleLosses(model, batch)")
             probe.logits = torch.cat([logits for logits, _ in outputs])
             probe.labels = torch.cat([labels for _, labels in outputs])
-        if self.weighting.of_likelihood and "losses" not in step.checked:
+        if self.weighting.of_likelihood and LIKELIHOOD not in step.checked:
             self._require_likelihood(step, losses)
         if self.weighting.exact and self.singly:
             self._look_singly(step, probe)

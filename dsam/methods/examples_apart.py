@@ -73,3 +73,12 @@ def require_own_gradients(step: Step, k: int, found: PerExampleGradients) -> Non
         step.checked.add(f"{kind} look {sum(one.startswith(f'{kind} look') for one in step.checked)}")
     if torch.stack([value.any() for value in values]).all() or f"{kind} look {MOST - 1}" in step.checked:
         step.checked.update(what)
+
+
+def require_sound(step: Step, why: Unsupported) -> None:
+    """Raises what the closures raise by themselves, where a pass that looked into the layers ended with an error: then
+    it was a mistake of theirs, and none of looking."""
+    if why.__cause__ is not None:
+        with torch.no_grad():
+            for k in range(len(step)):
+                step.aside(k, precise=False)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .examples_apart import batch_norms, require_examples_apart, require_own_gradients
+from .examples_apart import batch_norms, require_examples_apart, require_own_gradients, require_sound
 from .m_sam import GroupSAM
 from .per_example import PerExampleGradients, Unsupported
 from .perturbation import Gradients
@@ -64,6 +64,7 @@ class PerInstance(SAM):
             try:
                 return self._at_once(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
+                require_sound(step, why)
                 self._go_singly(why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
         if not step.alone:
