@@ -492,7 +492,7 @@ def test_latex_compiles_every_table(runs_dir, built, tmp_path):
     for name, made in (("smoke", tables.build(collect(runs_dir))), ("swept", built)):
         paths = tables.write(made, folder / name)
         inputs += [rf"\input{{{name}/{path.name}}}\par" for path in paths if path.suffix == ".tex"]
-    assert len(inputs) == 7 + 11
+    assert len(inputs) == 9 + 11  # of two tasks the one, of three methods and more the other
     odd = pd.DataFrame({"δ-SAM": ["ρ² ≥ 0.5 – 50 % of a_b & c#d {e} $f ~ ^ \\ η λ ≤ 1 × 2 < 3 > -4 Σ‖∇ℓ‖"]})
     (folder / "odd.tex").write_text(as_latex(Table("odd", "δ ± ρ", ["ρ² – note %"], odd, odd)), encoding="utf-8")
     (folder / "document.tex").write_text(DOCUMENT % "\n".join([*inputs, r"\input{odd}"]), encoding="utf-8")
