@@ -165,6 +165,12 @@ def test_filter_normalisation_by_hand():
     torch.testing.assert_close(scaled, 10 * d)  # relative steps are the same whatever the scale of the weights
 
 
+def test_a_filter_of_gpt_2_is_a_column():
+    weight = nn.Parameter(torch.tensor([[3.0, 0.0, 0.6], [4.0, 0.0, 0.8]]))  # (in, out)
+    (d,) = filter_normalised([weight], torch.Generator().manual_seed(2), [weight])
+    assert d.norm(dim=0).tolist() == pytest.approx([5.0, 0.0, 1.0], abs=1e-6)
+
+
 def test_line_and_plane_are_the_losses_where_they_say():
     w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
     loss = Objective([lambda: (w[0] ** 2 + 10 * w[1])[None]], [w])

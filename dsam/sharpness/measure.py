@@ -19,6 +19,7 @@ from ..config import Config, on_device, without_tf32
 from ..errors import Parser, UserError
 from ..files import for_json, write_atomically
 from ..methods import ExampleLosses
+from ..methods.layer_kinds import TURNED, kind_of
 from ..methods.perturbation import total_norm
 from ..progress import Stages
 from ..runs.identity import RECORD_VERSION, data_fingerprint
@@ -225,7 +226,8 @@ def measure(
             keep(found)
 
         generator = torch.Generator().manual_seed(options.seed)
-        first, second = filter_normalised(params, generator), filter_normalised(params, generator)
+        turned = [module.weight for module in network.modules() if kind_of(module) == TURNED]
+        first, second = (filter_normalised(params, generator, turned) for _ in range(2))
         found["surface"] = {}
         if options.line:
             stages.enter("lines")

@@ -1,6 +1,6 @@
 """The loss along lines and planes through the weights, and the figures of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from .objective import Objective
 STYLES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^")]
 
 
-def filter_normalised(params: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def filter_normalised(
+    params: Sequence[Tensor], generator: torch.Generator, turned: Collection[Tensor] = ()
+) -> list[Tensor]:
     """A Gaussian direction whose filters have the norms of the weights' own: d_j ← d_j ‖w_j‖/‖d_j‖.
 
-    A filter is a row of a weight matrix: all that goes into one output, or one token's embedding. Biases and
+    A filter is a row of a weight matrix: all that goes into one output, or one token's embedding; of a matrix of
+    `turned`, (in, out) as GPT-2's are, a column. Biases and
     normalisation (tensors of one axis) get 0. Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, arXiv
     1712.09913, section 4. A step of 1 moves each filter by its own length, so surfaces of different models compare.
     """
@@ -27,7 +30,7 @@ def filter_normalised(params: Sequence[Tensor], generator: torch.Generator) -> l
         if p.ndim <= 1:
             direction.append(torch.zeros_like(noise))
             continue
-        axes = tuple(range(1, p.ndim))
+        axes = (0,) if any(p is one for one in turned) else tuple(range(1, p.ndim))
         lengths = torch.linalg.vector_norm(p.detach(), dim=axes, keepdim=True)
         direction.append(noise * lengths / torch.linalg.vector_norm(noise, dim=axes, keepdim=True))
     return direction
