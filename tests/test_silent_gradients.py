@@ -119,6 +119,45 @@ def test_probes_reach_the_words_of_every_input():
     assert method.report["effective_sample_size"] < 7.9  # 8 where no probe changes any loss
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        return hidden + self.a(hidden).tanh()
+
+
+class LastStates(nn.Module):
+    """A head on the last four hidden states, of which a pass from the top two layers on has two."""
+
+    def __init__(self, states, zero):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(6))
+        self.head, self.states = nn.Linear(8 * states, 2), states
+        if zero:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        found = [F.pad(x, (0, 4))]
+        for layer in self.layers:
+            found.append(layer(found[-1]))
+        return self.head(torch.cat(found[-self.states :], -1))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("states, fits", [(1, True), (2, True), (4, False)])
+def test_top_layers_are_proven_also_below_a_head_that_starts_at_0(states, fits, zero):
+    net = LastStates(states, zero)
+    method, optimizer = DeltaSAM(net, 0.05, weighting="probe", layers=2), torch.optim.SGD(net.parameters(), lr=0.02)
+    for _ in range(3):
+        method.backward(lambda: F.cross_entropy(net(X.float()), Y, reduction="none"))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (method._top is not None) == fits == (not method.notes)
+
+
 class Island(nn.Module):
     """A layer that the model itself keeps in float32."""
 

@@ -98,8 +98,8 @@ class DeltaSAM(SAM):
         self.note(f"layers={self.weighting.layers}: {why}: probes of the whole model, which take longer")
 
     def _find_top(self, step: Step) -> None:
-        """Once: which parameters the top layers have for themselves."""
-        if self._top is None or self._top.params is not None or not len(step):
+        """Which parameters the top layers have for themselves; once, if the losses show it."""
+        if self._top is None or not self._top.unproven or not len(step):
             return
         try:
             self._top.find(lambda: step.aside(0))
