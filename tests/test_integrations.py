@@ -394,6 +394,13 @@ def test_evaluation_has_the_losses_that_are_trained(tmp_path):
     )
 
 
+def test_a_checkpoint_without_the_method_s_state_is_said(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trained(Ours, tmp_path, steps=1, args=saving, method="looksam")
+    with pytest.warns(UserWarning, match="has no state of the method, which begins anew"):
+        trained(Ours, tmp_path, steps=2, method="looksam", resume=str(tmp_path / "checkpoint-1"))
+
+
 class WithClassWeights(BertForSequenceClassification):
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         outputs = super().forward(input_ids, attention_mask)

@@ -153,6 +153,20 @@ def test_unpacking_leaves_alone_what_is_there(tmp_path):
     assert {name for name in after if after[name] != before.get(name)} == {f"{two}/result.json"}
 
 
+def test_weights_of_an_attempt_here_are_not_left_beside_a_result_from_elsewhere(tmp_path):
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, three = a_sweep(runs, unfinished=[2])
+    archive.pack(runs, "study", packed)
+    (runs / two / "result.json").unlink()
+    for folder in (one, two, three):  # finished here, killed here, finished nowhere
+        for weights in ("best", "at-25", "checkpoint"):
+            (runs / folder / weights).mkdir(parents=True, exist_ok=True)
+            (runs / folder / weights / "config.json").write_text("{}")
+    assert archive.unpack(packed, runs) == (1, 1)
+    left = [sorted(p.name for p in (runs / folder).iterdir() if p.is_dir()) for folder in (one, two, three)]
+    assert left == [["at-25", "best", "checkpoint"], [], ["at-25", "best", "checkpoint"]]
+
+
 def test_a_run_that_is_being_worked_on_or_came_no_further_is_left_alone(tmp_path):
     runs, packed = tmp_path / "runs", tmp_path / "study.zip"
     one, two, three = a_sweep(runs, unfinished=[2])

@@ -100,6 +100,16 @@ def test_weightings_that_are_of_cross_entropy_do_not_take_another_loss_for_it(we
     DeltaSAM(net, 0.05, weighting="gibbs").backward(Weighted(net, batch))
 
 
+@pytest.mark.parametrize("name", ["r3f", "smart"])
+def test_noise_below_half_precision_is_said(name):
+    net, batch = tiny(), {"input_ids": IDS, "labels": Y}
+    for autocast, options, said in ((None, {}, 0), (torch.bfloat16, {"sigma": 1e-2}, 0), (torch.bfloat16, {}, 1)):
+        method = METHODS[name](net, **options)
+        for _ in range(2):
+            method.backward(ExampleLosses(net, batch, autocast))
+        assert len(method.notes) == said and all("half precision" in note for note in method.notes)
+
+
 class SecondText(ExampleLosses):
     """Only the words of a second text count."""
 

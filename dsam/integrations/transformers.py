@@ -154,7 +154,8 @@ class SharpnessAwareMixin:
 
     def _resume_method(self, folder: str) -> None:
         there = {path.name for path in Path(folder).glob(METHOD_STATE.format(rank="*"))}
-        if not there:  # the checkpoint of another trainer, which only has the weights
+        if not there:  # the checkpoint of another trainer, or one of save_only_model
+            warnings.warn(f"{folder} has no state of the method, which begins anew", stacklevel=2)
             return
         path = self._method_path(folder)
         saved = torch.load(path, map_location="cpu", weights_only=True) if Path(path).name in there else {}
@@ -252,7 +253,8 @@ class _TrainerLosses(ExampleLosses):
         Without dropout, so that both are of the same outputs; no random number is drawn.
         """
         network = self.network
-        if "labels" not in inspect.signature(getattr(network, "_original_forward", network.forward)).parameters:
+        takes = inspect.signature(getattr(network, "_original_forward", network.forward)).parameters
+        if "labels" not in takes and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
             return
         training = [module for module in network.modules() if module.training]
         network.eval()

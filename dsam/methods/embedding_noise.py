@@ -45,6 +45,13 @@ class OutputMethod(Method):
         """(losses (B_k,) of piece k, `total` plus its part of the gradient: 1/examples for each of its examples)."""
         raise NotImplementedError
 
+    def _require_seen(self, step: Step, sigma: float) -> None:
+        """Notes noise that a pass in half precision hardly sees: what the term then measures is mostly rounding."""
+        if 0 < sigma < 1e-3 and (step.autocast or any(p.dtype.itemsize < 4 for p in self.params)):
+            name = type(self).__name__
+            self.note(f"{name}: noise of sigma={sigma:g} is below half precision's rounding, and so is mostly the "
+                      "divergence: take sigma=0.001 or more, or float32")  # fmt: skip
+
     def _noise(self, closure: Outputs, kind: str) -> Tensor:
         """Noise (B, T, d) in at least float32, 0 at padding: "normal" N(0, 1) or "uniform" U(−1, 1).
 

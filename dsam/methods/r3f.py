@@ -53,6 +53,7 @@ class R3F(OutputMethod):
             )
             total, _ = step.differentiate(total, losses.sum() / examples, step.costs[k])
             return losses, total
+        self._require_seen(step, self.sigma)
         noise = self.sigma * self._noise(closure, self.noise)
         _, noisy = step.outputs(k, noise, detached=not self.through_embeddings)
         apart = divergence(logits, noisy)

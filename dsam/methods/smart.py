@@ -57,6 +57,7 @@ class SMART(OutputMethod):
         self, step: Step, k: int, closure: Outputs, examples: int, total: list[Tensor | None] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         losses, logits = step.outputs(k)
+        self._require_seen(step, self.sigma)
         noise = self.sigma * self._noise(closure, "normal")
         code = self.ascent == "code"
         for _ in range(self.steps):

@@ -110,7 +110,8 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
                 continue
             # What another attempt left here half way is no weights of this result: they can be trained for it.
             for stale in (there / "best", there / "last", there / "checkpoint", *there.glob("at-*")):
-                shutil.rmtree(stale, ignore_errors=True)
+                if stale.is_dir():
+                    shutil.rmtree(stale)
             there.mkdir(parents=True, exist_ok=True)
             for name in FILES:
                 if name in record:

@@ -177,8 +177,8 @@ def _main_notes(frame, comparison, averaged, which, baseline) -> list[str]:
     metrics = frame.dropna(subset="metric").groupby("task", sort=False)["metric"].first()
     notes = ["Metrics: " + ", ".join(f"{task} {metric}" for task, metric in metrics.items()) + "."]
     if metrics.nunique() > 1:
-        notes.append("Average and difference weigh a point of each metric alike, as GLUE's own average does; the table "
-                     "by_task has each task's difference.")  # fmt: skip
+        notes.append("Average and difference weigh a point of each metric alike, as GLUE's own average does; with "
+                     "several seeds the table by_task has each task's difference.")  # fmt: skip
     for model, tasks in averaged.items():
         over = f"over {', '.join(tasks)}" if tasks else f"{DASH} (no task that every method has a score on)"
         notes.append(f"Average for {model}: {over}.")
