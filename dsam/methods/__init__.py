@@ -54,6 +54,7 @@ OPTIMIZERS = {
     "adamw_quarter_lr": "'plain'",
     "dsam": "'delta_sam'",
     "dsam_curvature": "'delta_sam' with weighting=curvature",
+    "per_instance_quarter_lr": "'per_instance'",
     "rw_sam": "'delta_sam' with weighting=gibbs",
     "sam_low_lr": "'sam'",
     "sam_quarter_lr": "'sam'",

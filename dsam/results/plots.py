@@ -22,7 +22,7 @@ METHODS = [
     *("adamw", "adamw_2x", "sam", "dsam", "per_instance", "asam", "m_sam"),
     *("rw_sam", "dsam_curvature", "gsam", "sam_low_lr", "esam", "adamw_low_lr", "adamw_quarter_lr"),
     *("looksam", "fsam", "msam", "sam_quarter_lr", "adamw_eighth_lr", "sam_on", "ae_sam"),
-    *("rdrop", "r3f", "freelb", "smart"),
+    *("rdrop", "r3f", "per_instance_quarter_lr", "freelb", "smart"),
 ]
 """Each has the look of its place here in every figure; others have those that follow. Rows of seven: a column shares a
 colour, and so what is often drawn together stands in different ones."""
