@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import refusals
 from .config import CONF, Config, Paths
-from .errors import Note, Parser, Stopped, UserError
+from .errors import Note, NothingFinished, Parser, Stopped, UserError
 from .mistakes import coerced
 from .output import reader_may_leave
 from .text import counted, first_line
@@ -212,7 +212,7 @@ def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> 
     if line:
         print(line)
     sweeps.show_plan(runs, launcher.at_once(max(1, len(unfinished(runs)))))
-    if parents := sweeps.plan(sweeps.parents(configs)):
+    if parents := sweeps.plan(sweeps.parents([r.config for r in unfinished(runs)])):
         print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
 
 
@@ -248,6 +248,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
     failed: list[Planned] = []
     lacking: list[str] = []
     for line, configs in rounds:
+        refusals.require_name(configs[0])
         refusals.require_one_sweep(configs)
         refusals.require_read(configs)
         runs, first = sweeps.plan(configs), configs[0]
@@ -288,7 +289,7 @@ def _carry_out(rounds: Iterable[tuple[str, list[Config]]]) -> None:
         if chosen and fresh:
             print(f"the chosen variants with the seeds {fresh}, as experiment {name}{manifest.CHOSEN}:")
             again = sweeps.plan(choose.reseeded(chosen, fresh))
-            failed += sweeps.work(again, name + manifest.CHOSEN, command, run_all, rows)
+            failed += sweeps.work(again, name + manifest.CHOSEN, command, run_all, rows, runs)
     for r in failed:
         print(f"failed: {r.title}: {r.reason}; log: {r.identity.folder / 'log.txt'}", file=sys.stderr)
     for cell in lacking:
@@ -316,6 +317,7 @@ def named(given: argparse.Namespace, known: Sequence[str] = ()) -> tuple[str, Di
     from .runs import manifest
 
     more = overrides.own_folder(given.config_dir)
+    given.overrides = [a.lstrip("+") for a in given.overrides]
     names = [a.split("=", 1)[1] for a in given.overrides if a.startswith("experiment=")]
     name = names[-1] if names else manifest.UNNAMED
     checked = overrides.check(manifest.configurations_of(given.overrides), CONF, more)
@@ -331,8 +333,7 @@ def chosen(name: str, config: DictConfig) -> str | None:
     """The name of the runs with fresh seeds of the same experiment, if there are any."""
     from .runs import manifest
 
-    again = f"{name}{manifest.CHOSEN}"
-    return again if manifest.path_in(Path(config.paths.runs), again).exists() else None
+    return manifest.chosen_from(Path(config.paths.runs), name)
 
 
 def paper(arguments: Sequence[str]) -> None:
@@ -350,17 +351,37 @@ def reproduce(arguments: Sequence[str], sweep: Callable[[], int]) -> int:
     given = flags(arguments)
     last = dict(o.lstrip("+").partition("=")[::2] for o in given.overrides)
     told = given.help or given.hydra_help or given.version or given.cfg or given.info or given.shell_completion
-    if not (told or given.multirun or "hydra.mode" in last or last.get("experiment", "null") != "null"):
+    named_one = last.get("experiment", "null") != "null"
+    if not (told or given.multirun or "hydra.mode" in last or named_one):
         raise UserError("reproduce.py makes a sweep's tables: add experiment=NAME or -m; train.py runs one run")
+    if named_one and not (told or given.multirun or "hydra.mode" in last):
+        _require_sweep(last["experiment"], given.config_dir)
     status = sweep()
     if status not in (0, 1) or told or last.get("launcher.plan", "").lower() in ("true", "yes", "on", "1"):
         return status
-    given.overrides = [o for o in given.overrides if o.startswith(("experiment=", "paths."))]
+    given.overrides = [o for o in given.overrides if o.lstrip("+").startswith(("experiment=", "paths."))]
     name, config = named(given)
-    write_paper(name, config)
-    if again := chosen(name, config):
-        write_paper(again, config)
+    try:
+        write_paper(name, config)
+        if again := chosen(name, config):
+            write_paper(again, config)
+    except NothingFinished as nothing:  # all failed, or wait for a cluster
+        print(f"no tables: {nothing}", file=sys.stderr)
     return status
+
+
+def _require_sweep(experiment: str, folder: str | None) -> None:
+    """UserError where the experiment's file does not say that it is a sweep."""
+    from . import overrides
+
+    more = overrides.own_folder(folder)
+    checked = overrides.check([f"experiment={experiment}"], CONF, more)
+    mode = overrides.compose_config(checked, CONF, with_hydra=True, more=more).hydra.mode
+    if mode is None or mode.name != "MULTIRUN":
+        raise UserError(
+            f"reproduce.py makes a sweep's tables, and experiment={experiment} is none: add -m, or hydra: "
+            "{mode: MULTIRUN} in its file"
+        )
 
 
 def write_paper(name: str, config: DictConfig) -> None:

@@ -337,9 +337,15 @@ class Config(Settings):
         if self.initialise_from == task.name:
             raise UserError(f"initialise_from={task.name} is the task itself; name another one, or null")
         if not task.train:
-            raise UserError(f"task '{task.name}' has no training set; it is evaluated with a model trained on mnli")
+            how = "it is evaluated with a model trained on mnli" if task.name == "ax" else "name its split under train:"
+            raise UserError(f"task '{task.name}' has no training set: {how}")
         if not (model.path or model.id or model.architecture):
             raise UserError(f"model={model.name} needs model.path=DIR or model.id=NAME with model.revision=HASH")
+        if model.architecture and (weights := [f"model.{n}={v}" for n in ("path", "id") if (v := getattr(model, n))]):
+            raise UserError(
+                f"{weights[0]}: model={model.name} is made from scratch, by model.architecture, and reads no weights: "
+                "take model=encoder"
+            )
         if model.id and not model.path and not model.revision:
             raise UserError(f"model.id={model.id} needs model.revision=HASH: without it, numbers may change unseen")
         if data.heldout_noise and self.selection != "heldout":

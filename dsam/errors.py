@@ -23,6 +23,10 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+class NothingFinished(UserError):
+    """Tables were asked for of an experiment of which no run is finished."""
+
+
 class Note(UserWarning):
     """Something is done otherwise than was asked, and right."""
 

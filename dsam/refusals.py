@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Config, Launcher
 from .errors import UserError
+from .runs.manifest import CHOSEN, UNNAMED
 from .task import GLUE_REVISION
 
 if TYPE_CHECKING:
@@ -64,8 +65,32 @@ def require_read(configs: list[Config]) -> None:
             f"launcher.workers={first.launcher.workers} is for runs without launcher.devices: on these, "
             "launcher.per_device=N says how many at once on each"
         )
+    launcher, given = first.launcher, {a.lstrip("+").partition("=")[0] for a in sys.argv[1:]}
+    if "data.noise_seed" in given and not any(c.data.label_noise or c.data.heldout_noise for c in configs):
+        raise UserError("data.noise_seed is of label noise, and there is none: add data.label_noise=, or leave it out")
+    on_gpus = launcher.gpus or any(option.startswith("--gres") for option in launcher.sbatch)
+    if launcher.name == "slurm" and on_gpus and "launcher.workers" in given:
+        raise UserError(
+            f"launcher.workers={launcher.workers} is for jobs without GPUs: in this one launcher.per_device=N says how "
+            "many runs at once on each"
+        )
+    if launcher.name == "slurm" and not on_gpus and launcher.per_device != 1:
+        raise UserError(
+            f"launcher.per_device={launcher.per_device} is a number of runs on each GPU of a job, which has none here: "
+            "add launcher.gpus=N, or take launcher.workers=N"
+        )
     if first.launcher.measure and not first.launcher.plan:
         raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
+
+
+def require_name(config: Config) -> None:
+    """UserError where the name of an experiment is one that the lists of sweeps have another use for."""
+    name = config.experiment or ""
+    others = (
+        "a sweep without a name" if name == UNNAMED else f"the runs of {name.removesuffix(CHOSEN)} with fresh seeds"
+    )
+    if name == UNNAMED or name.endswith(CHOSEN):
+        raise UserError(f"experiment={name} is what {others} are called by: give the experiment's file another name")
 
 
 def say_untaken(jobs: Iterable[dict]) -> None:

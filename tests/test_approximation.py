@@ -284,6 +284,39 @@ def test_before_the_first_step_a_study_measures_what_a_run_starts_from(tmp_path)
     assert all(torch.equal(value, trained[name]) for name, value in at_start.items())
 
 
+def test_a_table_that_scales_what_it_looks_up_is_measured_as_it_is():
+    """Its losses and gradients are the model's; a plain table's copy would leave the scale out."""
+    from transformers import BioGptConfig, BioGptForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BioGptForSequenceClassification(BioGptConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=40, pad_token_id=1, scale_embedding=True,
+    )).double().eval()  # fmt: skip
+    closure = ExampleLosses(model, encoders.batch(B))
+    params = [p for p in model.parameters() if p.requires_grad]
+    g = one_by_one(closure, params)
+    found = Oracle(ExampleLosses(model, encoders.batch(B)), [0.01])
+    torch.testing.assert_close(found.losses, closure().detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.norms, g.norm(dim=1), rtol=1e-7, atol=0)
+
+
+def test_a_fine_tuning_that_diverged_is_said_to_have(tmp_path, capsys):
+    (config,) = study_of(tmp_path, "train.max_steps=4", "checkpoint.keep_at=[25,100]", "train.lr=1e30")
+    with pytest.raises(UserError, match=r" diverged \(step \d+: .*\) before 100 % of its steps: take a lower train.lr"):
+        at_phase(config, 100)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 100), scale=st.sampled_from([1e-8, 1e-4, 1e4]))
+def test_the_best_step_does_not_depend_on_the_scale_of_the_losses(seed, scale):
+    rows = np.random.default_rng(seed).normal(size=(5, 8))
+    each, unit, sam = rows @ rows.T, np.eye(5), np.ones(5)
+    right = rows @ np.random.default_rng(seed + 1).normal(size=8)
+    one, other = best_step(each, right, unit, sam), best_step(scale * each, scale * right, unit, sam)
+    np.testing.assert_allclose(one / np.linalg.norm(one), other / np.linalg.norm(other), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
     there = ROOT / "results" / "approximation"

@@ -318,7 +318,7 @@ VALUES = [
     ("optimizer=ae_sam optimizer.rho=1e39", "optimizer.rho"),
     # what does not go together, and places
     ("task=rte", "data=local"),
-    ("task=ax", "task 'ax' has no training set"),
+    ("task=ax", "task 'ax' has no training set: it is evaluated with a model trained on mnli"),
     ("task.name=../x", "../x"),
     ("data=local", "data.root"),
     ("data=hub", "data=hub"),
@@ -334,6 +334,12 @@ VALUES = [
     ("data=local task=rte data.root=/dev/null", "/dev/null"),
     ("model=minilm", "model.path"),
     ("model=encoder", "model.path"),
+    (
+        "model.path=/tmp",
+        "model.path=/tmp: model=tiny is made from scratch, by model.architecture, and reads no weights",
+    ),
+    ("model.id=a/b model.revision=c", "model.id=a/b: model=tiny is made from scratch"),
+    ("model=encoder model.path=/tmp +model.architecture.hidden_size=8", "and reads no weights: take model=encoder"),
     ("model=encoder model.path=''", "model.path"),
     ("model=encoder model.path=/nowhere", "/nowhere"),
     ("model=encoder model.path=/dev/null", "/dev/null"),
@@ -451,6 +457,19 @@ SWEEPS = [
     ),
     ("model=tiny model.name=a,b", "agreement a adamw seed=0 and agreement b adamw seed=0 have the same settings"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
+    ("data.noise_seed=0,1", "data.noise_seed is of label noise, and there is none: add data.label_noise="),
+    (
+        "launcher=slurm launcher.gpus=1 launcher.pack=8 launcher.workers=8 launcher.plan=true",
+        "launcher.workers=8 is for jobs without GPUs: in this one launcher.per_device=N",
+    ),
+    (
+        "launcher=slurm launcher.sbatch=['--gres=gpu:2'] launcher.workers=8 launcher.plan=true",
+        "launcher.workers=8 is for jobs without GPUs",
+    ),
+    (
+        "launcher=slurm launcher.per_device=3 launcher.pack=3 launcher.plan=true",
+        "launcher.per_device=3 is a number of runs on each GPU of a job, which has none here: add launcher.gpus=N",
+    ),
     (
         "seed=0,1 device.name=cuda:1 launcher.devices=[0,1]",
         "cuda:1 with launcher.devices: each run sees one GPU",

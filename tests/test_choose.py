@@ -1,6 +1,8 @@
 """Choosing on held-out examples, fresh seeds, and runs that start from another run's encoder."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from dsam import command_line
 from dsam.config import CONF, Config
 from dsam.errors import UserError
 from dsam.overrides import check, compose_config
+from dsam.runs import manifest
 from dsam.runs.identity import identify
 from dsam.runs.run import prepare, run
 from dsam.sweeps import choose as choose_module
@@ -94,6 +97,7 @@ def test_a_grid_chooses_by_hand_computed_means_and_reruns_with_fresh_seeds(tmp_p
     rho = winner["settings"]["rho"]
     assert sorted(again, key=str) == [("adamw", 7, None), ("adamw", 8, None), ("sam", 7, rho), ("sam", 8, rho)]
     assert not {r["id"] for r in grid["runs"]} & {r["id"] for r in chosen["runs"]}
+    assert chosen["chosen_of"] == sorted(r["id"] for r in grid["runs"])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_what_nothing_can_be_chosen_of_is_said_and_an_earlier_choice_is_none_of_
     """Runs that diverge are finished and have no score; first every variant of sam, then of both."""
     wild = ["train.warmup_ratio=0", "train.max_steps=30"]
     arguments = ["-m", *FAST, *wild, "optimizer=adamw,sam", "seed=0", "fresh_seeds=[7]", *paths]
-    manifest = tmp_path / "runs" / ".sweeps" / "sweep_chosen.json"
+    listed = tmp_path / "runs" / ".sweeps" / "sweep_chosen.json"
     for rates, lacking in (("optimizer.lr_factor=1", []), ("optimizer.lr_factor=1e33", ["adamw", "sam"])):
         done = command(*arguments, rates)
         assert done.returncode == bool(lacking), done.stderr
@@ -126,7 +130,7 @@ def test_what_nothing_can_be_chosen_of_is_said_and_an_earlier_choice_is_none_of_
             f"nothing chosen for agreement tiny {name}: no variant of it has all its runs finished with a score"
             for name in lacking
         ]
-        assert manifest.exists() == (not lacking)
+        assert listed.exists() == (not lacking)
         assert ("sweep_chosen was an earlier choice, and is forgotten; its runs stay" in done.stderr) == bool(lacking)
 
 
@@ -203,6 +207,52 @@ def test_a_child_without_its_parents_weights_has_them_made(tmp_path, paths):
     run(child)
     assert run(Config.load(child.parent)) == parent
     assert (identify(Config.load(child.parent)).folder / "best" / "model.safetensors").is_file()
+
+
+def test_parents_of_finished_children_are_not_trained_again(tmp_path, paths, monkeypatch, capsys):
+    """Whether their weights were removed to save room, or only the children's records were unpacked."""
+    child = config("initialise_from=entailment", *paths)
+    run(child)
+    started = []
+    monkeypatch.setattr(sweep, "preflight", lambda runs: None)
+    folder = identify(Config.load(child.parent)).folder
+    for gone in (folder / "best", folder):
+        shutil.rmtree(gone)
+        assert sweep.work(sweep.plan([child]), "sweep", "", lambda runs, _: started.extend(runs) or []) == []
+        assert [r.status for r in started] == ["finished"] and "first" not in capsys.readouterr().out
+        command_line._show_plan(sweep.plan([child]), [child])
+        assert "They start from" not in capsys.readouterr().out
+        started.clear()
+
+
+def test_a_parent_that_diverged_is_said_to_have(tmp_path, paths):
+    """Before its first evaluation, so that it has no weights: its children do not start, and say why."""
+    wild = ["train.lr=1e30", "train.warmup_ratio=0"]
+    child = config("initialise_from=entailment", *wild, *paths)
+    parent = Config.load(child.parent)
+    assert run(parent)["status"] == "diverged"
+    runs = sweep.plan([child])
+    (lost,) = sweep.orphans(runs, sweep.plan([parent]))
+    assert lost.status == "failed" and lost.reason.startswith("the run that it starts from diverged: entailment tiny")
+    with pytest.raises(UserError, match=r"best is not there: that run diverged \(step \d+: .*\): take a lower"):
+        run(child)
+
+
+def test_a_choice_is_that_of_the_sweep_that_it_came_of(tmp_path, paths, capsys):
+    """And not of a later one without a name."""
+    given = config(*paths)
+    (one,), (other,) = (sweep.plan([config(f"seed={seed}", *paths)]) for seed in (1, 2))
+
+    def write(name, planned, *more):
+        manifest.write([planned.config], [planned.identity], name, "", *more)
+
+    runs = Path(given.paths.runs)
+    write("sweep", one)
+    assert manifest.chosen_from(runs, "sweep") is None
+    write("sweep_chosen", one, [{"chosen": True}], [one.identity.id])
+    assert manifest.chosen_from(runs, "sweep") == "sweep_chosen"
+    write("sweep", other)
+    assert manifest.chosen_from(runs, "sweep") is None
 
 
 def test_what_cannot_be_a_parent_is_refused():

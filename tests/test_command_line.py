@@ -234,6 +234,31 @@ def test_reproduce_of_one_run_is_refused(paths):
     assert done.returncode == 2 and "add experiment=NAME or -m; train.py runs one run" in done.stderr
 
 
+def test_reproduce_of_an_experiment_that_is_no_sweep_is_refused_before_it_trains(tmp_path, paths):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    file = tmp_path / "conf" / "experiment" / "single.yaml"
+    file.write_text("# @package _global_\ntrain: {max_steps: 2}\n")
+    given = ["--config-dir", f"{tmp_path}/conf", *paths]
+    done = command(*given, "experiment=single", script="reproduce.py")
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert done.stderr.startswith("error: reproduce.py makes a sweep's tables, and experiment=single is none: add -m,")
+    sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: 0}}}\n"
+    for name in ("sweep", "mine_chosen"):  # names of which the lists of sweeps make another use
+        file.with_stem(name).write_text(file.read_text() + sweep)
+        done = command(*given, f"experiment={name}", script="reproduce.py")
+        assert done.returncode == 2 and f"error: experiment={name} is what " in done.stderr
+        assert not (tmp_path / "runs").exists()
+
+
+def test_reproduce_without_a_finished_run_leaves_as_its_sweep_does(tmp_path, paths):
+    """With 1 where all failed. `++` before a folder is none of its own."""
+    places = [f"++paths.{p}={tmp_path}/{p}" for p in ("tables", "figures")]
+    given = ["-m", "task=agreement", "train.max_steps=4", "tracking=disabled", "launcher.memory_gb=0.01"]
+    done = command(*given, *(f"++{path}" for path in paths), *places, script="reproduce.py")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("no tables: no run of 'sweep' is finished (1 failed)")
+
+
 def test_make_help_lists_every_target():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()

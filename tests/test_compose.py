@@ -15,7 +15,7 @@ from dsam.errors import UserError
 from dsam.sweeps.compose import composed, configurations
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-PLACES = ["data.root=/x", "model.path=/y"]
+PLACES = ["data.root=/x", "model.path=/y", "model.architecture=null"]
 
 
 @pytest.fixture

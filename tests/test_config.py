@@ -55,7 +55,8 @@ def test_every_experiment_composes_with_each_task_and_optimizer(experiment):
     tasks, optimizers = parsed["task"], parsed["optimizer"]
     # Each task and each optimizer: an experiment's tables go by task, and none by both.
     for task, optimizer in {*((task, optimizers[0]) for task in tasks), *((tasks[-1], o) for o in optimizers)}:
-        given = [f"experiment={experiment}", f"task={task}", f"optimizer={optimizer}", "data.root=/x", "model.path=/y"]
+        given = [f"experiment={experiment}", f"task={task}", f"optimizer={optimizer}", "data.root=/x"]
+        given += ["model.path=/y", "model.architecture=null"]
         loaded = Config.load(overrides.compose_config(given, CONF))
         assert loaded.task.name == task
         assert loaded.optimizer.name == optimizer

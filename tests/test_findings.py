@@ -589,6 +589,28 @@ def test_what_the_best_weights_leave_of_sam_s_error_is_what_was_measured():
     assert "{} to {} % of SAM's error by task and ρ at ρ ≤ 0.02, {} to {} % by setting".format(*ends) in page
 
 
+def test_how_good_the_weights_in_hindsight_are_is_what_was_measured():
+    """Beside the least error of any weighting, in each batch."""
+    measured = pd.read_csv(ROOT / "results" / "approximation" / "measurements.csv")
+    measured = measured[measured["batch"] < 8]
+    errors = measured.pivot(index=["task", "phase", "rho", "batch"], columns="weighting", values="error")
+    others = errors[[name for name in errors if "hindsight" not in name]]
+    assert len(others.columns) == 13
+    fitted, sam = errors["hindsight (step)"], errors["uniform"]
+    page = (ROOT / "docs" / "approximation.md").read_text(encoding="utf-8")
+    shown = pd.DataFrame({
+        "lower": others.min(axis=1) < fitted - 1e-4, "sam": sam < fitted - 1e-4,
+        "left": fitted / sam, "least": errors.min(axis=1) / sam,
+    })  # fmt: skip
+    for rho, row in shown.groupby("rho").mean().iterrows():
+        cells = f"| {rho:g} | {100 * row.lower:.0f} % | {100 * row.sam:.0f} % | {row.left:.2f} | {row.least:.2f} |"
+        assert cells in page, cells
+    short = shown[shown.index.get_level_values("rho") <= 0.02].groupby(["task", "rho"]).mean()
+    flat = " ".join(page.split())
+    assert f"{100 * short.left.min():.0f} % or more in each task's mean. The least of all" in flat
+    assert f"batch by batch, leaves {100 * short.least.min():.0f} % or more." in flat
+
+
 def test_what_is_said_of_an_ascent_under_noise_is_what_was_measured():
     measured = pd.read_csv(ROOT / "results" / "approximation_noise" / "measurements.csv")
     measured = measured[measured["rho"] == 0.01]

@@ -198,6 +198,59 @@ def test_a_model_with_code_of_its_own_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(e.value)
 
 
+def test_code_of_its_own_that_a_class_of_transformers_stands_in_for_is_said(tmp_path):
+    folder = folder_of(tmp_path, "bert")
+    assert not any("auto_map" in note for note in prepare(of(folder, "train.max_length=24")).notes)
+    for file, taken in (
+        ("config.json", "BertForSequenceClassification"),
+        ("tokenizer_config.json", PreTrainedTokenizerFast.__name__),
+    ):
+        before = (folder / file).read_text()
+        own = {"auto_map": {"AutoModel": "modeling_alibi.AlibiModel", "AutoTokenizer": [None, "mine.Tokenizer"]}}
+        (folder / file).write_text(json.dumps(json.loads(before) | own))
+        (said,) = (note for note in prepare(of(folder, "train.max_length=24")).notes if "auto_map" in note)
+        assert said.startswith(f"{file} names code of the model's own") and taken in said
+        (folder / file).write_text(before)
+
+
+@pytest.mark.parametrize("spoil", ["none", "cased", "accents", "template"])
+def test_a_tokenizer_s_file_that_its_class_does_not_follow_is_said(spoil, tmp_path):
+    """The class, and not the file, says whether letters are folded: beside what `tokenizers` makes of the file."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "world", "World", "naive", "naïve", "a"]
+    own = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
+    folder = folder_of(tmp_path, "bert", own)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    given = json.loads(file.read_text())
+    if spoil == "cased":
+        given["normalizer"]["lowercase"] = False
+    if spoil == "accents":
+        given["normalizer"]["strip_accents"] = False
+    if spoil == "template":
+        given["post_processor"]["pair"] = given["post_processor"]["pair"][:-1]
+    file.write_text(json.dumps(given))
+    pair, alone = ("Hello World", "a naïve"), Tokenizer.from_file(str(file))
+    used = load_tokenizer(of(folder).model)
+    differ = alone.encode(*pair).ids != used(*pair)["input_ids"]
+    assert differ == (spoil != "none")
+
+    def said():
+        return any("tokenizer.json" in note for note in prepare(of(folder, "train.max_length=24")).notes)
+
+    assert said() == differ
+    cure = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | cure))
+    assert load_tokenizer(of(folder).model)(*pair)["input_ids"] == alone.encode(*pair).ids and not said()
+
+
+def test_a_vocabulary_with_gaps_that_goes_beyond_the_embeddings_is_refused(tmp_path):
+    numbers = {word: i for i, word in enumerate([*SPECIAL, *WORDS])} | {"two": 99}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    folder = folder_of(tmp_path, "bert", gaps)
+    with pytest.raises(UserError, match=r"has 25 tokens, up to the id 99, and the model 60 embeddings: they do not"):
+        prepare(of(folder, "train.max_length=24"))
+
+
 def test_sentences_without_a_mark_between_them_are_said(tmp_path):
     bare = plain_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])

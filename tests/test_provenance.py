@@ -24,6 +24,8 @@ def code(tmp_path):
     folder = tmp_path / "code"
     (folder / "dsam").mkdir(parents=True)
     (folder / "dsam" / "__init__.py").write_text("x = 1\n")
+    (folder / "results").mkdir()
+    (folder / "results" / "main.csv").write_text("made\n")
     git(folder, "init", "-q")
     git(folder, "add", ".")
     git(folder, *COMMIT)
@@ -40,6 +42,8 @@ def test_a_commit_counts_as_clean_only_without_changes_and_new_sources(code):
     assert clean["dirty"] is False and len(clean["commit"]) == 40
     assert clean["repository"] == clean["commit"]  # the first
     (code / "notes.md").write_text("beside the sources\n")
+    assert state(code) == clean
+    (code / "results" / "main.csv").write_text("made again\n")  # what a paper's command writes bars no other
     assert state(code) == clean
     (code / "dsam" / "method.py").write_text("new = True\n")  # the README's own way to add a method
     assert state(code)["dirty"] is True

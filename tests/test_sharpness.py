@@ -336,6 +336,29 @@ def test_other_data_than_the_run_s_are_refused(run, tmp_path):
         main([str(there), *QUICK])
 
 
+@pytest.mark.slow
+def test_data_that_lie_elsewhere_now_are_found_by_data_root(tmp_path):
+    rows = [f"{i}\tone cat {i} sees it\ta cat sees\t{('entailment', 'not_entailment')[i % 2]}" for i in range(16)]
+    for name in ("train", "dev"):
+        file = tmp_path / "then" / "RTE" / f"{name}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    done = command(
+        "task=rte", "data=local", f"data.root={tmp_path}/then", "train.max_steps=2", "tracking=disabled",
+        "checkpoint.keep_weights=true", f"paths.runs={tmp_path}/runs", f"paths.cache={tmp_path}/cache",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "runs").glob("*/*/*/*")
+    (tmp_path / "then").rename(tmp_path / "now")
+    with pytest.raises(UserError, match=r"then' is not a folder"):
+        main([str(made), *QUICK])
+    main([str(made), *QUICK, "--data-root", str(tmp_path / "now")])
+    assert json.loads((made / "sharpness" / "last" / "sharpness.json").read_text())["complete"]
+    file.write_text(file.read_text().replace("one cat", "two cats"))
+    with pytest.raises(UserError, match="was made with the data 'local "):
+        main([str(made), *QUICK, "--data-root", str(tmp_path / "now")])
+
+
 @pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf], [1e8] * 4])
 def test_a_loss_that_is_not_finite_is_left_blank(losses, tmp_path):
     plane_figure([-1.0, 1.0], np.reshape(losses, (2, 2)), "far").savefig(tmp_path / "plane.png")
@@ -368,6 +391,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path):
         ([str(run), "--examples", "many"], "invalid int value"),
         ([str(run), "--eigenvalues", "99999999"], "must be below the model's"),
         ([str(run), "--device", "abacus"], "unknown device.name 'abacus'"),
+        ([str(run), "--data-root", "/x"], "--data-root is for runs with data=local"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as error:
             main(arguments)

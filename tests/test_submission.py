@@ -182,11 +182,15 @@ def test_runs_json_says_which_run_each_file_is_from_and_ax_is_scored(made, root,
     assert f"AX: Matthews correlation {expected:.4f}\n" in capsys.readouterr().out
     assert json.loads((runs["mnli"] / "ax.json").read_text()) == files["AX.tsv"]
 
+    main(["--ax", str(runs["mnli"]), "--out", str(made.parent / "elsewhere")])
+    assert (made.parent / "elsewhere" / "ax.json").read_bytes() == (runs["mnli"] / "ax.json").read_bytes()
+    capsys.readouterr()
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dsam.submission.make.write_atomically", full)
-    with pytest.raises(UserError, match=r"^cannot write .*ax\.json: No space left on device"):
+    with pytest.raises(UserError, match=r"^cannot write .*ax\.json: No space left on device; set --out DIR"):
         main(["--ax", str(runs["mnli"])])
     assert f"AX: Matthews correlation {expected:.4f}\n" in capsys.readouterr().out  # said before it could not be kept
 
@@ -382,6 +386,8 @@ def test_mistakes_in_the_arguments(runs, tmp_path):
     assert "--out is not set" in refused("--runs", runs["rte"])
     assert "go with --runs-dir" in refused("--runs", runs["rte"], "--out", tmp_path, "--model", "tiny")
     assert "did you mean 'wnli'" in refused("--runs", runs["rte"], "--out", tmp_path, "--fill-majority", "wnl")
+    assert "--fill-majority goes with" in refused("--ax", runs["mnli"], "--fill-majority")
+    assert "--data-root has no effect on --check" in refused("--check", tmp_path, "--data-root", tmp_path)
     assert "no finished GLUE run" in refused("--runs-dir", tmp_path / "empty", "--out", tmp_path, "--fill-majority")
 
 

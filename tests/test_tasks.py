@@ -150,6 +150,17 @@ def test_scores_labels_in_other_words_and_files_without_a_header(tmp_path):
         ("a.json", '[{"question": "a", "passage": "b", "answer": "no"}]', ":1: [{'question'"),
         ("a.csv", "question,passage,answer\na,b,maybe\n", ":2: unknown label 'maybe': known: no, yes (written= says"),
         ("a.csv", "question,passage,label\na,b,no\n", ":1: expected each of the columns question, passage, answer"),
+        (
+            "a.csv",
+            "question;passage;answer\na;b;no\n",
+            ":1: found no column 'question' in ('question;passage;answer',): its columns stand between semicolons: a",
+        ),
+        ("a.tsv", "question,passage,answer\n", ":1: found no column 'question' in ('question,passage,answer',): its"),
+        (
+            "a.tsv",
+            "question\tpassage\tanswer\ra\tb\tno\r",
+            ":1: found no column 'question' in ('question', 'passage', 'answer\\ra', 'b', 'no'): its lines end in",
+        ),
         ("a.csv", "question,passage,answer\na,b\n", ":2: 2 columns where 3 are expected"),
         ("a.csv", 'question,passage,answer\na,b,no\n"a,b,no\n', ":3: not CSV"),
         ("a.csv", "", ": the file is empty"),
@@ -191,6 +202,15 @@ def test_row_counts_are_checked_only_where_stated_and_incomplete_rows_left_out_o
     (tmp_path / "train.csv").write_text("question,passage,answer\na,b,no\n")
     assert load(task(), "local", tmp_path).notes == []
     assert load(task(rows={"dev": 3}), "local", tmp_path).notes == ["mine dev: 1 rows, official 3"]
+
+
+def test_rows_with_an_empty_text_are_used_and_said(tmp_path):
+    (tmp_path / "train.csv").write_text("question,passage,answer\na,b,no\n,b,no\na,  ,yes\n")
+    data = load(task(), "local", tmp_path, splits=["train"])
+    assert data["train"].sentence1 == ["a", "", "a"] and data["train"].sentence2 == ["b", "b", "  "]
+    assert data.notes == [
+        f"{tmp_path / 'train.csv'}: the text of 2 rows is empty, the first in line 3: as empty they are used"
+    ]
 
 
 def test_files_lie_anywhere_and_the_first_of_several_is_taken(tmp_path):

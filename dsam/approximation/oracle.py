@@ -231,8 +231,12 @@ def best_step(each: np.ndarray, right: np.ndarray, unit: np.ndarray, sam: np.nda
     """The c ≥ 0 whose H Σ c_j ĝ_j / ‖Σ c_j ĝ_j‖ is nearest to the per-instance correction / ρ.
 
     The length is that of a step, ρ: to first order these are the weights whose gradient has the least error. The
-    best local minimum from several starts, SAM's own c among them, on which it can therefore only gain.
+    best local minimum from several starts, SAM's own c among them, on which this fit can therefore only gain: the error
+    itself may be less with others, the more the longer the step (docs/approximation.md).
     """
+    scale = np.trace(each)  # L-BFGS-B's tolerances are absolute, and losses may be of any size
+    if scale > 0:
+        each, right = each / scale, right / scale
 
     def error(c: np.ndarray) -> tuple[float, np.ndarray]:
         square = c @ unit @ c
@@ -253,8 +257,11 @@ HINDSIGHT = {"hindsight (direction)": best_direction, "hindsight (step)": best_s
 
 
 def with_used_words(closure: ExampleLosses) -> ExampleLosses:
-    """The same losses from a copy of the model that shares its weights but holds only the word embeddings in use."""
+    """The same losses from a copy of the model that shares its weights but holds only the word embeddings in use; from
+    the model itself where its table does more than look up, as Gemma's and BioGPT's, which scale."""
     whole = closure.model.get_input_embeddings()
+    if type(whole) is not nn.Embedding or whole.max_norm is not None or whole.scale_grad_by_freq:
+        return closure
     used = closure.inputs["input_ids"].unique()
     # Words that stand for padding keep a zero gradient by being told apart, as in the whole table.
     padding = (used == whole.padding_idx).nonzero().flatten().tolist() if whole.padding_idx is not None else []

@@ -106,8 +106,13 @@ def at_phase(config: Config, phase: int) -> tuple[Ready, glue.Tokenised]:
         ready = prepare(without_tf32(config))
         take_up_parent(config, ready)
     else:
-        run(config)
+        result = run(config)
         folder = identify(config).folder / f"at-{phase}"
+        diverged = f"{folder.parent} diverged ({result['diverged']})" if result["status"] == "diverged" else None
+        if diverged and not folder.is_dir():
+            raise UserError(f"{diverged} before {phase} % of its steps: take a lower train.lr")
+        if diverged:
+            print(f"note: {diverged}, after the {phase} % of its steps at which it is measured", file=sys.stderr)
         if not folder.is_dir():
             raise UserError(
                 f"{folder} is not there: the run was finished without checkpoint.keep_at=[{phase}]; set paths.runs=DIR"

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..task import File, Task
+from ..text import counted
 from .split import Split
 
 HALF = re.compile("[\ud800-\udfff]")
@@ -111,6 +112,7 @@ def read(task: Task, layout: Layout) -> tuple[Split, list[str]]:
     """
     rows = {".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}.get(layout.path.suffix.lower(), _json_lines)
     broken: list[int] = []
+    blank: list[int] = []
     columns = layout.columns
     text: tuple[list[str], ...] = tuple([] for _ in layout.text)
     labels: list[int | float] = []
@@ -118,6 +120,8 @@ def read(task: Task, layout: Layout) -> tuple[Split, list[str]]:
         row = dict(zip(columns, values, strict=True))
         for part, column in zip(layout.text, text, strict=True):
             column.append(_text(layout, number, part, row))
+        if not all(column[-1].strip() for column in text):
+            blank.append(number)
         if layout.label:
             labels.append(_label(task, layout, number, row[layout.label]))
     if not text[0]:
@@ -125,6 +129,11 @@ def read(task: Task, layout: Layout) -> tuple[Split, list[str]]:
     notes = []
     if broken:
         notes.append(f"{layout.path}: left out {len(broken)} incomplete rows, the first in line {broken[0]}")
+    if blank:
+        notes.append(
+            f"{layout.path}: the text of {counted(len(blank), 'row')} is empty, the first in line {blank[0]}: as empty "
+            "they are used"
+        )
     numbers = np.array(labels, dtype=np.float32 if task.regression else np.int64) if layout.label else None
     return Split(text[0], text[1] if len(text) == 2 else None, numbers), notes
 
@@ -212,6 +221,10 @@ def _places(task: Task, layout: Layout, header: tuple[str, ...]) -> list[int]:
 
 
 def _without(task: Task, layout: Layout, number: int, header: tuple[str, ...]) -> UserError:
+    if separated := _separated(header):
+        return UserError(
+            f"{layout.path}:{number}: found no column '{layout.columns[0]}' in {_short(header)}: {separated}"
+        )
     ask = (
         f"is this {task.title.split(':')[0]}'s official file?"
         if _is_glue(task)
@@ -221,6 +234,16 @@ def _without(task: Task, layout: Layout, number: int, header: tuple[str, ...]) -
         f"{layout.path}:{number}: expected each of the columns {', '.join(layout.columns)} once, found "
         f"{_short(header)}: {ask}"
     )
+
+
+def _separated(header: tuple[str, ...]) -> str | None:
+    """What is wrong with a header whose columns were not told apart, if that is it."""
+    if any("\r" in name for name in header):
+        return "its lines end in \\r alone: write \\n or \\r\\n"
+    for mark, name in ((";", "semicolons"), ("\t", "tabs, as of a .tsv"), (",", "commas, as of a .csv")):
+        if len(header) == 1 and mark in header[0]:
+            return f"its columns stand between {name}: a .tsv's are to stand between tabs, and a .csv's between commas"
+    return None
 
 
 def _miscounted(layout: Layout, number: int, row: list[str], header: tuple[str, ...]) -> UserError:

@@ -9,7 +9,7 @@ from ..config import Config
 from ..errors import UserError
 from ..text import first_line
 from .identity import identify
-from .record import seal
+from .record import Record, seal
 
 
 def read_run(folder: Path, weights: str) -> tuple[Config, dict]:
@@ -66,6 +66,9 @@ def kept_weights(config: Config) -> Path:
     """The folder of a finished run's weights at its best epoch. UserError where it kept none."""
     folder = identify(config).folder / "best"
     if not folder.is_dir():
+        result = Record(folder.parent).result()
+        if result and result["status"] == "diverged":
+            raise UserError(f"{folder} is not there: that run diverged ({result['diverged']}): take a lower train.lr")
         raise UserError(
             f"{folder} is not there: that run kept no weights: its command with checkpoint.keep_weights=true has them"
         )

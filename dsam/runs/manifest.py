@@ -44,6 +44,17 @@ def read(runs_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
 
 
+def chosen_from(runs_dir: Path, name: str) -> str | None:
+    """The name of the sweep with fresh seeds that came of this one, as it is there now; None where there is none, or
+    it came of other runs, as of an earlier sweep of that name."""
+    again = f"{name}{CHOSEN}"
+    if not path_in(runs_dir, again).exists():
+        return None
+    grid = read(runs_dir, again).get("chosen_of")  # of no manifest from before there was one
+    there = {run["id"] for run in read(runs_dir, name)["runs"]} if grid else set()
+    return again if not grid or set(grid) == there else None
+
+
 def forget(runs_dir: Path, name: str) -> bool:
     """Takes the sweep's manifest away, and says whether there was one; its runs stay."""
     path = path_in(runs_dir, name)
@@ -61,18 +72,25 @@ def parsed(contents: bytes) -> dict[str, Any]:
 
 
 def write(
-    configs: Sequence[Config], identities: Sequence[Identity], name: str, command: str, chosen: Sequence[dict] = ()
+    configs: Sequence[Config],
+    identities: Sequence[Identity],
+    name: str,
+    command: str,
+    chosen: Sequence[dict] = (),
+    chosen_of: Sequence[str] = (),
 ) -> Path:
     """Writes the manifest of these runs.
 
     Args:
         chosen: the rows of `dsam.sweeps.choose`, where the runs' settings were chosen by another sweep.
+        chosen_of: the ids of that sweep's runs.
     """
     root = Path(configs[0].paths.runs)
     contents = {
         "experiment": name,
         "command": command,
         "chosen": list(chosen),
+        "chosen_of": sorted(chosen_of),
         "runs": [
             {
                 "id": identity.id,

@@ -39,8 +39,9 @@ def git(folder: Path = PACKAGE.parent) -> dict[str, str | bool | None]:
     """The state of the checkout that this code lies in: {"commit", "dirty", "repository"}.
 
     `repository` is the first commit of the one that was asked, which tells repositories apart without naming a place.
-    `dirty`: tracked files differ from the commit, or there are new ones among the sources, as a new method is. All are
-    None where the code is in no repository, or in one that does not track it (a copy inside another project).
+    `dirty`: tracked files differ from the commit, but for the tables and records in results/, which no run reads, or
+    there are new ones among the sources, as a new method is. All are None where the code is in no repository, or in one
+    that does not track it (a copy inside another project).
     """
 
     def ask(*words: str) -> str | None:
@@ -52,7 +53,7 @@ def git(folder: Path = PACKAGE.parent) -> dict[str, str | bool | None]:
 
     if ask("ls-files", "--error-unmatch", "dsam/__init__.py") is None:
         return {"commit": None, "dirty": None, "repository": None}
-    changed = ask("status", "--porcelain", "--untracked-files=no")
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     new = ask("ls-files", "--others", "--exclude-standard", "--", *SOURCES)
     dirty = None if changed is None or new is None else bool(changed or new)
     first = ask("rev-list", "--max-parents=0", "HEAD")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
+from ..errors import UserError
 from .objective import Objective
 
 
@@ -51,6 +52,8 @@ def top_eigenvalues(
         values, vectors = eigsh(operator, k, which="LM" if in_size else "LA", v0=start, tol=tolerance)
     except ArpackNoConvergence as partial:
         values, vectors = partial.eigenvalues, partial.eigenvectors
+    except ArpackError as error:  # of a Hessian that is 0 or NaN
+        raise UserError(f"no eigenvalues can be computed ({error}): --eigenvalues 0 leaves them out") from None
     order = np.argsort(np.abs(values) if in_size else values)[::-1]
     values, vectors = values[order], vectors[:, order]
     residuals = [float(np.linalg.norm(multiply(v) - value * v)) for value, v in zip(values, vectors.T, strict=True)]

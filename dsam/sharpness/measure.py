@@ -55,6 +55,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--grid", type=int, default=15, help="points of a side of the 2-D surface; 0: none")
     parser.add_argument("--range", type=float, default=1.0, help="of the surfaces, in lengths of the weights' filters")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples, probes and directions")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where the data of a run with data=local lie now [the run's]"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:0 [the run's]")
     parser.add_argument("--out", type=Path, default=None, help="[RUN/sharpness/WEIGHTS]")
     options = parser.parse_args(list(arguments))
@@ -85,6 +88,10 @@ def main(arguments: Sequence[str]) -> None:
     config, result = read_run(options.run, options.weights)
     if options.device:
         config = on_device(config, options.device)
+    if options.data_root:
+        if config.data.source != "local":
+            raise UserError(f"--data-root is for runs with data=local; {options.run} has data={config.data.source}")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": options.data_root})})
     out = options.out or options.run / "sharpness" / options.weights
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--runs-dir", type=Path, metavar="DIR", help="the same, of all runs below this folder")
     what.add_argument("--ax", type=Path, metavar="RUN", help="only score a finished MNLI run on AX, into RUN/ax.json")
     what.add_argument("--check", type=Path, metavar="ZIP", help="only check a zip or a folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the files, submission.zip and runs.json")
+    told = "for the files, submission.zip and runs.json; with --ax for ax.json [RUN]"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=told)
     parser.add_argument("--model", help="with --runs-dir: only runs of this model")
     parser.add_argument("--optimizer", help="with --runs-dir: only runs of this optimizer")
     parser.add_argument(
@@ -44,6 +45,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError("--out is not set: give the folder for the files")
     if (options.model or options.optimizer) and not options.runs_dir:
         raise UserError("--model and --optimizer go with --runs-dir")
+    if options.fill_majority is not None and not (options.runs or options.runs_dir):
+        raise UserError("--fill-majority goes with --runs or --runs-dir")
+    if options.check and (idle := [n for n in ("out", "device", "data_root") if getattr(options, n)]):
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect on --check, which only reads the answers")
     for task in options.fill_majority or ():
         if task not in choose.TASKS:
             raise UserError(f"--fill-majority {task}: {did_you_mean(task, choose.TASKS)}")
@@ -173,11 +178,13 @@ def ax(options: argparse.Namespace) -> None:
         answered = answer(prepared, recognise(prepared, stages.passed), stages.passed)
     print(ax_line(score_on_ax(prepared, answered)))
     said = source(next(file for file in FILES if file.task == "ax"), prepared, answered)
+    path = (options.out or run.folder) / "ax.json"
     try:
-        write_atomically(run.folder / "ax.json", json.dumps(for_json(said), indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(for_json(said), indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {run.folder / 'ax.json'}: {error.strerror or error}") from None
-    print(run.folder / "ax.json")
+        raise UserError(f"cannot write {path}: {error.strerror or error}; set --out DIR") from None
+    print(path)
 
 
 def ax_line(score: float | None) -> str:

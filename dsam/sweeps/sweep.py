@@ -76,13 +76,18 @@ def parents(configs: list[Config]) -> list[Config]:
 
 
 def orphans(runs: list[Planned], parents: list[Planned]) -> list[Planned]:
-    """The unfinished runs whose parent did not finish: marked as failed, with the parent's reason."""
-    lost = {r.identity.id: r for r in unfinished(parents)}
+    """The unfinished runs whose parent did not finish, or diverged before its first evaluation: marked as failed, with
+    the parent's reason."""
+    lost = {r.identity.id: (r, "failed", r.reason) for r in unfinished(parents)}
+    for r in parents:
+        if r.status == "diverged" and (result := r.record.result()) and not result["best"]:
+            lost[r.identity.id] = r, "diverged", result["diverged"]
     found = []
     for r in unfinished(runs):
-        parent = lost.get(identify(Config.resolved(r.config.parent)).id) if r.config.parent else None
-        if parent is not None:
-            r.status, r.reason = "failed", f"the run that it starts from failed: {parent.title}: {parent.reason}"
+        of = lost.get(identify(Config.resolved(r.config.parent)).id) if r.config.parent else None
+        if of is not None:
+            parent, became, reason = of
+            r.status, r.reason = "failed", f"the run that it starts from {became}: {parent.title}: {reason}"
             found.append(r)
     return found
 
@@ -200,15 +205,17 @@ def work(
     command: str,
     run_all: Callable[[list[Planned], Launcher], list[Planned]],
     chosen: Sequence[dict] = (),
+    chosen_of: Sequence[Planned] = (),
 ) -> list[Planned]:
     """One sweep from its plan to its end, with the runs that its own start from first; returns what failed.
 
     `run_all` is this module's or Slurm's; the latter, with launcher.wait=false, returns before the runs are done.
     """
-    launcher, before = runs[0].config.launcher, plan(parents([r.config for r in runs]))
+    launcher, before = runs[0].config.launcher, plan(parents([r.config for r in unfinished(runs)]))
     print(f"{counted(len(runs), 'run')}: {counts(runs)}")
     preflight(unfinished([*before, *runs]))
-    manifest.write([r.config for r in runs], [r.identity for r in runs], name, command, chosen)
+    grid = [r.identity.id for r in chosen_of]
+    manifest.write([r.config for r in runs], [r.identity for r in runs], name, command, chosen, grid)
     failed = []
     if unfinished(before):
         print(f"first {counted(len(before), 'other run')} that they start from: {counts(before)}")

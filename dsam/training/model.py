@@ -1,5 +1,6 @@
 """Builds the classifier and its tokenizer from a hub id, a local folder or an architecture; runs no code of theirs."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (  # type: ignore[attr-defined]  # BertTokenizerFast is there; its stubs lack it
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -40,7 +42,7 @@ transformers_logging.disable_progress_bar()
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer, which marks the second sentence of a pair where the model takes such marks."""
-    if model.architecture and not (model.path or model.id):
+    if model.architecture:
         return BertTokenizerFast(vocab=str(VOCABULARY), do_lower_case=True)
     tokenizer = _load(model, "tokenizer", AutoTokenizer.from_pretrained)
     if not tokenizer.is_fast:
@@ -77,7 +79,7 @@ def build(
     """
     model, train = config.model, config.train
     torch.manual_seed(config.seeds.init)
-    if model.architecture and not (model.path or model.id):
+    if model.architecture:
         architecture = _architecture(model.architecture, num_labels, tokenizer)
         if train.dropout is not None:
             configure_dropout(architecture, train.dropout)
@@ -124,6 +126,8 @@ def build(
             )
         elif notes is not None and given:
             notes.append(f"part of the classifier came with the weights, e.g. {min(given)}: seeds.init draws the rest")
+        if notes is not None:
+            notes += _read_otherwise(folder_of(model), network, tokenizer)
         for tensor in [*network.parameters(), *network.buffers()]:
             # Off the file's memory map: its alignment follows the file's layout, and alignment rounds differently.
             tensor.data = tensor.data.clone()
@@ -133,10 +137,12 @@ def build(
     if train.dropout is not None:
         set_dropout(network, train.dropout)
     words: Any = network.get_input_embeddings()
-    if len(tokenizer) > words.num_embeddings:
+    highest = max(tokenizer.get_vocab().values(), default=0)  # a vocabulary that was cut has gaps
+    if max(len(tokenizer), highest + 1) > words.num_embeddings:
+        more = f", up to the id {highest}," if highest >= len(tokenizer) else ""
         raise UserError(
-            f"model {model.path or model.name}: the tokenizer has {len(tokenizer)} tokens and the model "
-            f"{words.num_embeddings} embeddings: they do not fit each other"
+            f"model {model.path or model.id or model.name}: the tokenizer has {len(tokenizer)} tokens{more} and the "
+            f"model {words.num_embeddings} embeddings: they do not fit each other"
         )
     positions = _positions(network)
     if positions and train.max_length > positions:
@@ -163,6 +169,43 @@ def _surplus(names: Sequence[str], network: PreTrainedModel) -> list[str]:
                 found.append(name)
                 break
     return found
+
+
+PROBES = (("Hello World, it can't STOP at (1,000).", "A naïve café?"), ("Two  spaces", "and\ttabs"))
+"""Pairs in which tokenizers that fold case, accents or blanks otherwise, or mark a pair otherwise, differ."""
+
+
+def _read_otherwise(folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What is to be said of a folder that asks for something else than what transformers makes of it: code of its own,
+    where a class of transformers has the model's type; a `tokenizer.json` whose normalizer or template for pairs the
+    tokenizer's class replaces."""
+    notes, files = [], ("config.json", "tokenizer_config.json")
+    for name, taken in zip(files, (network, tokenizer), strict=True):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not there; no object
+            if json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map"):
+                notes.append(
+                    f"{name} names code of the model's own (auto_map), which is never run here: transformers' "
+                    f"{type(taken).__name__} is in its place"
+                )
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return notes
+    try:
+        alone = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no other kind; transformers has made one of another file
+        return [*notes, f"tokenizer.json cannot be read by itself ({first_line(error)}), and is not what is used"]
+    alone.no_truncation()
+    alone.no_padding()
+    for pair in PROBES:
+        if alone.encode(*pair).ids != tokenizer(*pair)["input_ids"]:
+            notes.append(
+                f"{type(tokenizer).__name__}, which transformers makes of the folder, gives {pair} other tokens than "
+                "tokenizer.json by itself would, and is what is used: tokenizer_config.json may lack what it goes by, "
+                'e.g. "do_lower_case": false; "tokenizer_class": "PreTrainedTokenizerFast" there has the file alone '
+                "decide"
+            )
+            break
+    return notes
 
 
 def mismatched_of(loaded: dict) -> list[str]:

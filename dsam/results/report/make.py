@@ -18,7 +18,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-from dsam.errors import UserError
+from dsam.errors import NothingFinished, UserError
 from dsam.results import plots
 from dsam.results.collect import collect
 from dsam.results.report import card
@@ -57,7 +57,9 @@ def make(
     frame, runs_dir = collect(runs_dir, experiment), Path(runs_dir).resolve()
     if not (frame["status"] == "finished").any():
         counts = ", ".join(f"{count} {status}" for status, count in Counter(frame["status"]).items())
-        raise UserError(f"no run of '{experiment}' is finished ({counts or 'none planned'}): run `make reproduce`")
+        raise NothingFinished(
+            f"no run of '{experiment}' is finished ({counts or 'none planned'}); `make reproduce` runs what is missing"
+        )
     page = Path(tables_dir).parent / "report.html"
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:
         collected = Path(scratch) / "collected.pickle"  # the runs as they are now: a sweep may be going on
