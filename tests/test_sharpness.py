@@ -354,9 +354,11 @@ def test_data_that_lie_elsewhere_now_are_found_by_data_root(tmp_path):
         main([str(made), *QUICK])
     main([str(made), *QUICK, "--data-root", str(tmp_path / "now")])
     assert json.loads((made / "sharpness" / "last" / "sharpness.json").read_text())["complete"]
-    file.write_text(file.read_text().replace("one cat", "two cats"))
+    other = tmp_path / "now" / "RTE" / "dev.tsv"
+    other.write_text(other.read_text().replace("one cat", "two cats"))
+    (tmp_path / "now").rename(tmp_path / "others")
     with pytest.raises(UserError, match="was made with the data 'local "):
-        main([str(made), *QUICK, "--data-root", str(tmp_path / "now")])
+        main([str(made), *QUICK, "--data-root", str(tmp_path / "others")])
 
 
 @pytest.mark.parametrize("losses", [[1.0, np.inf, 2.0, np.nan], [np.nan] * 4, [1.0, 1e9, 2.0, -np.inf], [1e8] * 4])
