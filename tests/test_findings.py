@@ -12,7 +12,10 @@ import yaml
 from conftest import ROOT
 from scipy import stats
 
+from dsam import glue
 from dsam.results.statistics import sign_flip_test, t_interval
+from dsam.task import get_task
+from dsam.training.batches import held_out, training_subset
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -531,6 +534,37 @@ def test_the_words_of_the_first_screen_are_what_the_intervals_say():
     for other in ("sam", "per_instance"):
         low, high = low_and_high("label_noise_none_chosen", "dsam", other)
         assert low < 0 < high
+
+
+def test_what_is_said_of_sst2_s_held_out_part_is_what_is_there(glue_root):
+    splits = glue.load(get_task("sst2"), "local", root=glue_root)
+    texts, dev = splits["train"].sentence1, splits["dev"].sentence1
+    kept, held = held_out(len(texts))
+
+    def runs_of_five(text):
+        words = text.split()
+        return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+    def shares(rows):
+        known = set().union(*(runs_of_five(texts[i]) for i in rows))
+        found = []
+        for others in ([texts[i] for i in held], dev):
+            long = [runs for text in others if (runs := runs_of_five(text))]
+            found.append(100 * sum(not runs.isdisjoint(known) for runs in long) / len(long))
+        return found
+
+    page = " ".join(RESULTS.split("**SST-2's held-out part")[1].split("\n\n")[0].split())
+    some, every = shares(kept[training_subset(len(kept), 4000, 1)]), shares(kept)
+    assert f"words or more {some[0]:.0f} % share five words in a row with one of the 4,000" in page
+    assert f"and {some[1]:.0f} % of the development set's do; with one of all other training texts" in page
+    assert "training texts, {:.0f} % and {:.0f} %.".format(*every) in page
+    lengths = [np.mean([len(text.split()) for text in rows]) for rows in ([texts[i] for i in held], dev)]
+    assert f"of {lengths[0]:.0f} words in the mean" in page and f"sentences, of {lengths[1]:.0f}." in page
+    runs = records_of("label_noise_none_chosen")
+    for method, words in (("adamw", "last epoch has {:.1f} on the held-out part and {:.1f} on the"),
+                          ("adamw_quarter_lr", "at a quarter of the rate {:.1f} and {:.1f}.")):  # fmt: skip
+        last = [runs[method, s]["evaluations"][-1] for s in range(1, 6)]
+        assert words.format(*(20 * sum(e[k] for e in last) for k in ("heldout_score", "score"))) in page
 
 
 def test_what_is_said_of_the_levels_together_is_what_their_table_says():
