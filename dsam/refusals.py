@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Config, Launcher
 from .errors import UserError
-from .runs.manifest import CHOSEN, UNNAMED
 from .task import GLUE_REVISION
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def require_read(configs: list[Config]) -> None:
 
 def require_name(config: Config) -> None:
     """UserError where the name of an experiment is one that the lists of sweeps have another use for."""
+    from .runs.manifest import CHOSEN, UNNAMED
+
     name = config.experiment or ""
     others = (
         "a sweep without a name" if name == UNNAMED else f"the runs of {name.removesuffix(CHOSEN)} with fresh seeds"

@@ -117,7 +117,8 @@ def at_phase(config: Config, phase: int) -> tuple[Ready, glue.Tokenised]:
             raise UserError(
                 f"{folder} is not there: the run was finished without checkpoint.keep_at=[{phase}]; set paths.runs=DIR"
             )
-        there = Config.resolved(config.to_dict() | {"model": vars(config.model) | {"path": str(folder)}})
+        model = vars(config.model) | {"path": str(folder), "id": None, "revision": None, "architecture": None}
+        there = Config.resolved(config.to_dict() | {"model": model})
         ready = prepare(without_tf32(there))
     examples = ready.data[ready.task.train[0]]
     if examples.clean_labels is not None:  # wrong labels that were not trained on have not been fitted
