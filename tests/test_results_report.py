@@ -115,7 +115,8 @@ def test_a_name_that_begins_like_the_baseline_s_is_no_plain_training(tmp_path):
 
 def test_no_finished_run_is_an_error_that_says_what_to_do(tmp_path):
     sweep(tmp_path / "runs", "smoke", [plan()])
-    with pytest.raises(UserError, match=r"no run of 'smoke' is finished \(1 missing\); `make reproduce` runs what is missing"):
+    expected = r"no run of 'smoke' is finished \(1 missing\); `make reproduce` runs what is missing"
+    with pytest.raises(UserError, match=expected):
         report.make("smoke", tmp_path / "runs", tmp_path / "tables", tmp_path / "figures")
     assert not (tmp_path / "tables").exists()
 
