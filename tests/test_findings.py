@@ -122,6 +122,8 @@ def test_the_figures_of_the_five_sentences_are_those_of_the_tables():
         ("label_noise_stsb_chosen", "sam", "adamw_quarter_lr", "best"),
         ("label_noise_none_chosen", "adamw_quarter_lr", "adamw", "best"),
         ("label_noise_none_chosen", "sam", "adamw", "best"),
+        ("glue_minilm", "adamw_quarter_lr", "adamw", "best"),
+        ("glue_minilm", "sam", "adamw", "best"),
         ("label_noise_20_chosen", "sam", "adamw", "last"),
         ("label_noise_20_chosen", "sam", "adamw", "best"),
         ("per_instance_clean", "per_instance", "adamw", "best"),
@@ -416,7 +418,7 @@ def test_the_differences_on_each_clean_task_are_those_of_their_tables():
     names = {"CoLA": "cola", "RTE": "rte", "MRPC": "mrpc", "STS-B": "stsb"}
     page = RESULTS.split("The difference to AdamW on each task")[1].split("\n**")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line]
-    assert rows[0] == ["method", "epoch", *names] and len(rows) == 2 + 8
+    assert rows[0] == ["method", "epoch", *names] and len(rows) == 2 + 10
     method = ""
     for first, epoch, *cells in rows[2:]:
         method = first or method
@@ -424,6 +426,54 @@ def test_the_differences_on_each_clean_task_are_those_of_their_tables():
         table = pd.read_csv(ROOT / "results" / "tables" / "glue_minilm" / f"{name}.csv").set_index(["method", "task"])
         own = [100 * table.loc[(method, task), ["difference", "low", "high"]].astype(float) for task in names.values()]
         assert cells == ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row) for row in own]
+
+
+def test_what_is_said_of_a_slower_rate_on_right_labels_is_what_the_records_say():
+    runs = {(r["task"], r["optimizer"], r["seed"]): r for r in all_of("glue_minilm")}
+    assert len(runs) == 120
+    page = " ".join(RESULTS.split("**A quarter of the rate, which has")[1].split("\n\n")[0].split())
+    table = pairs_of("glue_minilm", "best")
+    for pair, words in ((("adamw_quarter_lr", "adamw"), "{:.2f} below AdamW at 1e-4 [{:+.2f}, {:+.2f}]"),
+                        (("sam", "adamw_quarter_lr"), "{:.2f} above it [{:+.2f}, {:+.2f}]"),
+                        (("sam", "adamw"), "{:.2f} [{:+.2f}, {:+.2f}], cannot be told from none")):  # fmt: skip
+        mean, low, high = (100 * float(table.loc[pair, end]) for end in ("difference", "low", "high"))
+        assert words.format(abs(mean), low, high) in page, words
+    lost = {}
+    for task in ("cola", "mrpc", "stsb", "rte"):
+        own, full = (
+            np.array([runs[task, method, s]["best"]["score"] for s in range(1, 6)])
+            for method in ("adamw_quarter_lr", "adamw")
+        )
+        lost[task] = 100 * (full - own)
+    assert all(lost[task].min() > 0 for task in ("cola", "mrpc", "stsb"))
+    assert "by {:.2f}, {:.2f} and {:.2f} in the mean; on RTE".format(*(lost[t].mean() for t in list(lost)[:3])) in page
+    assert stats.ttest_1samp(lost["rte"], 0).confidence_interval()[0] < 0
+    at_last = Counter(m for (_, m, _), r in runs.items() if r["best"]["step"] == r["last"]["step"])
+    assert (
+        "{adamw_quarter_lr} of its 20 runs are best at the last one, and {adamw} of AdamW's".format(**at_last) in page
+    )
+
+
+def test_the_pooled_table_of_clean_tasks_is_that_of_its_tables():
+    folder = ROOT / "results" / "tables" / "glue_minilm"
+    main, pooled, dear = (
+        pd.read_csv(folder / f"{name}.csv").set_index("method") for name in ("main", "statistics", "equal_compute")
+    )
+    page = RESULTS.split("## The comparison")[1].split("\n## ")[0].replace("**", "")
+
+    def cells(table, method, other):
+        if method == other:
+            return "– | –"
+        row = table.loc[method]
+        shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * float(row[k]) + 0.0 for k in ("difference", "low", "high")))
+        ps = ", ".join("< 0.001" if row[p] < 0.0005 else f"{row[p]:.3f}" for p in ("p", "p_holm"))
+        return f"{shown.replace('-', '−')} | {ps}"
+
+    for method in main.index:
+        scores = [f"{100 * main.loc[method, f'{t} mean']:.2f} ± {100 * main.loc[method, f'{t} sd']:.2f}"
+                  for t in ("cola", "rte", "mrpc", "stsb")]  # fmt: skip
+        assert f"| {method} | {main.loc[method, 'compute']:.2f} | {' | '.join(scores)} |" in page
+        assert f"| {method} | {cells(pooled, method, 'adamw')} | {cells(dear, method, 'adamw_2x')} |" in page
 
 
 def test_what_is_said_of_the_second_task_is_what_its_tables_say():
@@ -503,6 +553,9 @@ def test_the_words_of_the_first_screen_are_what_the_intervals_say():
         -100 * float(table.loc[("adamw_quarter_lr", "adamw"), end]) for end in ("high", "difference", "low")
     )
     assert f"that rate loses {mean:.1f} points ({low:.1f} to {high:.1f}) on SST-2" in README and low > 0
+    four = pairs_of("glue_minilm", "best").loc[("adamw_quarter_lr", "adamw")]
+    ends = (-100 * float(four[end]) for end in ("difference", "high", "low"))
+    assert "and {:.1f} ({:.1f} to {:.1f}) over CoLA, RTE, MRPC and STS-B; SAM".format(*ends) in README
     clean = RESULTS.split("**The lower rate, which is most")[1].split("\n\n")[0]
     for pair, words in ((("adamw_quarter_lr", "adamw"), "{:.2f} below AdamW [{:+.2f}, {:+.2f}]"),
                         (("sam", "adamw"), "(-{:.2f} [{:+.2f}, {:+.2f}])"),
