@@ -350,9 +350,9 @@ def test_flags_that_look_inside_and_the_shell_s_completion_work():
     assert looked.returncode == 0 and "Config search path" in looked.stdout, looked.stderr
     installed = command("-sc", "install=bash")
     assert installed.returncode == 0 and "hydra_bash_completion" in installed.stdout, installed.stderr
-    line = "python train.py optimizer=per"
+    line = "python train.py optimizer=fre"
     asked = command("-sc", "query=bash", env={"COMP_LINE": line, "COMP_POINT": str(len(line))})
-    assert asked.stdout.split() == ["optimizer=per_instance"], asked.stderr
+    assert asked.stdout.split() == ["optimizer=freelb"], asked.stderr
 
 
 def test_a_benchmarks_methods_end_where_settings_begin():

@@ -20,8 +20,16 @@ ADAPTIVE = "ASAM(model, rho=0.5) is the adaptive SAM"
 class Constructed:
     """Refuses what a constructor does not take before Python does, which would name the base that it came to.
 
-    A base of `Method` with no constructor of its own, so that the signatures of classes stay their constructors'.
+    A base of `Method` with no constructor of its own. The signatures of classes are their constructors', which Python
+    before 3.11.3 would not tell of a class that inherits its own.
     """
+
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls, **named):
+        super().__init_subclass__(**named)
+        constructor = inspect.signature(cls.__init__)
+        cls.__signature__ = constructor.replace(parameters=list(constructor.parameters.values())[1:])
 
     def __new__(cls, *args, **options):  # without any where an instance is copied or unpickled
         if cls.__init__.__module__.startswith(f"{__package__}."):  # a subclass's may take what it does not name
