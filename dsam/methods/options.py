@@ -20,8 +20,8 @@ ADAPTIVE = "ASAM(model, rho=0.5) is the adaptive SAM"
 class Constructed:
     """Refuses what a constructor does not take before Python does, which would name the base that it came to.
 
-    A base of `Method` with no constructor of its own. The signatures of classes are their constructors', which Python
-    before 3.11.3 would not tell of a class that inherits its own.
+    A base of `Method` with no constructor of its own. The signatures of classes are their constructors', which older
+    versions of Python 3.11 would not tell of a class that inherits its own.
     """
 
     __signature__: inspect.Signature
