@@ -449,7 +449,7 @@ def test_patience_ends(hub, clock):
 
 
 def test_commands_at_the_same_time_fetch_each_file_once(hub, capfd):
-    hub.faults = [{"match": "cdn.*train", "rate": 2000}]
+    hub.faults = [{"match": "cdn.*train", "rate": 700}]
     rows = []
     threads = [threading.Thread(target=lambda: rows.append(len(rte()["train"]))) for _ in range(3)]
     for thread in threads:
