@@ -64,22 +64,30 @@ def require_read(configs: list[Config]) -> None:
             f"launcher.workers={first.launcher.workers} is for runs without launcher.devices: on these, "
             "launcher.per_device=N says how many at once on each"
         )
-    launcher, given = first.launcher, {a.lstrip("+").partition("=")[0] for a in sys.argv[1:]}
+    given = {a.lstrip("+").partition("=")[0] for a in sys.argv[1:]}
     if "data.noise_seed" in given and not any(c.data.label_noise or c.data.heldout_noise for c in configs):
         raise UserError("data.noise_seed is of label noise, and there is none: add data.label_noise=, or leave it out")
-    on_gpus = launcher.gpus or any(option.startswith("--gres") for option in launcher.sbatch)
-    if launcher.name == "slurm" and on_gpus and "launcher.workers" in given:
+    if first.launcher.name == "slurm":
+        _require_read_in_job(first.launcher, given)
+    if first.launcher.measure and not first.launcher.plan:
+        raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
+
+
+def _require_read_in_job(launcher: Launcher, given: set[str]) -> None:
+    """The same of what says how many runs go on at once in a job of a cluster."""
+    from .sweeps.slurm import asks_for_gpu
+
+    on_gpus = asks_for_gpu(launcher)
+    if on_gpus and "launcher.workers" in given:
         raise UserError(
             f"launcher.workers={launcher.workers} is for jobs without GPUs: in this one launcher.per_device=N says how "
             "many runs at once on each"
         )
-    if launcher.name == "slurm" and not on_gpus and launcher.per_device != 1:
+    if not on_gpus and launcher.per_device != 1:
         raise UserError(
             f"launcher.per_device={launcher.per_device} is a number of runs on each GPU of a job, which has none here: "
             "add launcher.gpus=N, or take launcher.workers=N"
         )
-    if first.launcher.measure and not first.launcher.plan:
-        raise UserError("launcher.measure=true is of plans: add launcher.plan=true")
 
 
 def require_name(config: Config) -> None:
@@ -87,11 +95,13 @@ def require_name(config: Config) -> None:
     from .runs.manifest import CHOSEN, UNNAMED
 
     name = config.experiment or ""
-    others = (
-        "a sweep without a name" if name == UNNAMED else f"the runs of {name.removesuffix(CHOSEN)} with fresh seeds"
-    )
-    if name == UNNAMED or name.endswith(CHOSEN):
-        raise UserError(f"experiment={name} is what {others} are called by: give the experiment's file another name")
+    if name == UNNAMED:
+        raise UserError(f"experiment={name} is what a sweep without a name is called: give the file another name")
+    if name.endswith(CHOSEN):
+        grid = name.removesuffix(CHOSEN)
+        raise UserError(
+            f"experiment={name} is what {grid}'s runs with fresh seeds are called: give the file another name"
+        )
 
 
 def say_untaken(jobs: Iterable[dict]) -> None:

@@ -467,6 +467,10 @@ SWEEPS = [
         "launcher.workers=8 is for jobs without GPUs",
     ),
     (
+        "launcher=slurm launcher.sbatch=['--gres=tmp:10'] launcher.per_device=3 launcher.pack=3 launcher.plan=true",
+        "launcher.per_device=3 is a number of runs on each GPU of a job, which has none here",
+    ),
+    (
         "launcher=slurm launcher.per_device=3 launcher.pack=3 launcher.plan=true",
         "launcher.per_device=3 is a number of runs on each GPU of a job, which has none here: add launcher.gpus=N",
     ),

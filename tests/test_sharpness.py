@@ -119,6 +119,8 @@ def test_hutchinson_is_exact_for_a_diagonal_hessian_and_unbiased_with_the_error_
 def test_a_linear_loss_has_no_curvature():
     w = nn.Parameter(torch.ones(5))
     assert trace(Objective([lambda: w.sum()[None]], [w]), 2) == (0.0, 0.0)
+    with pytest.raises(UserError, match=r"^no eigenvalues can be computed \(.*\): --eigenvalues 0 leaves them out"):
+        top_eigenvalues(Objective([lambda: w.sum()[None]], [w]), 1)
 
 
 def test_rises_on_a_quadratic_are_the_closed_form():

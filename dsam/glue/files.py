@@ -221,7 +221,7 @@ def _places(task: Task, layout: Layout, header: tuple[str, ...]) -> list[int]:
 
 
 def _without(task: Task, layout: Layout, number: int, header: tuple[str, ...]) -> UserError:
-    if separated := _separated(header):
+    if layout.path.suffix.lower() in (".csv", ".tsv") and (separated := _separated(header)):
         return UserError(
             f"{layout.path}:{number}: found no column '{layout.columns[0]}' in {_short(header)}: {separated}"
         )

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -121,7 +122,9 @@ def submit(runs: list[Planned], launcher: Launcher, folder: Path) -> dict[str, s
 
 
 def asks_for_gpu(launcher: Launcher) -> bool:
-    return bool(launcher.gpus) or any(option.startswith(("--gres", "--gpus", "--tres")) for option in launcher.sbatch)
+    """Whether the job does, or for a part of one; other resources, as --gres=tmp:10, are none of these."""
+    gpus = re.compile(r"--(gpus|(gres|tres).*\b(gpu|mps|shard)\b)")
+    return bool(launcher.gpus) or any(map(gpus.match, launcher.sbatch))
 
 
 def work(launcher: Launcher, configs: list[Config]) -> None:
