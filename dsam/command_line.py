@@ -421,10 +421,15 @@ def records(arguments: Sequence[str]) -> None:
         size = f"{path.stat().st_size / 1e6:.2f} MB"
         print(f"{path}: {counted(packed.finished, 'run')}, {size}; {packed.missing} of the sweep have no result")
         for note in packed.notes:
-            print(f"note: {path} {note}" if note.startswith("keeps") else f"note: {note}")
+            print(f"note: {note}")
     else:
-        written, there = archive.unpack(path, runs_dir)
-        print(f"{runs_dir}: {counted(written, 'run')} written from {path}, {there} were there already")
+        found = archive.unpack(path, runs_dir)
+        print(f"{runs_dir}: {counted(found.written, 'run')} written from {path}, {found.there} were there already")
+        if found.other:
+            print(
+                f"note: {found.other} of these {'has' if found.other == 1 else 'have'} another result here than in the "
+                "file; paths.runs=DIR with a new folder shows the file's own"
+            )
         if more := archive.unlisted(path, runs_dir):
             print(
                 f"note: tables follow the sweep of {name} that is here, which does not name {counted(more, 'run')} of "

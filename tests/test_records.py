@@ -49,7 +49,7 @@ def test_records_come_back_byte_for_byte_and_weights_stay_behind(tmp_path):
     runs, packed, back = tmp_path / "runs", tmp_path / "records" / "study.zip", tmp_path / "back"
     a_sweep(runs, unfinished=[2])
     assert archive.pack(runs, "study", packed)[:2] == (2, 1)
-    assert archive.unpack(packed, back) == (2, 0)
+    assert archive.unpack(packed, back)[:2] == (2, 0)
     assert files(back) == {name: data for name, data in files(runs).items() if "best/" not in name}
     first = packed.read_bytes()
     shutil.copytree(back, tmp_path / "elsewhere")  # other times of the files
@@ -97,7 +97,7 @@ def test_runs_add_up_over_sweeps_of_one_name(tmp_path):
     a_sweep(tmp_path / "monday", seeds=[0, 1])
     a_sweep(tmp_path / "tuesday", seeds=[1, 2])
     archive.pack(tmp_path / "monday", "study", packed)
-    note = "names 1 run of its own beside the 2 here; remove it first to pack these alone"
+    note = f"{packed} names 1 run of its own beside the 2 here; remove it first to pack these alone"
     assert archive.pack(tmp_path / "tuesday", "study", packed) == (3, 0, [note])
     archive.unpack(packed, tmp_path / "both")
     assert len(list((tmp_path / "both").glob("rte/tiny/sam/*/result.json"))) == 3
@@ -148,7 +148,7 @@ def test_unpacking_leaves_alone_what_is_there(tmp_path):
     manifest = runs / ".sweeps" / "study.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"command": "mine"}))
     before = files(runs)
-    assert archive.unpack(packed, runs) == (1, 2)
+    assert archive.unpack(packed, runs)[:2] == (1, 2)
     after = files(runs)
     assert {name for name in after if after[name] != before.get(name)} == {f"{two}/result.json"}
 
@@ -162,7 +162,7 @@ def test_weights_of_an_attempt_here_are_not_left_beside_a_result_from_elsewhere(
         for weights in ("best", "at-25", "checkpoint"):
             (runs / folder / weights).mkdir(parents=True, exist_ok=True)
             (runs / folder / weights / "config.json").write_text("{}")
-    assert archive.unpack(packed, runs) == (1, 1)
+    assert archive.unpack(packed, runs)[:2] == (1, 1)
     left = [sorted(p.name for p in (runs / folder).iterdir() if p.is_dir()) for folder in (one, two, three)]
     assert left == [["at-25", "best", "checkpoint"], [], ["at-25", "best", "checkpoint"]]
 
@@ -175,7 +175,7 @@ def test_a_run_that_is_being_worked_on_or_came_no_further_is_left_alone(tmp_path
         (runs / folder / "result.json").unlink(missing_ok=True)
         (runs / folder / "metrics.jsonl").write_text("going on")
     with Record(runs / one).worked_on():
-        assert archive.unpack(packed, runs) == (1, 1)
+        assert archive.unpack(packed, runs)[:2] == (1, 1)
         assert (runs / one / "metrics.jsonl").read_text() == "going on" and not (runs / one / "result.json").exists()
     assert (runs / two / "result.json").exists()
     assert (runs / three / "metrics.jsonl").read_text() == "going on"
@@ -213,7 +213,7 @@ def test_packing_a_part_of_a_sweep_keeps_the_whole_one_and_says_so(tmp_path):
     a_sweep(tmp_path / "part", seeds=[2])
     finished, missing, (note,) = archive.pack(tmp_path / "part", "study", packed)
     assert (finished, missing) == (3, 0)
-    assert note.startswith("keeps its sweep of 3 runs, of which the one here has 1; remove it first")
+    assert note.startswith(f"{packed} keeps its sweep of 3 runs, of which the one here has 1; remove it first")
     archive.unpack(packed, tmp_path / "back")
     assert len(json.loads((tmp_path / "back/.sweeps/study.json").read_bytes())["runs"]) == 3
 
@@ -231,10 +231,27 @@ def test_a_damaged_result_is_neither_packed_nor_kept_beside_a_whole_one(tmp_path
     assert packed.read_bytes() == whole
     fresh = tmp_path / "fresh.zip"
     assert archive.pack(runs, "study", fresh)[:2] == (2, 1)
-    assert archive.unpack(packed, runs) == (1, 2)
+    assert archive.unpack(packed, runs)[:2] == (1, 2)
     assert result.read_text() == good
     assert result.with_name("result.json.damaged").read_text() == damage(good)
     assert f"set aside as result.json.damaged; {packed} has it whole" in capsys.readouterr().out
+
+
+def test_another_result_of_the_same_run_replaces_none_and_is_said(tmp_path):
+    """A run that was trained twice: the committed result is neither lost to `pack` nor mistaken for the one here."""
+    runs, packed = tmp_path / "runs", tmp_path / "study.zip"
+    one, two, three = a_sweep(runs, unfinished=[2])
+    archive.pack(runs, "study", packed)
+    before = packed.read_bytes()
+    assert archive.pack(runs, "study", packed).notes == [] and archive.unpack(packed, runs) == (0, 2, 0)
+    Record(runs / one).finish({"id": one[-16:], "score": "again"})
+    finished, missing, (note,) = archive.pack(runs, "study", packed)
+    assert (finished, missing) == (2, 1) and packed.read_bytes() == before
+    assert note.startswith(f"{packed} keeps its own result of 1 run that here has another; to pack those of here")
+    assert archive.unpack(packed, runs) == (0, 2, 1)
+    assert Record(runs / one).result()["score"] == "again"
+    Record(runs / three).finish({"id": three[-16:], "score": 2})  # had none in the file
+    assert archive.pack(runs, "study", packed)[:2] == (3, 0)
 
 
 def zipped(path, members):
@@ -302,9 +319,14 @@ def test_the_command_line(tmp_path):
     places = [f"paths.runs={tmp_path}/runs", f"paths.records={tmp_path}/records"]
     done = command("pack", "experiment=smoke", *places, script="records.py")
     assert done.returncode == 0 and "smoke.zip: 3 runs" in done.stdout and "0 of the sweep" in done.stdout
+    Record(next((tmp_path / "runs").glob("rte/*/*/*0"))).finish({"id": f"{0:016x}", "score": "again"})
+    done = command("unpack", "experiment=smoke", *places, script="records.py")
+    assert done.returncode == 0 and "0 runs written" in done.stdout and "3 were there" in done.stdout
+    assert "note: 1 of these has another result here than in the file" in done.stdout
     shutil.rmtree(tmp_path / "runs")
     done = command("unpack", "experiment=smoke", *places, script="records.py")
     assert done.returncode == 0 and "3 runs written" in done.stdout and "0 were there" in done.stdout
+    assert "note" not in done.stdout
     for wrong, said in (
         (["pakc"], "takes pack or unpack"),
         ([], "takes pack or unpack"),

@@ -351,6 +351,17 @@ def test_methods_are_compared_on_each_task(built, tmp_path):
     assert later.round(9).to_dict() == {"cola": 0.04, "rte": -0.04}
     assert "2 intervals" in two.by_task.notes[1] and "last epoch" in two.by_task_last_epoch.caption
     assert built.by_task is None  # one task
+    assert not any("left out:" in note for note in two.by_task.notes)
+    for seed in range(3, 10):  # without their baseline's, which was not planned
+        finish(tmp_path, plan("rte", "tiny", "sam", seed), best=0.9, last=0.9)
+    finish(tmp_path, plan("cola", "tiny", "sam", 1), status="diverged")
+    less = tables.build(collect(tmp_path)).by_task
+    assert less.text["rte"].tolist() == two.by_task.text["rte"].tolist()
+    assert less.notes[-1] == (
+        "Pairs that are left out: cola seed 1: sam diverged; "
+        + "; ".join(f"rte seed {seed}: adamw not planned" for seed in range(3, 8))
+        + "; and 2 more."
+    )
 
 
 def test_every_two_methods_are_compared(built, runs_dir):

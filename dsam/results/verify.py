@@ -58,7 +58,7 @@ def check(
     packed = records_dir / f"{experiment}.zip"
     if not manifest.path_in(runs_dir, experiment).is_file() and packed.is_file():
         with tempfile.TemporaryDirectory() as scratch:
-            written, _ = archive.unpack(packed, Path(scratch))
+            written = archive.unpack(packed, Path(scratch)).written
             if not manifest.path_in(Path(scratch), experiment).is_file():
                 of = ", ".join(manifest.names(Path(scratch))) or "no experiment"
                 raise UserError(f"{packed} has the runs of {of}, and not of '{experiment}'")

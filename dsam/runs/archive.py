@@ -30,12 +30,22 @@ class Packed(NamedTuple):
     """What was not taken as it was found, in a line each."""
 
 
+class Unpacked(NamedTuple):
+    """What `unpack` found of a file's finished runs."""
+
+    written: int
+    """Those that were brought here."""
+    there: int
+    """Those that were here already, or are being worked on, and were left alone."""
+    other: int
+    """Those among `there` whose result here is not the file's: trained again, or by other code."""
+
+
 def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     """Writes the sweep's manifest and its runs' records to the zip `path`, beside the runs that are in it already.
 
-    Nothing that the file holds is lost: a finished run is replaced by a finished one alone, whose result is whole, and
-    the runs that the manifest names join those of this sweep. The same records give the same bytes. Folders of the
-    machine that ran are DIR in it.
+    Nothing that the file holds is lost: a finished run stays as it is, and the runs that the manifest names join those
+    of this sweep. The same records give the same bytes. Folders of the machine that ran are DIR in it.
 
     Raises:
         UserError: there is no such sweep, or a file cannot be read or written.
@@ -44,13 +54,13 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     folders = [run["folder"] for run in manifest.read(runs_dir, experiment)["runs"]]
     held = _read(path) if path.exists() else {}
     earlier = held.get(manifest.FOLDER, {}).get(listed.name, b"")
-    notes = []
+    notes, other = [], 0
     try:
         here = set(folders)
         if here < (planned := _planned(earlier).keys()):
             notes.append(
-                f"keeps its sweep of {len(planned)} runs, of which the one here has {len(folders)}; remove it first to "
-                "pack these alone"
+                f"{path} keeps its sweep of {len(planned)} runs, of which the one here has {len(folders)}; remove it "
+                "first to pack these alone"
             )
             folders = sorted(planned)
         elif planned - here:  # another part of one study: other seeds, another machine's model
@@ -59,8 +69,8 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
             chosen = now.get("chosen", [])
             chosen = [row for row in before.get("chosen", []) if row not in chosen] + chosen
             notes.append(
-                f"names {counted(len(planned - here), 'run')} of its own beside the {len(here)} here; remove it first "
-                "to pack these alone"
+                f"{path} names {counted(len(planned - here), 'run')} of its own beside the {len(here)} here; remove it "
+                "first to pack these alone"
             )
             joined = now | {"chosen": chosen, "runs": list(both.values())}
             held[manifest.FOLDER] = {listed.name: json.dumps(joined, indent=1).encode()}
@@ -71,8 +81,15 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
             record = {name: (runs_dir / folder / name) for name in FILES if (runs_dir / folder / name).is_file()}
             if RESULT in record and Record(runs_dir / folder).result(set_aside=False) is None:
                 notes.append(f"{record.pop(RESULT)} is damaged or was edited, and is not taken")
-            if RESULT in record or (record and RESULT not in held.get(folder, {})):
+            if (packed := held.get(folder, {}).get(RESULT)) is not None:
+                other += RESULT in record and record[RESULT].read_bytes() != packed
+            elif record:
                 held[folder] = {name: file.read_bytes() for name, file in record.items()}
+        if other:
+            notes.append(
+                f"{path} keeps its own result of {counted(other, 'run')} that here {'has' if other == 1 else 'have'} "
+                "another; to pack those of here `make unpack` the rest, remove the file and pack again"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _zipped({folder: _for_others(files) for folder, files in held.items()}))
     except OSError as error:
@@ -81,14 +98,13 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
     return Packed(len(finished), len(set(folders) - finished), notes)
 
 
-def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
+def unpack(path: Path, runs_dir: Path) -> Unpacked:
     """Writes the runs of the zip `path` that are not under `runs_dir`, or have no result there and one in the file.
 
     What is there stays as it is: finished runs, runs that are being worked on, and the sweep's manifest unless it
     cannot be read or the file's names all of its runs and more. A run's result is written last, so that one that a
     kill left half written counts as unfinished; a damaged one is set aside. Weights and checkpoints that an unfinished
-    attempt left in a folder are removed: they are not those of the result. Returns (finished runs written, finished
-    runs left alone).
+    attempt left in a folder are removed: they are not those of the result.
 
     Raises:
         UserError: the file is missing or damaged, or the runs cannot be written.
@@ -98,12 +114,15 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
     held = _read(path)
     sweeps = held.pop(manifest.FOLDER, {})
     finished = {folder for folder, record in held.items() if RESULT in record}
-    written = set()
+    written, other = set(), 0
     try:
         for folder, record in held.items():
             there = runs_dir / folder
             if folder in finished:
-                if lease.alive(lease.path_in(there)) or Record(there).result(then=f"{path} has it whole"):
+                if lease.alive(lease.path_in(there)):
+                    continue
+                if Record(there).result(then=f"{path} has it whole"):
+                    other += (there / RESULT).read_bytes() != record[RESULT]
                     continue
                 written.add(folder)
             elif there.exists():
@@ -123,7 +142,7 @@ def unpack(path: Path, runs_dir: Path) -> tuple[int, int]:
                 write_atomically(there, contents)
     except OSError as error:
         raise UserError(f"cannot write {runs_dir}: {error.strerror or error}; set paths.runs=DIR") from None
-    return len(written), len(finished - written)
+    return Unpacked(len(written), len(finished - written), other)
 
 
 def unlisted(path: Path, runs_dir: Path) -> int:

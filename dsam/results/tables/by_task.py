@@ -8,19 +8,24 @@ from dsam.results.tables.formatting import DASH, interval
 from dsam.results.tables.rendering import Table
 from dsam.results.tables.unlike import unlike_notes
 
+NAMED = 6  # pairs in the note; the table `statistics` names every one
+
 
 def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[str]) -> Table | None:
     """A row per model and method, a column per task; `values` have a row per model, task and method.
 
     None without a model whose methods are compared on two tasks. `notes` go before its own.
     """
-    values, text = [], []
+    values, text, without = [], [], []
+    several = frame["model"].nunique() > 1
     for model, runs in frame.groupby("model", sort=False):
         found = compare_by_task(runs, baseline, which)
         if len(found) < 2:
             continue
         for task, comparison in found.items():
             values.append(comparison.assign(task=task))
+            for pairs in comparison["missing_pairs"]:
+                without += [f"{model}, {pair}" if several else pair for pair in pairs.split("; ") if pair]
         rows = {task: comparison.set_index("method") for task, comparison in found.items()}
         for method in methods(runs, baseline):
             cells = {task: interval(own.loc[method]) for task, own in rows.items() if method in own.index}
@@ -29,7 +34,7 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
     if not values:
         return None
     tasks = [task for task in frame["task"].unique() if any(task in row for row in text)]
-    shown = pd.DataFrame(text, columns=["model", "method", *tasks]).fillna(DASH)
+    shown = pd.DataFrame(text, columns=["model", "method", *tasks], dtype=object).fillna(DASH)
     columns = ["model", "task", "method", "difference", "low", "high", "p", "p_holm", "smallest_p", "pairs"]
     own_notes = [
         "The row's method minus the baseline: means of the differences paired by seed, ×100 of each task's own metric, "
@@ -37,5 +42,8 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
         "differed, one in twenty would still leave out 0.",
         *unlike_notes(scored(frame, which), baseline),
     ]
+    if without := list(dict.fromkeys(without)):  # the baseline's run is missing for each method
+        rest = f"; and {len(without) - NAMED} more" if len(without) > NAMED else ""
+        own_notes.append(f"Pairs that are left out: {'; '.join(without[:NAMED])}{rest}.")
     caption = f"Difference to {baseline} on each task ({which} epoch)"
     return Table("by_task", caption, [*notes, *own_notes], pd.concat(values)[columns], shown).without_single_model()

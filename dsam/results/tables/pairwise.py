@@ -45,7 +45,8 @@ def pairwise_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[s
             text.append(shown)
     if not values:
         return None
-    shown = pd.DataFrame(text, columns=["model", "method", *(f"− {label}" for label in order)]).fillna(DASH)
+    shown = pd.DataFrame(text, columns=["model", "method", *(f"− {label}" for label in order)], dtype=object)
+    shown = shown.fillna(DASH)
     shown = shown.drop(columns=[column for column in shown.columns[2:] if (shown[column] == DASH).all()])
     pairs = len(values) // 2
     own_notes = [
