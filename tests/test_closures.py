@@ -3,13 +3,14 @@
 import functools
 import types
 
+import classifier
 import encoders
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForSequenceClassification
 
 import dsam
 from dsam import SAM, DeltaSAM, ExampleLosses, GroupSAM, PerInstance, Plain
@@ -244,6 +245,32 @@ def test_fsam_s_average_of_a_layer_begins_with_its_first_gradient():
             torch.testing.assert_close(averages[id(head)], gradients[1])
             torch.testing.assert_close(averages[id(model.heads[0].weight)], gradients[0])
     torch.testing.assert_close(averages[id(head)], 0.9 * gradients[0] + 0.1 * gradients[2])
+
+
+def test_a_decoder_s_words_that_are_made_of_labels_are_asked_for():
+    """BART without labels would read the encoder's words, and train another model."""
+    torch.manual_seed(0)
+    shape = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, max_position_embeddings=16, **shape, **heads)).eval()
+    batch = {"input_ids": ids(), "labels": 50 - ids()}
+
+    class Tokens(ExampleLosses):
+        def __call__(self):
+            return F.cross_entropy(self.model(**self.inputs).logits.mT, self.labels, reduction="none").mean(1)
+
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is called without labels, from which it makes"):
+        Tokens(model, batch)
+    words = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    own = model(**batch).loss.detach()
+    torch.testing.assert_close(Tokens(model, batch | {"decoder_input_ids": words})().mean().detach(), own)
+
+
+def test_buffers_beside_the_method_s_module_are_one_pass_s_where_the_closure_says_what_it_runs():
+    """A method of the head, batch norm in the body."""
+    model, batch = classifier.Classifier(batch_norm=True).train(), classifier.batch()
+    SAM(model.last, 0.5).backward(ExampleLosses(model, batch))
+    assert model.statistics.num_batches_tracked == 1
 
 
 def test_buffers_that_a_backward_pass_writes_stay_written():

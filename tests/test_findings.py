@@ -88,12 +88,13 @@ def harder_lines():
         runs, cells = records_of(experiment), []
         seeds = sorted({seed for method, seed in runs if method == "sam"})
 
-        def difference(method, other, score, runs=runs, seeds=seeds):
+        def difference(method, other, score, runs=runs, seeds=seeds, experiment=experiment):
             if (other, seeds[0]) not in runs:
                 return "not run"
             each = 100 * np.array([score(runs[method, s]) - score(runs[other, s]) for s in seeds])
             figures = np.array([each.mean(), *stats.ttest_1samp(each, 0).confidence_interval()]) + 0.0
-            return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*figures)
+            unlike = pairs_of(experiment, "best").loc[(method, other), "unlike"]
+            return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*figures) + (" †" if unlike else "")
 
         best, last = (lambda r: r["best"]["score"]), (lambda r: r["last"]["score"])
         cells.append(difference("sam", "adamw_2x", best))
@@ -138,6 +139,22 @@ def test_the_figures_of_the_five_sentences_are_those_of_the_tables():
         row = pairs_of(experiment, which).loc[(method, other), ["difference", "low", "high"]].astype(float)
         expected.append(tuple(f"{100 * value + 0.0:.1f}" for value in row))
     assert said == expected
+
+
+def test_as_many_runs_are_recorded_as_the_page_says():
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split("## What this project measured")[1]
+    rows = re.findall(r"^\| (`.*?) \|.*\| ([\d, ]+) \|$", page.split("\n## ")[0], re.M)
+    checked = 0
+    for names, said in rows:
+        counts = []
+        for name in re.findall(r"`(\w+)`", names):
+            files = [ROOT / "results" / "records" / f"{name}{end}.zip" for end in ("", "_chosen")]
+            counts.append(sum(member.endswith("/result.json") for file in files if file.exists()
+                              for member in zipfile.ZipFile(file).namelist()))  # fmt: skip
+        if any(counts):  # smoke's are not kept
+            checked += 1
+            assert said in (str(sum(counts)), ", ".join(map(str, counts))), names
+    assert checked == 8
 
 
 @pytest.mark.parametrize("experiment, start", [

@@ -54,11 +54,14 @@ def examples(n=64, num_labels=3):
 
 
 def arguments(folder, steps=4, **options):
-    options = {"per_device_train_batch_size": 32, "max_grad_norm": 0.0, "optim": "sgd", "seed": 5} | options
+    options = (
+        {"per_device_train_batch_size": 32, "max_grad_norm": 0.0, "optim": "sgd", "seed": 5}
+        | {"learning_rate": LR}
+        | options
+    )
     return TrainingArguments(
         str(folder),
         max_steps=steps,
-        learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         logging_steps=1,
@@ -257,16 +260,15 @@ def test_bfloat16_autocast_reaches_the_passes_but_not_the_probes(tmp_path):
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
             model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
-                lambda module, inputs, output: (
-                    seen.append((output.dtype, torch.is_grad_enabled())) if module.training else None
-                )  # else it is compared with the model's own loss
+                lambda module, inputs, output: seen.append((output.dtype, torch.is_grad_enabled()))
             )
 
     ours = trained(
         Ours, tmp_path, steps=2, callbacks=[Watch()], method=lambda m: DeltaSAM(m, 0.1, seed=5), args={"bf16": True}
     )
     passes, probes = (torch.bfloat16, True), (torch.float32, False)
-    assert seen == 2 * [passes, probes, probes, passes]  # ascent; w and w + v in float32; descent
+    own = (torch.bfloat16, False)  # the model's own loss, which is compared
+    assert seen == 2 * [own, passes, probes, probes, passes]  # ascent; w and w + v in float32; descent
     reference, losses, _ = by_hand(lambda m: DeltaSAM(m, 0.1, seed=5), steps=2)
     assert losses_logged(ours) == pytest.approx(losses, abs=2e-2)
     assert distance(ours.model, reference) < 0.05 * moved(reference)
@@ -409,11 +411,26 @@ class WithClassWeights(BertForSequenceClassification):
         return outputs
 
 
+class WithARegulariser(BertForSequenceClassification):
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask, labels=labels)
+        if labels is not None and self.training:
+            outputs.loss = outputs.loss + 1000 * outputs.logits.square().mean()
+        return outputs
+
+
 def test_a_model_s_own_loss_is_not_trained_as_another(tmp_path):
     model = WithClassWeights(network().config)
     with pytest.raises(ValueError, match=r"WithClassWeights's own loss is \d\.\d{4} .*: pass losses="):
         trained(Ours, tmp_path, model, steps=1, method="sam")
     assert model.training and all(module.training for module in model.modules())
+    silent = WithClassWeights(network().config)  # every loss is ln 3, weighted or not, until the first step
+    nn.init.zeros_(silent.classifier.weight), nn.init.zeros_(silent.classifier.bias)
+    with pytest.raises(ValueError, match="WithClassWeights's own loss is"):
+        more = {"gradient_accumulation_steps": 16, "learning_rate": 1.0}
+        trained(Ours, tmp_path, silent, steps=9, method="sam", args=more)
+    with pytest.raises(ValueError, match="WithARegulariser's own loss is"):
+        trained(Ours, tmp_path, WithARegulariser(network().config), steps=1, method="sam")
 
     def weighted(outputs, labels):
         weights = torch.tensor([1.0, 1.0, 20.0])

@@ -209,6 +209,13 @@ def test_options_beside_a_weighting_that_is_made_are_refused():
         DeltaSAM(network(), weighting=Curvature(), probes=5, flor=3)
 
 
+def test_options_of_a_probe_that_a_weighting_does_not_make_are_said():
+    with pytest.warns(UserWarning, match="weighting Confidence probes nothing: probes=3, layers=2 has no effect"):
+        DeltaSAM(network(), weighting="confidence", probes=3, layers=2, power=0.5)
+    assert DeltaSAM(network(), weighting="confidence", power=0.5).notes == []
+    assert not any("probes nothing" in note for note in DeltaSAM(network(), probes=3, radius=0.3).notes)
+
+
 def test_a_matrix_of_one_row_that_a_weight_is_made_of_is_no_bare_parameter(data):
     x, y = data[0], torch.rand(6, dtype=torch.double)
     model = network(last=1)

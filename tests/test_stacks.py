@@ -17,6 +17,7 @@ from classifier import Classifier, Losses, batch
 from test_encoders import Seen
 
 from dsam import METHODS, SAM, DeltaSAM, ExampleLosses, MomentumSAM
+from dsam.errors import Note
 
 
 def method_of(name, model):
@@ -230,6 +231,7 @@ def test_lightning_with_manual_optimization_is_a_plain_loop(name, tmp_path):
         module = WithItsMasks(small_classifier())
         trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet)
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), **resume)
+        assert module.saved is None  # a second fit goes on from where it is
         trainer.save_checkpoint(tmp_path / "kept.ckpt")
         return module.model
 
@@ -292,6 +294,18 @@ def test_the_pages_short_examples_run():
     torch.testing.assert_close(names["loss"], expected)
     exec(shown("LoRA"), names := names | {"get_peft_model": peft.get_peft_model, "LoraConfig": peft.LoraConfig})
     torch.testing.assert_close(names["loss"], expected)  # adapters begin as nothing
+
+
+def test_a_term_that_peft_adds_to_the_loss_is_said_to_be_none_of_its():
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=10, init_r=2, target_r=1)
+    model = peft.get_peft_model(encoders.model("bert"), config)
+    with pytest.warns(Note, match="peft adds to the loss of PeftModelForSequenceClassification what is no part of"):
+        losses = ExampleLosses(model, encoders.batch(5, 9))
+    torch.manual_seed(1)
+    own = model(**encoders.batch(5, 9)).loss
+    torch.manual_seed(1)
+    assert own > losses().mean() + 0.1  # what the note is about
 
 
 NAMES = [*by_definition.FORMULAS, "msam"]

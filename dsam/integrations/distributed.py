@@ -19,7 +19,8 @@ OWN = ("method", "model", "ascent", "group", "sharded")
 
 
 class Distributed:
-    """A method whose step is that of the ranks' batches together; used as the method itself is.
+    """A method whose step is that of the ranks' batches together; used as the method itself is, but that every
+    step waits for the device: the ranks have to agree whether loss and gradient are finite.
 
         model = DistributedDataParallel(network)
         method = Distributed(DeltaSAM(network, rho=0.05), model)

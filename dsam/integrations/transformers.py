@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..methods import METHODS, ExampleLosses, Method, example_losses, unknown_method
+from ..methods.buffers import kept, movable
 from .distributed import Distributed
 
 METHOD_STATE = "dsam_method{rank}.pt"
@@ -30,7 +31,7 @@ METHOD_NAME, PROCESSES, OPTIONS = "method", "processes", "options"
 """The keys of its name, of how many processes there were, and of the options that are plain values."""
 
 COMPARED = 8
-"""On how many micro-batches of a training a model's own loss is compared with the one that is trained."""
+"""On how many micro-batches that can tell them apart a model's own loss is compared with the one that is trained."""
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 """(the model's output, labels (B, …)) -> per-example losses (B,)."""
@@ -193,8 +194,7 @@ class SharpnessAwareMixin:
             self.optimizer.train()
         self._pending.append(_TrainerLosses(self, model, self._prepare_inputs(inputs)))
         if self._compares and self._compared < COMPARED:
-            self._compared += 1
-            self._pending[-1].compare_with_own()
+            self._compared += self._pending[-1].compare_with_own()
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         closures, self._pending = self._pending, []
@@ -235,8 +235,8 @@ class _TrainerLosses(ExampleLosses):
         # Accelerate puts autocast into the model's forward: a caller's own autocast, or none, changes nothing there.
         native = trainer.accelerator.native_amp
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        super().__init__(model, batch, types.get(trainer.accelerator.mixed_precision) if native else None)
         self.trainer = trainer
+        super().__init__(model, batch, types.get(trainer.accelerator.mixed_precision) if native else None)
 
     def __call__(self) -> Tensor:
         return self._losses_by(self.model(**self.inputs))
@@ -247,33 +247,35 @@ class _TrainerLosses(ExampleLosses):
             outputs = getattr(network, "_original_forward", network)(**self.inputs)
         return self._losses_by(outputs)
 
-    def compare_with_own(self) -> None:
-        """ValueError where the model has a loss of its own, and it is not the mean of those that are trained.
+    def compare_with_own(self) -> bool:
+        """ValueError where the model has a loss of its own, and it is not the mean of those that are trained. False
+        where this batch cannot tell: class weights change little where the losses are much the same, as those of a
+        head that starts at 0 are, and nothing where the labels are.
 
-        Without dropout, so that both are of the same outputs; no random number is drawn.
+        As in training, where some models add terms; both are of the same outputs. Nothing is drawn or moved by it.
         """
         network = self.network
         takes = inspect.signature(getattr(network, "_original_forward", network.forward)).parameters
         if "labels" not in takes and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
-            return
-        training = [module for module in network.modules() if module.training]
-        network.eval()
-        try:
-            with torch.no_grad():
-                outputs = network(**self.inputs, labels=self.labels)
-                own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-                if own is None or own.numel() != 1:
-                    return
-                ours = self.trainer._example_losses(outputs, self.labels).mean()
-        finally:
-            for module in training:
-                module.training = True
+            return True
+        random = self.trainer.method.random
+        with torch.no_grad(), kept(movable(network)), random.replay(random.mark()):
+            outputs = network(**self.inputs, labels=self.labels)
+            own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            if own is None or own.numel() != 1:
+                return True
+            losses = self.trainer._example_losses(outputs, self.labels)
+        ours = losses.mean()
         rounding = 1e-3 if own.dtype == outputs.logits.dtype == torch.float32 else 2e-2
-        if not abs(own - ours) <= rounding * max(1e-3, abs(own), abs(ours)) and own.isfinite():
+        tolerance = rounding * max(1e-3, abs(own), abs(ours))
+        if not abs(own - ours) <= tolerance and own.isfinite():
             raise ValueError(
                 f"{type(network).__name__}'s own loss is {float(own):.4f} on a batch where cross-entropy or squared "
                 f"error, which would be trained, is {float(ours):.4f}: pass losses=, which returns one loss per example"
             )
+        if len(losses) == 1:  # whose own loss a class's weight leaves as it is
+            return True
+        return bool(losses.max() - losses.min() > 10 * tolerance and (self.labels != self.labels[0]).any())
 
     def _losses_by(self, outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", None)

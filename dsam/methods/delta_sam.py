@@ -63,6 +63,8 @@ class DeltaSAM(SAM):
             )
         self.weighting = make_weighting(weighting, **weighting_options) if isinstance(weighting, str) else weighting
         self.recompute = recompute
+        if not self.weighting.sides and (idle := self.weighting.idle()):
+            self.note(f"weighting {type(self.weighting).__name__} probes nothing: {idle} has no effect")
         if self.weighting.sides and (short := sorted({str(p.dtype)[6:] for p in self.params if p.element_size() < 4})):
             self.note(
                 f"weights of {', '.join(short)}: a probe's losses are rounded to their precision, by more than most of "

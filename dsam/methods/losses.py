@@ -1,6 +1,7 @@
 """Per-example losses of a Hugging Face classifier: the closure that methods call."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Self
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import Note
 from .compiled import is_compiled
 from .gradients import wide
 
+LOSS_OF_THEIR_OWN = ("ADALORA", "SHADOW")  # kinds of peft that add to the loss where a model sees labels
 NOISE = "methods with noise on the embeddings (r3f, freelb, smart)"
 NO_LABEL = torch.iinfo(torch.int64).min
 """Left out of losses: what is no label that anyone gives."""
@@ -56,6 +59,9 @@ class ExampleLosses:
         batch: its inputs and `labels`.
         autocast: the precision of the forward pass, e.g. torch.bfloat16; None is that of the weights.
 
+    The losses are cross-entropy or squared error. The model never sees `labels`, so what its `forward` does with them
+    (class weights, AdaLoRA's orthogonality) is no part of them.
+
     `logits` (B, C), detached, are those of the latest call. A subclass with a `__call__` of its own has these losses in
     parts of the batch and in float32 too; for the methods that take the outputs it needs an `outputs` of its own.
     """
@@ -66,12 +72,32 @@ class ExampleLosses:
         self.labels = batch["labels"]
         self.autocast = autocast
         self.logits: Tensor | None = None
+        self._require_decoder_inputs()
+        if str(getattr(self.network, "peft_type", "")).rpartition(".")[2] in LOSS_OF_THEIR_OWN:
+            warnings.warn(
+                f"peft adds to the loss of {type(self.network).__name__} what is no part of ExampleLosses: add it in a "
+                "subclass's __call__, as its mean over the examples",
+                Note,
+                stacklevel=2,
+            )
 
     def __call__(self) -> Tensor:
         with torch.autocast(self.labels.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.model(**self.inputs).logits
         self.logits = logits.detach()
         return example_losses(logits, self.labels)
+
+    def _require_decoder_inputs(self) -> None:
+        """ValueError where the model would make its decoder's words out of labels, which it does not see. Without them
+        BART takes the encoder's words for its decoder's."""
+        network = self.network
+        if self.labels.ndim < 2 or not hasattr(network, "prepare_decoder_input_ids_from_labels"):
+            return
+        if not {"decoder_input_ids", "decoder_inputs_embeds"}.intersection(self.inputs):
+            raise ValueError(
+                f"{type(network).__name__} is called without labels, from which it makes decoder_input_ids: add them "
+                "to the batch, as DataCollatorForSeq2Seq(tokenizer, model=model) does"
+            )
 
     def in_float32(self) -> Tensor:
         """The losses without autocast: differences of bfloat16 losses are mostly rounding."""

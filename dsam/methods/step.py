@@ -157,7 +157,11 @@ class Step:
 
     @cached_property
     def _movable(self) -> list[nn.Module]:
-        return buffers.movable(self.module)
+        """Of the method's module and of what the closures say that they run, which may be more."""
+        roots = dict.fromkeys(
+            root for root in (self.module, *(piece.model for piece in self.pieces)) if root is not None
+        )
+        return list(dict.fromkeys(module for root in roots for module in buffers.movable(root)))
 
     def reruns_undone(self) -> AbstractContextManager:
         """Around every backward pass: see `buffers.reruns_undone`."""

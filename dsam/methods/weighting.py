@@ -77,6 +77,11 @@ class Weighting:
                 raise ValueError(f"{name} cannot be {value}")
         self.power, self.mix, self.probes, self.radius, self.layers = power, mix, probes, radius, layers
 
+    def idle(self) -> str:
+        """The options of a probe that were given, as `layers=2`; of a weighting that has none."""
+        usual = {"probes": 1, "radius": 0.5, "layers": None}
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value != usual.get(name, value))
+
     def __call__(self, losses: Tensor, probe: Probe) -> Tensor:
         """Weights (B,) in at least float32 for `losses` (B,) at w."""
         losses = wide(losses.detach())
