@@ -454,6 +454,10 @@ def test_a_run_that_goes_on_with_other_threads_or_code_says_so(tmp_path, monkeyp
     assert "earlier" not in before
     path.write_text(json.dumps(before | {"threads": 64, "source_sha256": "other"}))
     note = "went on from a checkpoint that was made with another source_sha256, threads"
+    with monkeypatch.context() as during:  # and is stopped once more: the third attempt is on what the second was on
+        stepping(during, 5, lambda n: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(chosen)
     assert note in run(chosen)["notes"]
     (then,) = json.loads(path.read_text())["earlier"]
     assert (then["threads"], then["source_sha256"], then["git"]) == (64, "other", before["git"])

@@ -99,10 +99,11 @@ OF_AN_ATTEMPT = ("source_sha256", "versions", "device", "threads")  # what may r
 
 def going_on(now: dict, before: dict) -> tuple[dict, list[str]]:
     """(`now`, the provenance of a run that goes on, with what the attempts `before` were made with where that is
-    something else, in `earlier`; the names of what is another than at the last one)."""
-    other = [name for name in OF_AN_ATTEMPT if before.get(name) != now[name]]
-    then = [{name: before.get(name) for name in ("git", *OF_AN_ATTEMPT, "started")}] if other else []
+    something else, in `earlier`; the names of what is another than at one of them)."""
+    changed = any(before.get(name) != now[name] for name in OF_AN_ATTEMPT)
+    then = [{name: before.get(name) for name in ("git", *OF_AN_ATTEMPT, "started")}] if changed else []
     earlier = [*before.get("earlier", []), *then]
+    other = [name for name in OF_AN_ATTEMPT if any(attempt.get(name) != now[name] for attempt in earlier)]
     return now | ({"earlier": earlier} if earlier else {}), other
 
 
