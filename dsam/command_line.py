@@ -206,14 +206,16 @@ def _show_plan(runs: list["Planned"], configs: list[Config], line: str = "") -> 
     from .sweeps import sweep as sweeps
     from .sweeps.planned import counts, unfinished
 
-    launcher = configs[0].launcher
+    launcher, parents = configs[0].launcher, sweeps.plan(sweeps.parents([r.config for r in unfinished(runs)]))
     if launcher.measure:
-        estimate.measure(runs)
+        estimate.measure([*parents, *runs])
     if line:
         print(line)
     sweeps.show_plan(runs, launcher.at_once(max(1, len(unfinished(runs)))))
-    if parents := sweeps.plan(sweeps.parents([r.config for r in unfinished(runs)])):
-        print(f"They start from {len(parents)} others, which are done first: {counts(parents)}.")
+    if parents:
+        longer = estimate.total(parents, launcher.at_once(max(1, len(unfinished(parents)))))
+        of = counted(len(parents), "other run")
+        print(f"They start from {of}, which are done first: {counts(parents)}. {longer}".rstrip())
 
 
 def sweep(jobs: Iterable[tuple[dict, str | None]]) -> None:

@@ -1,6 +1,7 @@
 """Choosing on held-out examples, fresh seeds, and runs that start from another run's encoder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -193,6 +194,9 @@ def test_the_parents_recipe_is_its_own_tasks(tmp_path):
 
 def test_a_sweep_does_parents_first_and_each_once(tmp_path, paths):
     arguments = ["-m", *FAST, "task=agreement,similarity", "optimizer=adamw,sam", "initialise_from=entailment"]
+    done = command(*arguments, "launcher.plan=true", "launcher.measure=true", *paths)
+    said = r"^They start from 2 other runs, which are done first: 2 missing\. About [\d.]+ h of training, .* 1 worker"
+    assert re.search(said, done.stdout, re.M), done.stdout + done.stderr
     done = command(*arguments, "launcher.workers=2", *paths)
     assert done.returncode == 0, done.stderr
     assert "first 2 other runs that they start from" in done.stdout
