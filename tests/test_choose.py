@@ -17,6 +17,7 @@ from dsam.errors import UserError
 from dsam.overrides import check, compose_config
 from dsam.runs import manifest
 from dsam.runs.identity import identify
+from dsam.runs.record import Record
 from dsam.runs.run import prepare, run
 from dsam.sweeps import choose as choose_module
 from dsam.sweeps import planned as planned_module
@@ -183,6 +184,19 @@ def test_a_child_starts_with_its_parents_encoder_and_its_own_head(tmp_path, path
     assert identify(child).id != identify(config("train.lr=0", *paths)).id
     other = config("initialise_from=entailment", "train.lr=0", "optimizer=sam", *paths)
     assert identify(Config.load(other.parent)).id != identify(parent).id
+
+
+def test_a_child_of_a_run_that_diverged_says_so(paths):
+    child = config("initialise_from=entailment", *paths)
+    parent = Config.load(child.parent)
+    folder, result = identify(parent).folder, run(parent)
+    (folder / "result.json").unlink()
+    Record(folder).finish(result | {"status": "diverged", "diverged": "step 4: gradient norm nan"})
+    (note,) = run(child)["notes"]
+    assert note == (
+        "the run that it starts from diverged (step 4: gradient norm nan): its weights of epoch "
+        f"{result['best']['epoch']:g}, the best before that, were taken"
+    )
 
 
 def test_the_parents_recipe_is_its_own_tasks(tmp_path):

@@ -108,3 +108,5 @@ def test_majority_is_the_best_constant_answer():
     mnli = {"dev_matched": np.array([0, 0, 2]), "dev_mismatched": np.array([2])}
     assert majority(get_task("mnli"), mnli) == pytest.approx(2 / 3)
     assert majority(get_task("stsb"), {"dev": np.array([1.0, 5.0])}) == 0.0
+    # answering 0 has no F1, since no 1 is on either side; answering 1 is never right
+    assert majority(get_task("mrpc"), {"dev": np.array([0, 0])}) == 0.0

@@ -76,6 +76,15 @@ def test_without_formulas_there_is_no_pull(paths):
     assert "pull" not in found and found["flipped"].keys() == {"loss", "accuracy"}
 
 
+@pytest.mark.parametrize("given, said", [
+    (["data.label_noise=0.0001"], "the noise that was asked for leaves each of the 2000 labels of train as it was"),
+    (["data.label_noise=0.3"], None),
+])  # fmt: skip
+def test_noise_that_changes_no_label_is_said(paths, given, said):
+    notes = prepare(config("task=majority", *given, *paths)).notes
+    assert said in notes if said else not any("noise" in note for note in notes)
+
+
 def test_a_clean_set_has_no_wrong_part(paths):
     examples = prepare(config("task=entailment", *paths)).data["train"].take(np.arange(8))
     assert examples.clean_labels is None

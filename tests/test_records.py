@@ -113,14 +113,26 @@ def test_what_the_parts_were_chosen_from_is_joined_too(tmp_path):
     for part, seed in (("monday", 0), ("tuesday", 1)):
         a_sweep(tmp_path / part, seeds=[seed])
         manifest = tmp_path / part / ".sweeps" / "study.json"
-        rows[part] = {"task": "rte", "model": part, "settings": {"rho": 0.1}, "chosen": True}
-        manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"chosen": [rows[part]]}))
+        cell = {"task": "rte", "model": part, "optimizer": "sam"}
+        rows[part] = cell | {"settings": {"rho": 0.1}, "chosen": True}
+        told = {"chosen": [rows[part]], "chosen_of": [part]}
+        manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | told))
         archive.pack(tmp_path / part, "study", packed)
     assert archive.unlisted(packed, tmp_path / "tuesday") == 1
     archive.unpack(packed, tmp_path / "both")
-    chosen = json.loads((tmp_path / "both/.sweeps/study.json").read_bytes())["chosen"]
-    assert chosen == [rows["monday"], rows["tuesday"]]
+    joined = json.loads((tmp_path / "both/.sweeps/study.json").read_bytes())
+    assert joined["chosen"] == [rows["monday"], rows["tuesday"]] and joined["chosen_of"] == ["monday", "tuesday"]
     assert archive.unlisted(packed, tmp_path / "both") == 0
+
+    wider = [rows["monday"] | {"chosen": False}, rows["monday"] | {"settings": {"rho": 0.2}}]
+    a_sweep(tmp_path / "later", seeds=[2])
+    manifest = tmp_path / "later" / ".sweeps" / "study.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"chosen": wider}))
+    said = archive.pack(tmp_path / "later", "study", packed).notes
+    assert f"{packed} keeps the runs of another choice for rte monday sam, which the one here replaces" in said
+    archive.unpack(packed, tmp_path / "all")
+    joined = json.loads((tmp_path / "all/.sweeps/study.json").read_bytes())
+    assert joined["chosen"] == [rows["tuesday"], *wider] and joined["chosen_of"] == []
 
 
 @pytest.mark.parametrize("here, after", [([0], [0, 1, 2]), ([0, 1, 2], [2, 1, 0]), ([0, 3], [0, 3])])

@@ -72,7 +72,7 @@ def test_the_card_says_what_its_numbers_are_not(few):
     text = few[1]
     assert "flatters" in text and "not on its test sets" in text and "δ-SAM is a reconstruction" in text
     assert "Not in any mean: 1 failed of 4 runs." in text
-    assert "at revision 86b5e09. A local copy was read; README.md" in text and "/copies" not in text
+    assert "at revision 86b5e09. A local folder was read in its place; README.md" in text and "/copies" not in text
 
 
 def test_made_up_tasks_are_not_called_glue(tmp_path):

@@ -110,6 +110,16 @@ def test_a_best_that_is_null_is_missing_not_zero(tmp_path):
     assert math.isnan(frame["majority"][1])
 
 
+def test_a_run_that_another_seed_s_name_was_first_made_under_is_the_sweep_s(tmp_path):
+    """`seed=1 seeds.init=5 seeds.data=5` computes what seed=5 does, and so is the same run."""
+    one = plan(seed=5)
+    finish(tmp_path, one, changes={"seed": 1})
+    (tmp_path / ".sweeps").mkdir()
+    (tmp_path / ".sweeps" / "study.json").write_text(json.dumps({"runs": [one]}))
+    assert collect(tmp_path, "study")["seed"].tolist() == [5]
+    assert collect(tmp_path)["seed"].tolist() == [5]
+
+
 def test_degenerate_is_at_or_below_the_majority_answer(tmp_path):
     for seed, score in enumerate((0.52, 0.527, 0.528)):
         finish(tmp_path, plan(seed=seed), best=score)
@@ -135,6 +145,8 @@ def test_a_setting_that_is_recorded_only_where_it_is_set_tells_runs_apart():
     """And only those that would be called the same: what goes with another value needs no name."""
     assert method_labels([plan(rho=1), plan(rho=1, lr_factor=0.5)]) == ["sam", "sam (lr_factor=0.5)"]
     assert method_labels([plan("rte", rho=1), plan("mrpc", rho=1, lr_factor=0.5)]) == ["sam", "sam"]
+    rates = [plan(lr=lr, lr_factor=0.25) for lr in (1e-4, 4e-4)]
+    assert method_labels(rates) == ["sam (lr=2.5e-05)", "sam (lr=0.0001)"]  # those that it had
     forms = [plan(optimizer="dsam", weighting="gauss_newton"), plan(optimizer="dsam", weighting="probe", floor=0.1)]
     assert method_labels(forms) == ["dsam (weighting=gauss_newton)", "dsam (weighting=probe)"]
 

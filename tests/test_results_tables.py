@@ -364,6 +364,32 @@ def test_methods_are_compared_on_each_task(built, tmp_path):
     )
 
 
+def test_a_task_without_differences_is_said_to_have_none(tmp_path):
+    for task, scores in (("cola", (0.1, 0.3)), ("rte", (0.2, 0.1)), ("qnli", (0.2, 0.2))):
+        for seed, score in enumerate(scores):
+            finish(tmp_path, plan(task, "tiny", "adamw", seed), best=0.2)
+            finish(tmp_path, plan(task, "tiny", "sam", seed), best=score)
+    for method in ("adamw", "sam"):
+        finish(tmp_path, plan("sst2", "tiny", method, 0))
+        finish(tmp_path, plan("mrpc", "tiny", method, 0), status="diverged" if method == "adamw" else "finished")
+    frame = collect(tmp_path)
+    table = tables.build(frame).by_task
+    assert {"cola", "rte"} == set(table.text.columns) - {"method"}
+    said = "mrpc (no pair with adamw); qnli (no two of its 2 pairs differ); sst2 (a single pair)"
+    assert f"Without differences: {said}." in table.notes
+    told = next(text for name, text, _ in plots.figures(frame) if "by_task" in name)
+    assert told.endswith("; without " + said.replace("; ", ", "))
+
+
+def test_pairs_with_other_wrong_labels_are_said(tmp_path):
+    for method, noise in (("adamw", {}), ("sam", {"noise_seed": 1}), ("dsam", {"heldout_noise": 0.0})):
+        for seed in (0, 1):
+            settings = {"noise_seed": 0, "heldout_noise": 0.4} | noise
+            finish(tmp_path, plan("rte", "tiny", method, seed, **settings), best=0.5 + 0.1 * seed)
+    (note,) = [note for note in tables.build(collect(tmp_path)).main.notes if "wrong labels" in note]
+    assert note.endswith("held-out part: dsam 2 of 2, sam 2 of 2.")
+
+
 def test_every_two_methods_are_compared(built, runs_dir):
     table = built.pairwise
     text = table.text.set_index("method")

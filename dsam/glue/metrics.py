@@ -1,5 +1,6 @@
 """The metrics of GLUE and SuperGLUE, the one figure that an average takes from each task, and the best constant."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -51,11 +52,12 @@ def headline_name(task: Task) -> str:
 def majority(task: Task, labels_by_split: Mapping[str, np.ndarray]) -> float:
     """The headline of the best constant answer on these evaluation labels, by split.
 
-    0.0 for a regression by definition: a constant has no correlation, and one that is no better than chance has 0.
+    0.0 for a regression by definition: a constant has no correlation, and one that is no better than chance has 0. An
+    answer whose headline is undefined, as F1 of a class that is not there, is passed over; NaN where all are.
     """
     if task.regression:
         return 0.0
-    return max(
+    scores = [
         headline(
             task,
             {
@@ -64,7 +66,8 @@ def majority(task: Task, labels_by_split: Mapping[str, np.ndarray]) -> float:
             },
         )
         for answer in range(task.num_labels)
-    )
+    ]
+    return max((score for score in scores if not math.isnan(score)), default=math.nan)
 
 
 def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float:

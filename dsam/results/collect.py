@@ -13,7 +13,8 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch", "last",
-           "majority", "evaluations", "memorised", "machine", "data", "weights", "reason", "folder"]  # fmt: skip
+           "majority", "evaluations", "memorised", "machine", "data", "weights", "noise", "reason",
+           "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 SEVERAL = "several machines"  # one after the other
 NUMBERS = ["best", "best_epoch", "last", "majority"]
@@ -27,7 +28,8 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     none was recorded.
     `evaluations` holds [step, score, loss] of each, `memorised` [step, `dsam.training.memorised.memorised`] of
     each of a run with label noise, `machine` what it ran on ("several machines" where it went on elsewhere), `data`
-    and `weights` the fingerprints of its examples and of what it started from, `folder` the path below `runs_dir`.
+    and `weights` the fingerprints of its examples and of what it started from, `noise` which labels were made wrong,
+    `folder` the path below `runs_dir`.
     Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
@@ -39,7 +41,7 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
         raise UserError(f"no runs at '{runs_dir}': run `make reproduce` first, or name the folder of the runs")
     planned = _planned(runs_dir, experiment)
     folders = list(planned) if experiment else sorted({*planned, *_run_folders(runs_dir)})
-    frame = _frame([_expected(folder, planned.get(folder)) | _row(runs_dir, folder) for folder in folders])
+    frame = _frame([_described(runs_dir, folder, planned.get(folder)) for folder in folders])
     frame.attrs["chosen"] = Chosen(manifest.read(runs_dir, experiment).get("chosen", []) if experiment else [])
     return frame
 
@@ -117,6 +119,7 @@ def read(path: str | Path) -> dict:
         row = {name: result[name] for name in ("id", "task", "model", "optimizer", "seed", "status", "metric")}
         row["task"] = result.get("task_label", result["task"])
         row["hyperparameters"] = dict(result["hyperparameters"])
+        row["noise"] = str([row["hyperparameters"].get(name) for name in ("noise_seed", "heldout_noise")])
         row["majority"] = _number(result.get("majority"))
         row["evaluations"] = [
             [point["step"], _number(point["score"]), _number(point.get("loss"))] for point in result["evaluations"]
@@ -141,6 +144,12 @@ def read(path: str | Path) -> dict:
 def _number(value) -> float | None:
     """A finite number, or None: nothing recorded is never a zero."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _described(runs_dir: Path, folder: str, planned: dict | None) -> dict:
+    """A run's row. A run that was first made under another seed's name, with the same `seeds`, is the sweep's."""
+    own = {name: planned[name] for name in ("seed",) if planned and name in planned}
+    return _expected(folder, planned) | _row(runs_dir, folder) | own
 
 
 def _expected(folder: str, planned: dict | None) -> dict:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsam.results.statistics import compare, compare_by_task, methods, scored
+from dsam.results.statistics import compare, compare_by_task, methods, not_compared, scored
 from dsam.results.tables.labels import without
 from dsam.results.tables.sensitivity import against_rho
 
@@ -55,6 +55,8 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if len(by_task) > 1:
             what = _interval_note(by_task.values())
             text = f"{model}: difference to {baseline} on each task, paired by seed, with {what}"
+            if left := not_compared(runs, baseline, which):
+                text += f"; without {', '.join(f'{task} ({why})' for task, why in left.items())}"
             yield f"differences_by_task_{place}", text, differences_by_task(by_task, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"

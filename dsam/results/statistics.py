@@ -267,6 +267,17 @@ def compare_by_task(runs: pd.DataFrame, baseline: str = "adamw", which: str = "b
     return {task: comparison for task, comparison in found.items() if comparison["low"].notna().any()}
 
 
+def not_compared(runs: pd.DataFrame, baseline: str = "adamw", which: str = "best") -> dict[str, str]:
+    """The tasks of one model's runs that `compare_by_task` leaves out: {task: why}."""
+    compared, reasons = compare_by_task(runs, baseline, which), {}
+    for task, own in runs.groupby("task", sort=False):
+        if task not in compared:
+            pairs = compare(own, baseline, which)["pairs"].fillna(0).max()
+            alike = f"no two of its {pairs} pairs differ" if pairs > 1 else "a single pair"
+            reasons[str(task)] = alike if pairs else f"no pair with {baseline}"
+    return reasons
+
+
 def paired_difference(scores: pd.Series, others: pd.Series) -> dict:
     """What two methods' scores by task and seed say of their difference, over the cells that both have."""
     found = (scores - others).dropna()

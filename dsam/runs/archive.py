@@ -66,13 +66,16 @@ def pack(runs_dir: Path, experiment: str, path: Path) -> Packed:
         elif planned - here:  # another part of one study: other seeds, another machine's model
             before, now = manifest.parsed(earlier), manifest.parsed(listed.read_bytes())
             both = _planned(earlier) | _planned(listed.read_bytes())
-            chosen = now.get("chosen", [])
-            chosen = [row for row in before.get("chosen", []) if row not in chosen] + chosen
+            chosen, others = _both_choices(before.get("chosen", []), now.get("chosen", []))
+            replaced = "{} keeps the runs of another choice for {}, which the one here replaces"
+            notes += [replaced.format(path, cell) for cell in others]
+            of = [part.get("chosen_of", []) for part in (before, now)]  # of no manifest from before there was one
+            of = sorted({*of[0], *of[1]}) if all(of) else []
             notes.append(
                 f"{path} names {counted(len(planned - here), 'run')} of its own beside the {len(here)} here; remove it "
                 "first to pack these alone"
             )
-            joined = now | {"chosen": chosen, "runs": list(both.values())}
+            joined = now | {"chosen": chosen, "chosen_of": of, "runs": list(both.values())}
             held[manifest.FOLDER] = {listed.name: json.dumps(joined, indent=1).encode()}
             folders = sorted(both)
         else:
@@ -160,6 +163,26 @@ def _planned(contents: bytes) -> dict[str, dict]:
         return {run["folder"]: run for run in manifest.parsed(contents)["runs"]}
     except (ValueError, KeyError, TypeError):
         return {}
+
+
+def _both_choices(before: list[dict], now: list[dict]) -> tuple[list[dict], list[str]]:
+    """The rows of two choices as one, in which the later's stand for each cell (task, model, optimizer) that it has,
+    and the cells of which the earlier had chosen other settings."""
+
+    def winners(rows: list[dict]) -> dict[tuple, dict]:
+        return {_cell(row): row["settings"] for row in rows if row["chosen"]}
+
+    later, cells = winners(now), {_cell(row) for row in now}
+    others = [
+        " ".join(cell)
+        for cell, settings in winners(before).items()
+        if any(later[cell][name] != settings[name] for name in later.get(cell, {}) if name in settings)
+    ]
+    return [row for row in before if _cell(row) not in cells] + now, others
+
+
+def _cell(row: dict) -> tuple[str, str, str]:
+    return row["task"], row["model"], row["optimizer"]
 
 
 def _for_others(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -59,8 +59,13 @@ def main(arguments: Sequence[str]) -> None:
     into = options.into or (runs.parent if options.mode == "offline" else None)
     server = connect(options.mode)
     failed, done, same, refused = [], 0, 0, 0
+    first: dict[str, Path] = {}
     for i, folder in enumerate(folders, 1):
         start = f"{i}/{len(folders)} {folder}:"
+        if (before := first.setdefault(folder.name, folder)) is not folder:  # one id, and so one run at W&B
+            print(f"{start} the same settings by other names as {before}, which stands for both", flush=True)
+            same += 1
+            continue
         try:
             run = read(folder)
             if options.mode == "online" and uploaded(run, server):

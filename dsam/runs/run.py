@@ -6,10 +6,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,6 +19,7 @@ from ..config import Config, Tracking
 from ..errors import UserError
 from ..methods import METHODS, Method
 from ..task import Task
+from ..text import counted
 from ..training import model as models
 from ..training.batches import held_out
 from ..training.checkpoint import Checkpoints
@@ -74,8 +76,13 @@ def take_up_parent(config: Config, ready: "Ready") -> None:
     """Gives the network the encoder of the run that it starts from (`initialise_from`), if any, which is done first."""
     if config.parent:
         parent = Config.resolved(config.parent)
-        run(parent)
+        found = run(parent)
         models.start_from(ready.network, kept_weights(parent))
+        if found["status"] == "diverged":
+            ready.otherwise.append(
+                f"the run that it starts from diverged ({found['diverged']}): its weights of epoch "
+                f"{found['best']['epoch']:g}, the best before that, were taken"
+            )
 
 
 def _keep_afterwards(config: Config, record: Record, result: dict) -> None:
@@ -175,12 +182,8 @@ class Ready:
     notes: list[str]
     whole: bool = False
     """The model's outputs depend on padding, so that its batches are not cut."""
-
-    @property
-    def otherwise(self) -> list[str]:
-        """Notes on what is done otherwise than was asked, for the result."""
-        said = f"{type(self.network).__name__}'s outputs depend on padding: batches are not cut by length"
-        return [said] if self.whole else []
+    otherwise: list[str] = field(default_factory=list)
+    """Notes on what is done otherwise than was asked, for the result."""
 
 
 def prepare(config: Config, device: torch.device | None = None) -> Ready:
@@ -206,7 +209,8 @@ def prepare(config: Config, device: torch.device | None = None) -> Ready:
         notes = [*notes, f"model={name} is made for the built-in tasks: it starts from scratch, and spells other words "
                          "letter by letter; model=encoder model.path=DIR takes one that was trained"]  # fmt: skip
     whole = models.depends_on_padding(network, tokenizer, config.train.max_length)
-    return Ready(task, tokenizer, network, data, device, [*of_device, *of_model, *notes], whole)
+    otherwise = [f"{type(network).__name__}'s outputs depend on padding: batches are not cut by length"] * whole
+    return Ready(task, tokenizer, network, data, device, [*of_device, *of_model, *notes], whole, otherwise)
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, glue.Tokenised], list[str]]:
@@ -233,7 +237,26 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[
         spoilt = {split: share for split, share in shares.items() if share and split in data}
         data |= {split: glue.noisy(task, data[split], share, source.noise_seed) for split, share in spoilt.items()}
     notes = [*_cut(task, data, config.train.max_length), *_unmarked(task, data[task.train[0]], tokenizer)]
-    return data, [*splits.notes, *notes]
+    return data, [*splits.notes, *notes, *_not_spoilt(data), *_of_one_label(config, data)]
+
+
+def _not_spoilt(data: dict[str, glue.Tokenised]) -> list[str]:
+    """A note on each split that was to have wrong labels and has none, as a small one."""
+    return [
+        f"the noise that was asked for leaves each of the {len(examples)} labels of {split} as it was"
+        for split, examples in data.items()
+        if examples.clean_labels is not None and (examples.labels == examples.clean_labels).all()
+    ]
+
+
+def _of_one_label(config: Config, data: dict[str, glue.Tokenised]) -> list[str]:
+    """A note on each split by which the epoch is chosen and that can tell no two answers apart."""
+    return [
+        f"{split}, which chooses the epoch, has a single label ({counted(len(data[split]), 'example')}): no score "
+        "there tells a better model from a worse one"
+        for split in (["heldout"] if config.selection == "heldout" else config.task.evaluation)
+        if len(np.unique(data[split].labels)) == 1
+    ]
 
 
 def _cut(task: Task, data: dict[str, glue.Tokenised], most: int) -> list[str]:

@@ -213,8 +213,10 @@ def _limits(frame, which, tasks: dict[str, Origin]) -> list[str]:
             lines.append(f"{label}: {100 * task.noise:g} % of the training labels were spoilt on purpose, and none of "
                          "those that are scored.")  # fmt: skip
     for limit in ("max_steps", "max_train_examples"):
-        if (short := frame.get(PREFIX + limit, pd.Series(dtype=object)).dropna()).size:
-            lines.append(f"{counted(len(short), 'run')} cut short by train.{limit}.")
+        wanted = pd.to_numeric(frame.get(PREFIX + limit, pd.Series(index=frame.index, dtype=object)))
+        had = frame.get(f"train.{limit.split('_')[-1]}", pd.Series(index=frame.index, dtype=float))
+        if short := int((had >= wanted).sum()):
+            lines.append(f"{counted(short, 'run')} cut short by train.{limit}.")
     seeds = int(frame.groupby(["model", "task", "method_label"])["seed"].nunique().max())
     lines.append(f"{counted(seeds, 'seed')} a cell at most: small differences may be chance.")
     if frame.get(f"{PREFIX}method", pd.Series(dtype=object)).eq("delta_sam").any():
@@ -251,7 +253,7 @@ def _base(model: str, base: dict) -> str:
         return f"- {model}: " + (
             "a local folder; README.md has its fingerprint." if base.get("path") else "trained from random weights."
         )
-    copy = " A local copy was read; README.md has its fingerprint." if base.get("path") else ""
+    copy = " A local folder was read in its place; README.md has its fingerprint." if base.get("path") else ""
     return f"- {model}: [{base['id']}](https://huggingface.co/{base['id']}) at revision {base.get('revision')}.{copy}"
 
 

@@ -3,7 +3,7 @@ can hide."""
 
 import pandas as pd
 
-from dsam.results.statistics import compare_by_task, methods, scored
+from dsam.results.statistics import compare_by_task, methods, not_compared, scored
 from dsam.results.tables.formatting import DASH, interval
 from dsam.results.tables.rendering import Table
 from dsam.results.tables.unlike import unlike_notes
@@ -16,12 +16,14 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
 
     None without a model whose methods are compared on two tasks. `notes` go before its own.
     """
-    values, text, without = [], [], []
+    values, text, without, lacking = [], [], [], []
     several = frame["model"].nunique() > 1
     for model, runs in frame.groupby("model", sort=False):
         found = compare_by_task(runs, baseline, which)
         if len(found) < 2:
             continue
+        left = not_compared(runs, baseline, which).items()
+        lacking += [f"{f'{model}, ' * several}{task} ({why})" for task, why in left]
         for task, comparison in found.items():
             values.append(comparison.assign(task=task))
             for pairs in comparison["missing_pairs"]:
@@ -42,6 +44,8 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
         "differed, one in twenty would still leave out 0.",
         *unlike_notes(scored(frame, which), baseline),
     ]
+    if lacking:
+        own_notes.append(f"Without differences: {'; '.join(lacking)}.")
     if without := list(dict.fromkeys(without)):  # the baseline's run is missing for each method
         rest = f"; and {len(without) - NAMED} more" if len(without) > NAMED else ""
         own_notes.append(f"Pairs that are left out: {'; '.join(without[:NAMED])}{rest}.")

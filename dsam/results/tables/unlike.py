@@ -1,4 +1,5 @@
-"""Pairs of runs that differ in more than the method: in the machine, the data or the weights that they began with."""
+"""Pairs of runs that differ in more than the method: in the machine, the data, the weights that they began with or the
+labels that were made wrong."""
 
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ UNLIKE = {
     "machine": "on two machines, which round otherwise and, where one is a GPU, draw other dropout masks",
     "data": "with two versions of the data",
     "weights": "from two versions of the model's weights",
+    "noise": "with other wrong labels, or more of them in the held-out part",
 }
 
 
