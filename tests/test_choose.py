@@ -186,6 +186,21 @@ def test_a_child_starts_with_its_parents_encoder_and_its_own_head(tmp_path, path
     assert identify(Config.load(other.parent)).id != identify(parent).id
 
 
+@pytest.mark.parametrize("selection, split, examples", [
+    ("dev", "dev", "3 examples"),
+    ("heldout", "heldout", "1 example"),
+])  # fmt: skip
+def test_a_choice_by_examples_of_one_label_is_said(paths, tmp_path, selection, split, examples):
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    for name, answers in (("train", ["entailment", "not_entailment"] * 9), ("dev", ["entailment"] * 3)):
+        rows = [f"{i}\tA man.\tA dog.\t{answer}\n" for i, answer in enumerate(answers)]
+        lines = "".join(["index\tsentence1\tsentence2\tlabel\n", *rows])
+        (tmp_path / "glue" / "RTE" / f"{name}.tsv").write_text(lines)
+    one = config("task=rte", "data=local", f"data.root={tmp_path / 'glue'}", f"selection={selection}", *paths)
+    said = f"{split}, which chooses the epoch, has a single label ({examples}): no score there tells a better model"
+    assert [note for note in prepare(one).notes if note.startswith(said)]
+
+
 def test_a_child_of_a_run_that_diverged_says_so(paths):
     child = config("initialise_from=entailment", *paths)
     parent = Config.load(child.parent)

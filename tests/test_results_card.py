@@ -75,6 +75,20 @@ def test_the_card_says_what_its_numbers_are_not(few):
     assert "at revision 86b5e09. A local folder was read in its place; README.md" in text and "/copies" not in text
 
 
+def test_runs_are_cut_short_where_a_limit_cut_them(tmp_path):
+    planned = [plan("mrpc", "bert", "adamw", seed, max_train_examples=2000, max_steps=10) for seed in (0, 1, 2)]
+    sweep(tmp_path, "few", planned)
+    for one, examples in zip(planned, (2000, 1500, 2000), strict=True):
+        path = finish(tmp_path, one)
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"train": result["train"] | {"examples": examples, "steps": 9}}))
+        (path.parent / "config.yaml").write_text(yaml.safe_dump({"task": {"name": "mrpc"}, "model": BERT}))
+    frame = collect(tmp_path, "few")
+    report.write_tables(tables.build(frame), frame, "few", tmp_path, tmp_path / "tables")
+    text = (tmp_path / "tables" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "- 2 runs cut short by train.max_train_examples.\n" in text and "max_steps" not in text
+
+
 def test_made_up_tasks_are_not_called_glue(tmp_path):
     planned = [plan("agreement", "tiny", "adamw", seed) for seed in (0, 1)]
     text = documents(tmp_path, planned, (0.6, 0.7), {"name": "tiny", "id": None, "revision": None, "path": None})[1]
