@@ -152,6 +152,18 @@ def test_the_export_of_a_run_equals_what_it_logged_itself(copy, tmp_path):
         assert getattr(own.run, name) == getattr(again.run, name)
 
 
+def test_of_one_run_under_two_names_one_is_exported_and_that_is_said(paths, tmp_path):
+    short = ["train.max_steps=2", "tracking=disabled", *paths]
+    for method in (["optimizer=adamw"], ["optimizer=adamw_2x", "optimizer.steps_factor=1"]):
+        assert command("task=agreement", *method, *short).returncode == 0
+    one, other = sorted((tmp_path / "runs").glob("*/*/*/*"))
+    assert one.name == other.name
+    done = export(one, other, "--into", tmp_path / "out")
+    assert f"2/2 {other}: the same settings by other names as {one}, which stands for both\n" in done.stdout
+    assert "2 runs: 1 exported, 1 unchanged, 0 failed" in done.stdout
+    assert exported(tmp_path / "out", one).run.run_id == one.name
+
+
 def test_a_killed_run_is_exported_as_far_as_it_came_and_a_resumed_one_as_one_run(paths, tmp_path):
     runs = tmp_path / "runs"
     folder = killed(runs, lambda: list(runs.glob("**/run-*.wandb")), "tracking=offline", *paths)
