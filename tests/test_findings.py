@@ -170,6 +170,18 @@ def test_the_first_screen_s_figures_are_those_of_the_tables():
     assert said == expected
 
 
+def test_with_seeds_for_observations_the_second_question_is_answered_as_the_page_says():
+    runs = {(r["task"], r["optimizer"], r["seed"]): r["best"]["score"] for r in all_of("per_instance_clean")}
+    page = " ".join(RESULTS.split("### Again, named beforehand")[1].split("\n### ")[0].split())
+    for other, words in (("adamw", "one to AdamW is {:.2f} [{:+.2f}, {:+.2f}] and holds 0;"),
+                         ("sam", "the one to SAM, {:.2f} [{:+.2f}, {:+.2f}], does not.")):  # fmt: skip
+        each = [100 * np.mean([runs[task, "per_instance", seed] - runs[task, other, seed] for task in ("sst2", "stsb")])
+                for seed in range(6, 11)]  # fmt: skip
+        low, high = stats.ttest_1samp(each, 0).confidence_interval()
+        assert words.format(np.mean(each), low, high) in page
+        assert (low < 0) == (other == "adamw")
+
+
 def test_as_many_runs_are_recorded_as_the_page_says():
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8").split("## What this project measured")[1]
     checked = 0
