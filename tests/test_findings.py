@@ -286,8 +286,8 @@ def test_what_is_said_of_the_rate_under_noise_is_what_the_records_say():
     each = [over("per_instance_quarter_lr", other, k) for other in ("sam_quarter_lr", "adamw_quarter_lr")
             for k in ("best", "last")]  # fmt: skip
     told = (
-        "is {} from SAM at that rate at the chosen epoch and {} at the last. Beside AdamW there it has {} and {}, at the "
-        "last epoch above it in each seed."
+        "is {} from SAM at that rate at the chosen epoch and {} at the last. Beside AdamW there it has {} and {}, at "
+        "the last epoch above it in each seed."
     )
     assert told.format(*("{:+.2f} [{:+.2f}, {:+.2f}]".format(*found) for found, _ in each)) in flat_page
     assert each[3][1].min() > 0 and max(map(abs, each[0][0][1:])) < 0.5

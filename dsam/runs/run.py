@@ -245,7 +245,7 @@ def _not_spoilt(data: dict[str, glue.Tokenised]) -> list[str]:
     return [
         f"the noise that was asked for leaves each of the {len(examples)} labels of {split} as it was"
         for split, examples in data.items()
-        if examples.clean_labels is not None and (examples.labels == examples.clean_labels).all()
+        if examples.clean_labels is not None and not np.any(examples.labels != examples.clean_labels)
     ]
 
 
@@ -255,7 +255,7 @@ def _of_one_label(config: Config, data: dict[str, glue.Tokenised]) -> list[str]:
         f"{split}, which chooses the epoch, has a single label ({counted(len(data[split]), 'example')}): no score "
         "there tells a better model from a worse one"
         for split in (["heldout"] if config.selection == "heldout" else config.task.evaluation)
-        if len(np.unique(data[split].labels)) == 1
+        if (labels := data[split].labels) is not None and len(np.unique(labels)) == 1
     ]
 
 
