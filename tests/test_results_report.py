@@ -87,7 +87,7 @@ def test_the_words_leave_out_no_method_and_deny_no_number(tmp_path):
     assert "these differ from adamw: sam." in text and "can be told" not in text
     figures = {name: text for name, text, _ in plots.figures(collect(tmp_path / "single"))}
     assert "differences_tiny" not in figures  # nothing has an interval there
-    assert figures["differences_by_task_tiny"].endswith("with 95 % t-interval")
+    assert figures["differences_by_task_tiny"].endswith("with 95 % t-interval; without stsb (a single pair)")
     (tmp_path / "single/stsb/tiny/sam/sam-0/result.json").unlink()
     finish(tmp_path / "single", plan("rte", "tiny", "msam", 0), best=0.9)
     figures = {name: text for name, text, _ in plots.figures(collect(tmp_path / "single"))}
