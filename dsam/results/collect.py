@@ -148,7 +148,7 @@ def _number(value) -> float | None:
 
 def _described(runs_dir: Path, folder: str, planned: dict | None) -> dict:
     """A run's row. A run that was first made under another seed's name, with the same `seeds`, is the sweep's."""
-    own = {name: planned[name] for name in ("seed",) if planned and name in planned}
+    own = {"seed": planned["seed"]} if planned and "seed" in planned else {}
     return _expected(folder, planned) | _row(runs_dir, folder) | own
 
 

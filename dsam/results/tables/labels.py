@@ -1,7 +1,7 @@
 """The name of a method in tables: its optimizer, and the hyperparameters that tell its variants apart."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
 def method_labels(runs: Sequence[dict]) -> list[str]:
@@ -36,14 +36,14 @@ def method_labels(runs: Sequence[dict]) -> list[str]:
 
 def _label(run: dict, names: list[str]) -> str:
     known = run["hyperparameters"]
-    known = known | {"lr": rate_used(known)} if "lr" in known else known
+    if "lr" in known:
+        known = known | {"lr": rate_used(known["lr"], known.get("lr_factor", 1))}
     shown = [f"{name}={value_text(known[name]) if known else '?'}" for name in names if not known or name in known]
     return f"{run['optimizer']} ({', '.join(shown)})" if shown else run["optimizer"]
 
 
-def rate_used(known: Mapping) -> float | None:
+def rate_used(rate: float, factor: float) -> float:
     """The learning rate that the optimizer had: the recipe's, times the method's `lr_factor`."""
-    rate, factor = known["lr"], known.get("lr_factor", 1)
     return rate if factor == 1 else float(f"{rate * factor:.6g}")  # a product of floats shows its rounding otherwise
 
 

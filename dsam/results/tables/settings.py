@@ -4,7 +4,7 @@ import pandas as pd
 
 from dsam.results.statistics import methods
 from dsam.results.tables.formatting import DASH, percent
-from dsam.results.tables.labels import value_text, without
+from dsam.results.tables.labels import rate_used, value_text, without
 from dsam.results.tables.rendering import Table
 from dsam.task import HELD_OUT
 
@@ -118,8 +118,8 @@ def _with_the_rate_used(runs: pd.DataFrame, names: list[str]) -> tuple[pd.DataFr
     """The runs with `lr` as the optimizer had it, in place of that of the recipe and a method's factor."""
     if not {"lr", "lr_factor"} <= set(names):
         return runs, names
-    used = runs[f"{PREFIX}lr"] * runs[f"{PREFIX}lr_factor"].astype(float).fillna(1)
-    used = used.map(lambda rate: float(f"{rate:.6g}"))  # a product of floats shows its rounding otherwise
+    factors = runs[f"{PREFIX}lr_factor"].astype(float).fillna(1)
+    used = [rate_used(rate, factor) for rate, factor in zip(runs[f"{PREFIX}lr"], factors, strict=True)]
     return runs.assign(**{f"{PREFIX}lr": used}), [name for name in names if name != "lr_factor"]
 
 
