@@ -65,6 +65,13 @@ def require_read(configs: list[Config]) -> None:
             "launcher.per_device=N says how many at once on each"
         )
     given = {a.lstrip("+").partition("=")[0] for a in sys.argv[1:]}
+    for name in ("id", "revision"):
+        value = getattr(first.model, name)
+        if value and f"model.{name}" in given and all(c.model.path or c.model.architecture for c in configs):
+            instead = f"model.path={first.model.path}" if first.model.path else f"model={first.model.name}"
+            raise UserError(
+                f"model.{name}={value} is of the hub, and {instead} reads nothing there: leave one of them out"
+            )
     if "data.noise_seed" in given and not any(c.data.label_noise or c.data.heldout_noise for c in configs):
         raise UserError("data.noise_seed is of label noise, and there is none: add data.label_noise=, or leave it out")
     if first.launcher.name == "slurm":

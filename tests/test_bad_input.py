@@ -458,6 +458,9 @@ SWEEPS = [
     ("model=tiny model.name=a,b", "agreement a adamw seed=0 and agreement b adamw seed=0 have the same settings"),
     ("train.lr=1,2 launcher.measure=true", "add launcher.plan=true"),
     ("data.noise_seed=0,1", "data.noise_seed is of label noise, and there is none: add data.label_noise="),
+    ("model.revision=c", "model.revision=c is of the hub, and model=tiny reads nothing there: leave one of them out"),
+    ("model=encoder model.path=/tmp model.revision=c", "model.revision=c is of the hub, and model.path=/tmp reads"),
+    ("model=encoder model.path=/tmp model.id=a/b", "model.id=a/b is of the hub, and model.path=/tmp reads nothing"),
     (
         "launcher=slurm launcher.gpus=1 launcher.pack=8 launcher.workers=8 launcher.plan=true",
         "launcher.workers=8 is for jobs without GPUs: in this one launcher.per_device=N",
