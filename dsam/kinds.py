@@ -1,8 +1,8 @@
 """Kinds of settings: coerced, so that 1 and 1.0 (or "1e-5" and 0.00001) are one configuration."""
 
 import math
+import os
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -46,10 +46,7 @@ def _text(value: Any) -> Any:
 
 def _home(path: str) -> str:
     """A shell leaves the ~ of data.root=~/glue as it is. A user that there is not stays as typed, to be named."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        return path
+    return os.path.expanduser(path)
 
 
 def _yes(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def own_folder(given: str | None) -> Path | None:
     """The folder of --config-dir. UserError where it is none."""
     if given is None:
         return None
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given))
     if not folder.is_dir():
         raise UserError(f"--config-dir {given} is not a folder")
     return folder

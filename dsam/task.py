@@ -5,6 +5,7 @@ Each is one file of `conf/task/`, GLUE's own in the same form as a user's.
 
 import functools
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,7 +205,7 @@ class Task(_Part):
     def has_own_places(self) -> bool:
         """Whether all its files are named in full, so that it needs no data.root."""
         files = [file for split in self.files for file in self.files_of(split)]
-        return bool(files) and all(Path(file.path).expanduser().is_absolute() for file in files)
+        return bool(files) and all(os.path.isabs(os.path.expanduser(file.path)) for file in files)
 
     @property
     def folder(self) -> str:

@@ -81,6 +81,9 @@ def main() -> None:
     common += [f"paths.runs={given.out / 'runs'}", *settings, *given.settings]
     measurements, timed = given.out / "measurements.csv", given.out / "times.csv"
     if not given.summary_only:
+        there = summary.batches_in(summary.read_rows(measurements)) if measurements.exists() else {}
+        batches = there | {task: max(given.batches, there.get(task, 0)) for task in given.tasks}
+        summary.require_looked_at(looked_at, batches, measurements)  # before anything is measured
         configs = [Config.load(compose_config(check([f"task={task}", *common], CONF), CONF)) for task in given.tasks]
         study.study(configs, given.phases, given.rho, given.batches, given.batch_size, given.headroom, measurements)
         if not given.no_times:

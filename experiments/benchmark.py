@@ -2,13 +2,14 @@
 
 python experiments/benchmark.py task=rte,cola model=minilm model.path=DIR data=local data.root=DIR
 
-Settings are those of train.py (device.threads, train.precision, …). Writes results/speed/steps.json and .md (what the
-project measured itself lies in results/benchmark). Instead of the methods: --what throughput times plain fine-tuning
-beside Hugging Face's Trainer, --what norms exact per-example gradient norms beside a backward pass, at full length,
---what scaling AdamW's and SAM's steps over batch, length and model shapes (random weights; no task or model needed; a
-figure as well), --what shares where the time goes beside the passes, --what packing how many runs an hour the device
-does, by how many at once, --what padding AdamW's and SAM's steps by how their batches are padded, --what checkpoints
-what one takes of a training. Each writes results/speed/<what>.json and .md, as the figures come.
+Settings are those of train.py (device.threads, train.precision, …) that change what is measured. Writes
+results/speed/steps.json and .md (what the project measured itself lies in results/benchmark). Instead of the methods:
+--what throughput times plain fine-tuning beside Hugging Face's Trainer, --what norms exact per-example gradient norms
+beside a backward pass, at full length, --what scaling AdamW's and SAM's steps over batch, length and model shapes
+(random weights; no task or model needed; a figure as well), --what shares where the time goes beside the passes, --what
+packing how many runs an hour the device does, by how many at once, --what padding AdamW's and SAM's steps by how their
+batches are padded, --what checkpoints what one takes of a training. Each writes results/speed/<what>.json and .md, as
+the figures come.
 """
 
 import argparse
@@ -46,6 +47,10 @@ USED = {what: {"batches"} for what in MEASURES} | {"norms": set(), "scaling": {"
 USED["steps"] |= {"methods"}
 USED["packing"] |= {"at_once"}
 """Which of the arguments that only some take each of them does."""
+OF_STEPS = {"lr", "weight_decay", "warmup_ratio", "max_grad_norm", "betas", "eps"}
+"""Settings of a training that no measured step takes up, since it takes as long with any: each has the same."""
+IDLE = ("launcher", "checkpoint", "fresh_seeds", "selection", "initialise_from", *(f"train.{n}" for n in OF_STEPS))
+"""What changes nothing that is measured here."""
 
 
 def arguments() -> argparse.Namespace:
@@ -67,6 +72,17 @@ def arguments() -> argparse.Namespace:
         if name not in USED[given.what] and getattr(given, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect on --what {given.what}")
     return given
+
+
+def require_taken(given: argparse.Namespace) -> None:
+    """UserError where a setting is given that `--what` does not take up."""
+    for setting in given.settings:
+        name = setting.lstrip("+").partition("=")[0]
+        if name.split(".")[0] == "optimizer" and given.what != "packing":
+            instead = ": --methods says which are timed" if given.what == "steps" else ""
+            raise UserError(f"{setting} has no effect on --what {given.what}{instead}")
+        if name.startswith(IDLE):
+            raise UserError(f"{setting} has no effect on --what {given.what}: leave it out")
 
 
 def require_writable(out: Path) -> None:
@@ -95,6 +111,7 @@ def main() -> None:
     for name in given.methods:
         if name not in steps.contenders():
             raise UserError(f"unknown method '{name}'; {did_you_mean(name, steps.contenders())}")
+    require_taken(given)
     tasks = [s.split("=", 1)[1].split(",") for s in given.settings if s.startswith("task=")]
     rest = [s for s in given.settings if not s.startswith("task=")] + ["tracking=disabled"]
     measure, as_rows = MEASURES[given.what]
@@ -111,7 +128,8 @@ def main() -> None:
         else:
             settings |= {"model": config.model.name}
             settings |= {"batches": given.batches} if "batches" in USED[given.what] else {}
-            settings |= config.train.model_dump()
+            settings |= {"optimizer": config.optimizer.name} if given.what == "packing" else {}
+            settings |= config.train.model_dump(exclude=OF_STEPS)
         of_task[task] = settings
         try:
             for found in measure(config, given):  # what comes late must not cost what is there

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT.parent / "shared" / "glue"
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at once; before torch is imported
+# Several tests run at once, and threads beyond the CPUs wait for each other by turning in a loop: runs take one each.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"
 
 import warm  # noqa: E402
 

@@ -17,7 +17,16 @@ from test_exact_weightings import B, batch, bert, curvature_one_by_one, one_by_o
 from dsam import SAM, ExampleLosses, GroupSAM
 from dsam.approximation.oracle import HINDSIGHT, Oracle, best_direction, best_step, flat, trimmed
 from dsam.approximation.study import WEIGHTINGS, Cell, append, at_phase, batch_of, finished_cells, study
-from dsam.approximation.summary import MEASURES, as_markdown, compared, confirmation, figure, overview, summarise
+from dsam.approximation.summary import (
+    MEASURES,
+    OF_WRONG,
+    as_markdown,
+    compared,
+    confirmation,
+    figure,
+    overview,
+    summarise,
+)
 from dsam.config import CONF, Config, Train
 from dsam.errors import UserError
 from dsam.glue import Tokenised
@@ -186,8 +195,21 @@ def test_each_weighting_has_its_tasks_extra_time():
     ]
     times = pd.DataFrame({"task": ["a", "b"], "weighting": "gap", "extra": [0.254, -0.01]})
     lines = as_markdown(summarise(pd.DataFrame(rows)), times=times).splitlines()
+    assert not [line for line in lines if line.endswith("of the labels are wrong")]
     ends = [line.split("|")[-2].strip() for line in lines if line.startswith(("| gap ", "| hindsight "))]
     assert [end for end in ends if "%" in end or end == "–"] == ["+25%", "–", "-1%", "–"]
+
+
+def test_the_share_of_wrong_labels_is_that_of_all_batches():
+    """By hand: 1/2 and 0 of them, where what is found in hindsight has the first batch alone."""
+    rows = [
+        {"task": "t", "phase": 25, "rho": 0.1, "batch": b, "weighting": w, **dict.fromkeys((*MEASURES, *OF_WRONG), 0.5)}
+        | {"wrong": 0.5 - 0.5 * b}
+        for w, batches in (("uniform", 2), ("gap", 2), ("hindsight", 1))
+        for b in range(batches)
+    ]
+    (title,) = [line for line in as_markdown(summarise(pd.DataFrame(rows))).splitlines() if line.startswith("### ")]
+    assert title == "### t at 25 % of the fine-tuning, ρ = 0.1; 25.0% of the labels are wrong"
 
 
 def test_the_confirmation_leaves_out_what_was_looked_at():
@@ -319,6 +341,12 @@ def test_the_best_step_does_not_depend_on_the_scale_of_the_losses(seed, scale):
 
 @pytest.mark.slow
 def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
+    noisy = ROOT / "results" / "approximation_noise"
+    (tmp_path / "noise").mkdir()
+    shutil.copy(noisy / "measurements.csv", tmp_path / "noise")
+    done = command("--summary-only", "--out", str(tmp_path / "noise"), script="approximation.py")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "noise/summary.md").read_bytes() == (noisy / "summary.md").read_bytes()
     there = ROOT / "results" / "approximation"
     for name in ("measurements.csv", "times.csv"):
         shutil.copy(there / name, tmp_path)
@@ -333,6 +361,11 @@ def test_the_committed_summary_is_that_of_the_committed_measurements(tmp_path):
             "--summary-only", "--out", str(tmp_path), "--looked-at", typed, *all_of, script="approximation.py"
         )
         assert refused.returncode == 2 and why in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    # What would be refused once all is measured is refused before.
+    for typed, why in (("qnli=3", "--looked-at qnli: "), ("agreement=30", "leaves no batch")):
+        refused = command("--out", str(tmp_path / "new"), "--looked-at", typed, script="approximation.py")
+        assert refused.returncode == 2 and why in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert not (tmp_path / "new").exists()
     wrong = command("--summary-only", "--out", str(tmp_path), "--looked-at", "colaa=10", script="approximation.py")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --summary-only measures nothing: colaa=10 has no effect\n")
     wrong = command("--summary-only", "--out", str(tmp_path), "--rho", "0.3", script="approximation.py")

@@ -87,6 +87,17 @@ def test_trainer_sees_the_same_examples_and_its_padding_is_counted(config, monke
     assert {int(m.sum()) for m in masks} <= {int(m.sum()) for m in dynamic_masks}  # the same rows
 
 
+def test_what_is_a_contender_already_is_none_twice(config):
+    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bfloat16"})})
+    names = [found.name for found in throughput.measure(half, 1, 1)]
+    assert names == [name for name in throughput.CONTENDERS if name != "dsam, bfloat16"]
+
+
+def test_an_epoch_is_that_of_the_run(config):
+    few = config.model_copy(update={"train": config.train.model_copy(update={"max_train_examples": 20})})
+    assert shares._Run(few, 1).steps_per_epoch == 3  # of 8, 8 and 4
+
+
 def test_what_would_be_padded_after_all_is_not_called_padding_free(config, monkeypatch):
     monkeypatch.setattr(steps, "packing_of", lambda *given: (None, ["train.padding=free does not go here"]))
     assert set(throughput.CONTENDERS) - {f.name for f in throughput.measure(config, 1, 1)} == {"dsam, padding-free"}
@@ -197,6 +208,21 @@ def test_scaling_keeps_each_point_and_draws_them(tmp_path):
     for given, said in (
         (["--what", "norms", "--batches", "2"], "--batches has no effect on --what norms"),
         (["--what", "shares", "--methods", "sam"], "--methods has no effect on --what shares"),
+        (["optimizer=sam"], "optimizer=sam has no effect on --what steps: --methods says which are timed"),
+        (["--what", "shares", "+optimizer.rho=1"], "+optimizer.rho=1 has no effect on --what shares"),
+        (["train.lr=7"], "train.lr=7 has no effect on --what steps: leave it out"),
+        (
+            ["--what", "packing", "launcher.workers=2"],
+            "launcher.workers=2 has no effect on --what packing: leave it out",
+        ),
+        (
+            ["--what", "throughput", "train.padding=free"],
+            "train.padding=free: --what throughput times both ways: leave it out",
+        ),
+        (
+            ["--what", "padding", "train.padding=free"],
+            "train.padding=free: --what padding times both ways: leave it out",
+        ),
         (["--out", str(tmp_path)], f"--out {tmp_path} must name a .json file, beside which a .md is written"),
         (["--out", f"{out}/x.json"], f"cannot write {out}/x.json: File exists; set --out FILE.json"),
     ):
@@ -219,6 +245,14 @@ def test_packed_runs_share_the_device(config):
     assert one.runs_per_hour == pytest.approx(3600 / (one.seconds * steps_of_a_run))
     assert two.runs_per_hour == pytest.approx(2 * 3600 / (two.seconds * steps_of_a_run))
     assert 1.8 < two.peak_memory_bytes / one.peak_memory_bytes < 2.2
+
+
+def test_packed_runs_are_of_the_method_that_the_settings_describe(config):
+    given = ["task=agreement", "optimizer=sam", "optimizer.rho=0.3", "train.batch_size=8"]
+    packing._start(Config.load(compose_config([*given, f"paths.cache={config.paths.cache}"], CONF)), 1)
+    method = packing._run[0].backward.method
+    packing._run.clear()
+    assert type(method) is SAM and method.rho == 0.3
 
 
 def test_packed_runs_work_at_a_time(config, monkeypatch):

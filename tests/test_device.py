@@ -315,6 +315,7 @@ def test_the_time_of_bfloat16_is_measured_by_one_thread_s_own_time(monkeypatch):
 
 def test_cpus_are_counted_without_semaphores_and_up_to_a_limit_of_the_user(monkeypatch):
     monkeypatch.setattr(joblib.parallel, "mp", None)
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
     assert cpus() == loky.cpu_count() == min(len(os.sched_getaffinity(0)), os.cpu_count())
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     assert cpus() == 1

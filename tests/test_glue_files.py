@@ -241,6 +241,14 @@ def test_empty_files_and_headers_alone_are_errors(tmp_path):
         assert str(tmp_path / "SST-2/dev.tsv") in message and said in message
 
 
+def test_the_home_of_a_user_that_there_is_not_is_named(tmp_path):
+    """As where a shell leaves ~glue, meant as ~/glue, as it was typed."""
+    assert "'~nosuchuser/x' is not a folder" in error(get_task("sst2"), "local", "~nosuchuser/x", splits=["dev"])
+    elsewhere = get_task("sst2").model_copy(update={"files": {"dev": "~nosuchuser/dev.tsv"}})
+    assert not elsewhere.has_own_places
+    assert "~nosuchuser/dev.tsv' is missing" in error(elsewhere, "local", tmp_path, splits=["dev"])
+
+
 def test_a_blank_line_between_rows_is_an_error(tmp_path):
     path = write(tmp_path, "SST-2/dev.tsv", ["sentence", "label"], ["good", "1"], [""], ["bad", "0"])
     assert error(get_task("sst2"), "local", tmp_path, splits=["dev"]).startswith(f"{path}:3: 1 columns where 2")

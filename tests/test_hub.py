@@ -255,6 +255,18 @@ def test_half_a_cache_is_completed_and_gives_what_a_full_one_gives(hub, monkeypa
     assert fetched == sorted(set(everything) - set(kept))
 
 
+def test_empty_texts_are_said_as_those_of_local_files_are(own):
+    import pyarrow.parquet
+
+    (file,) = (own.root / "datasets/nyu-mll/glue").glob("**/rte/train-*.parquet")
+    table = pyarrow.parquet.read_table(file)
+    texts = ["" if row in (2, 5) else text for row, text in enumerate(table["sentence1"].to_pylist())]
+    place = table.schema.get_field_index("sentence1")
+    pyarrow.parquet.write_table(table.set_column(place, "sentence1", [texts]), file)
+    (note,) = [note for note in rte().notes if "empty" in note]
+    assert note.endswith(f"{file.name}: the text of 2 rows is empty, the first in line 3: as empty they are used")
+
+
 def test_half_a_cache_that_another_library_left_is_completed(hub, monkeypatch):
     whole = weights("bert")
     shutil.rmtree(constants.HF_HUB_CACHE)

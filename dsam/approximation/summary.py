@@ -123,8 +123,8 @@ def as_markdown(summary: pd.DataFrame, confirmed: pd.DataFrame | None = None, ti
                 row["extra time"] = "–" if spent is None else f"{spent:+.0%}"
             rows.append(row)
         title = f"### {task} at {phase} % of the fine-tuning, ρ = {rho:g}"
-        wrong = group[group["measure"] == "wrong"]["mean"]
-        title += f"; {wrong.mean():.1%} of the labels are wrong" if len(wrong) else ""
+        wrong = group[(group["measure"] == "wrong") & (group["weighting"] == "uniform")]["mean"]  # it has all batches
+        title += f"; {wrong.item():.1%} of the labels are wrong" if len(wrong) else ""
         parts.append(f"{title}\n\n{pd.DataFrame(rows).to_markdown(index=False)}")
     return "\n\n".join(parts) + "\n"
 
@@ -181,6 +181,22 @@ def figure(summary: pd.DataFrame) -> Figure:
     return drawn
 
 
+def batches_in(table: pd.DataFrame) -> dict[str, int]:
+    """{task: batches measured}"""
+    return {str(task): int(batch) + 1 for task, batch in table.groupby("task", sort=False)["batch"].max().items()}
+
+
+def require_looked_at(looked_at: Mapping[str, int], batches: Mapping[str, int], measurements: Path) -> None:
+    """UserError where `looked_at` names a task that `measurements` does not hold, or leaves none of its `batches`."""
+    if unknown := sorted(set(looked_at) - set(batches)):
+        raise UserError(
+            f"--looked-at {unknown[0]}: {measurements} has {', '.join(batches)} alone: leave it out until its rows are "
+            "there"
+        )
+    if looked_at and all(looked_at.get(task, 0) >= count for task, count in batches.items()):
+        raise UserError(f"--looked-at leaves no batch of {measurements} for a confirmation: give fewer")
+
+
 def write(
     measurements: Path, folder: Path, looked_at: Mapping[str, int] | None = None, times: Path | None = None
 ) -> list[Path]:
@@ -190,10 +206,7 @@ def write(
     `times` (a CSV) every weighting has its extra time beside SAM's.
     """
     table = read_rows(measurements)
-    if unknown := sorted(set(looked_at or ()) - set(table["task"])):
-        raise UserError(f"--looked-at {unknown[0]}: {measurements} has {', '.join(table['task'].unique())} alone")
-    if looked_at and not (table["batch"] >= table["task"].map(looked_at).fillna(0)).any():
-        raise UserError(f"--looked-at leaves no batch of {measurements} for a confirmation: give fewer")
+    require_looked_at(looked_at or {}, batches_in(table), measurements)
     summary = summarise(table)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.csv", "summary.md", "approximation.png", "approximation.pdf")]

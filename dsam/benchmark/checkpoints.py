@@ -20,7 +20,7 @@ class Saved:
 
     bytes: int  # on disk: weights and two moments
     waited: float  # by the training, which goes on once the state is copied
-    written: float  # until it is on disk, the training going on beside it
+    written: float  # until the end of the step in which it was on disk, the training going on beside it
     lost: float  # by the training in all: the copy, and what its steps took longer until then
     at_once: float  # copied and written while the training waits
     step: float  # with no checkpoint beside it

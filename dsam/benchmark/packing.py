@@ -27,15 +27,15 @@ class Packed:
 
 
 def measure(config: Config, numbers: Sequence[int], batches: int, rounds: int) -> list[Packed]:
-    """AdamW's steps in as many processes as the largest of `numbers`, of which as many as each number says work at a
-    time, all numbers in turn, after rounds that do not count (`Steps.unsteady`). Each has `device.threads` threads,
-    or an equal part of the cores, as the runs of a sweep.
+    """Steps of the configuration's method in as many processes as the largest of `numbers`, of which as many as each
+    number says work at a time, all numbers in turn, after rounds that do not count (`Steps.unsteady`). Each has
+    `device.threads` threads, or an equal part of the cores, as the runs of a sweep.
 
     Raises BrokenProcessPool where a process dies, as for want of memory.
     """
     ready = prepare(config)  # mistakes show here, and the processes find the tokens cached
     steps = total_steps(config, trained_examples(config, ready.data[ready.task.train[0]]))[0]
-    unsteady = Steps(config, ready).unsteady
+    unsteady = Steps(config, ready, None).unsteady
     del ready
     threads = {number: config.device.threads or max(1, cpus() // number) for number in numbers}
     seconds: dict[int, list[float]] = {number: [] for number in numbers}
@@ -66,7 +66,8 @@ def _start(config: Config, batches: int) -> None:
     ready = prepare(config)
     order = epoch_order(len(ready.data[ready.task.train[0]]), config.seeds.data, 0)
     order = order[: batches * config.train.batch_size]
-    _run[:] = Steps(config, ready), order, -(-len(order) // config.train.batch_size)  # a small training set has fewer
+    batches = -(-len(order) // config.train.batch_size)  # a small training set has fewer
+    _run[:] = Steps(config, ready, None), order, batches
 
 
 def _steps(threads: int) -> tuple[float, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..config import Config
+from ..errors import UserError
 from ..glue import Tokenised
 from ..runs.run import prepare
 from ..training.batches import epoch_order
@@ -36,7 +37,8 @@ class Way:
 
 def measure(config: Config, batches: int, rounds: int) -> list[Way]:
     """Times AdamW's steps in every way and SAM's in two, in turn on each batch, after rounds that do not count
-    (`Steps.unsteady`). A way that does not go there is left out."""
+    (`Steps.unsteady`). A way that does not go there is left out. UserError where `config` asks for one of them."""
+    require_pieces(config, "padding")
     ready, size = prepare(config), config.train.batch_size
     examples = ready.data[ready.task.train[0]]
     order = epoch_order(len(examples), config.seeds.data, 0)[: batches * size]
@@ -65,6 +67,12 @@ def measure(config: Config, batches: int, rounds: int) -> list[Way]:
                 if turn > 0:
                     seconds[both].append(spent)
     return [Way(*both, *map(statistics.median, zip(*seconds[both], strict=True)), tokens[both]) for both in steps]
+
+
+def require_pieces(config: Config, what: str) -> None:
+    """UserError where `config` says the way that the measurement `what` times beside the other."""
+    if config.train.padding != "pieces":
+        raise UserError(f"train.padding={config.train.padding}: --what {what} times both ways: leave it out")
 
 
 def of_one_length(examples: Tokenised, order: np.ndarray, size: int) -> Tokenised:

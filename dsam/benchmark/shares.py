@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..config import Config
 from ..methods import SAM, ExampleLosses
 from ..methods.perturbation import perturbed, total_norm
-from ..runs.run import make_method, prepare
+from ..runs.run import make_method, prepare, trained_examples
 from ..training.batches import epoch_order
 from ..training.loop import evaluate
 from .steps import Stepper, batches
@@ -83,9 +83,9 @@ class _Run:
 
     def __init__(self, config: Config, count: int):
         self.config, self.ready = config, prepare(config)
-        examples = len(self.ready.data[self.ready.task.train[0]])
-        self.order = epoch_order(examples, config.seeds.data, 0)[: count * config.train.batch_size]
-        self.steps_per_epoch = -(-examples // config.train.batch_size)
+        examples = self.ready.data[self.ready.task.train[0]]
+        self.order = epoch_order(len(examples), config.seeds.data, 0)[: count * config.train.batch_size]
+        self.steps_per_epoch = -(-trained_examples(config, examples) // config.train.batch_size)
         self.autocast = torch.bfloat16 if config.train.precision == "bfloat16" else None
         model = self.ready.network.train()
         self.sam, self.plain = Stepper(model, "sam", {}), Stepper(model, "plain", {})

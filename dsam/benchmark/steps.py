@@ -18,7 +18,7 @@ from ..config import Config
 from ..errors import UserError
 from ..glue import Tokenised
 from ..methods import METHODS, ExampleLosses
-from ..runs.run import Ready, packing_of, peak_memory, prepare
+from ..runs.run import Ready, make_method, packing_of, peak_memory, prepare
 from ..training.backward import Backward
 from ..training.batches import epoch_order, pieces
 from ..training.device import Outcomes, to
@@ -67,7 +67,7 @@ def batches(
     none."""
     examples, train = ready.data[ready.task.train[0]], config.train
     if train.padding == "free":
-        raise UserError("train.padding=free is timed by --what padding and --what throughput")
+        raise UserError("train.padding=free is timed by --what padding and --what throughput, beside the other way")
     for k in range(0, len(order), train.batch_size):
         batch = order[k : k + train.batch_size]
         width = int(examples.lengths[batch].max()) if ready.whole else 1
@@ -117,14 +117,15 @@ class Steps:
     """A method's steps as a run takes them: batches made, moved and cut, the gradient, clipping, AdamW, with the waits
     for a device and the CUDA graphs that a run has.
 
-    Those of one model may share an `optimizer`. `examples`: others than the task's.
+    `method`: a name of `METHODS`, with its default options; None: what `config.optimizer` describes. Those of one model
+    may share an `optimizer`. `examples`: others than the task's.
     """
 
     def __init__(
         self,
         config: Config,
         ready: Ready,
-        method: str = "plain",
+        method: str | None = "plain",
         optimizer: torch.optim.Optimizer | None = None,
         examples: Tokenised | None = None,
     ):
@@ -132,7 +133,7 @@ class Steps:
         model, examples = ready.network.train(), examples or ready.data[ready.task.train[0]]
         self.optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-6, fused=True)
         self.outcomes = Outcomes(ready.device)
-        made = METHODS[method](model)
+        made = METHODS[method](model) if method else make_method(config, model)
         packing, notes = packing_of(config, ready, made)
         for note in notes:
             print(note, file=sys.stderr)

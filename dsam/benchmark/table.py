@@ -115,7 +115,7 @@ def saved(measured: Sequence[Saved]) -> pd.DataFrame:
         {
             "checkpoint, MB": found.bytes / 1e6,
             "the training waits": found.waited,
-            "written after": found.written,
+            "written by a step's end": found.written,
             "the training loses in all": found.lost,
             "written at once": found.at_once,
             "a step": found.step,

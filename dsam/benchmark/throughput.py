@@ -18,9 +18,11 @@ from transformers import (
 )
 
 from ..config import Config
+from ..errors import UserError
 from ..runs.run import Ready, prepare
 from ..training.batches import epoch_order
 from ..training.model import build
+from .padding import require_pieces
 from .steps import Steps
 
 CONTENDERS = (
@@ -44,12 +46,18 @@ class Throughput:
 
 def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
     """Times every contender in one alternating run of `steps` optimizer steps a round, after some that do not count
-    (`Steps.unsteady`).
+    (`Steps.unsteady`). UserError for a setting that is one of the contenders, or a GPU that `Trainer` does not take.
 
     All see the same examples in the same batches in the same order. What is timed is all that a step takes: making
     the batch, forward, backward, clipping, AdamW. What runs with padding after all is left out, and says why.
     """
+    require_pieces(config, "throughput")
     ready = prepare(config)
+    if ready.device.index:
+        raise UserError(
+            f"device.name={config.device.name}: Trainer takes the first GPU that it sees: take device.name=cuda, with "
+            f"CUDA_VISIBLE_DEVICES={ready.device.index} before the command"
+        )
     examples, batch = ready.data[ready.task.train[0]], config.train.batch_size
     order = epoch_order(len(examples), config.seeds.data, 0)[: steps * batch]
     lengths = examples.lengths[order]
@@ -59,7 +67,9 @@ def measure(config: Config, steps: int, rounds: int) -> list[Throughput]:
         for change in ({"precision": "bfloat16"}, {"padding": "free"})
     )
     ours, ours_half, ours_free = Steps(config, ready), Steps(half, prepare(half)), Steps(free, prepare(free))
-    names = [name for name in CONTENDERS if name != "dsam, padding-free" or ours_free.backward.packing is not None]
+    left_out = {"dsam, padding-free"} if ours_free.backward.packing is None else set()
+    left_out |= {"dsam, bfloat16"} if config.train.precision == "bfloat16" else set()  # which is `dsam` then
+    names = [name for name in CONTENDERS if name not in left_out]
     tokens = {
         "dsam": ours.tokens(order),
         "dsam, padding-free": ours_free.tokens(order),

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,14 +57,14 @@ def find(task: Task, root: str | Path | None, splits: tuple[str, ...]) -> dict[s
     wanted = {split: task.files_of(split) for split in splits}
     if root is None and not task.has_own_places:
         raise UserError(f"{task.name}: data=local needs data.root=DIR, the folder that holds {task.folder}")
-    folder = Path(root or "/").expanduser()
+    folder = Path(os.path.expanduser(root or "/"))  # which leaves a user that there is not as it is
     if not folder.is_dir():
         raise UserError(f"data.root '{folder}' is not a folder: give the folder that holds {task.folder}")
     return {split: _layout(task, folder, files) for split, files in wanted.items()}
 
 
 def _layout(task: Task, root: Path, files: tuple[File, ...]) -> Layout:
-    paths = [root / Path(file.path).expanduser() for file in files]
+    paths = [root / os.path.expanduser(file.path) for file in files]
     for path, file in zip(paths, files, strict=True):
         if path.is_file():
             return Layout(path, file.text or task.text, file.label, file.header)

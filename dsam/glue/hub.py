@@ -25,8 +25,8 @@ def fingerprint(task: Task, revision: str | None) -> str:
     return f"hub {source.dataset}{subset}@{commit}"
 
 
-def read(task: Task, splits: tuple[str, ...], revision: str | None) -> dict[str, Split]:
-    """These splits, from the hub's cache or the hub.
+def read(task: Task, splits: tuple[str, ...], revision: str | None) -> dict[str, tuple[Split, list[str]]]:
+    """These splits, from the hub's cache or the hub, each with notes on its rows.
 
     Raises:
         UserError: files that cannot be had or read, or whose columns or labels are not the task's.
@@ -72,18 +72,20 @@ def _needed(title: str, source: Hub, splits: tuple[str, ...], names: Iterable[st
     return found
 
 
-def _read(task: Task, source: Hub, split: str, paths: list[Path]) -> Split:
-    parts = []
+def _read(task: Task, source: Hub, split: str, paths: list[Path]) -> tuple[Split, list[str]]:
+    parts, notes = [], []
     for path in paths:
         label, numbered = _labels(task, source, split, path)
         layout = files.Layout(path, source.text or task.text, label)
         as_numbers = {"written": tuple(str(number) for number in range(len(task.labels)))} if numbered else {}
-        parts.append(files.read(task.model_copy(update=as_numbers), layout)[0])
+        part, found = files.read(task.model_copy(update=as_numbers), layout)
+        parts.append(part)
+        notes += found
     if len(parts) == 1:
-        return parts[0]
+        return parts[0], notes
     labels = None if any(part.labels is None for part in parts) else np.concatenate([part.labels for part in parts])
     text2 = None if parts[0].sentence2 is None else [text for part in parts for text in part.sentence2 or ()]
-    return Split([text for part in parts for text in part.sentence1], text2, labels)
+    return Split([text for part in parts for text in part.sentence1], text2, labels), notes
 
 
 def _labels(task: Task, source: Hub, split: str, path: Path) -> tuple[str | None, bool]:

@@ -40,21 +40,19 @@ def load(
         UserError: the source does not offer the task or a split, or the data are missing or broken.
     """
     splits = _check(task, source, splits)
-    notes: list[str] = []
     if source == "builtin":
-        rows = {split: _builtin(task, split) for split in splits}
+        read: dict[str, tuple[Split, list[str]]] = {split: (_builtin(task, split), []) for split in splits}
     elif source == "local":
         layouts = files.find(task, root, splits)
-        rows = {}
-        for split, layout in layouts.items():
-            rows[split], found = files.read(task, layout)
-            notes += found
+        read = {split: files.read(task, layout) for split, layout in layouts.items()}
     else:
-        rows = hub.read(task, splits, revision)
-    for split, read in rows.items():
-        official = task.rows.get(split, len(read))
-        if len(read) != official:
-            notes.append(f"{task.name} {split}: {len(read)} rows, official {official}")
+        read = hub.read(task, splits, revision)
+    rows = {split: those for split, (those, _) in read.items()}
+    notes = [note for _, found in read.values() for note in found]
+    for split, those in rows.items():
+        official = task.rows.get(split, len(those))
+        if len(those) != official:
+            notes.append(f"{task.name} {split}: {len(those)} rows, official {official}")
     return Splits(rows, notes)
 
 

@@ -109,7 +109,7 @@ def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], 
                 f"{setting} has no effect on runs that are there: name them by experiment=NAME, paths.runs=DIR or "
                 "their folders; WANDB_ENTITY is whose they become, where they name nobody"
             )
-    runs = Path(compose_config(wanted, CONF, more=more).paths.runs).expanduser()
+    runs = Path(os.path.expanduser(compose_config(wanted, CONF, more=more).paths.runs))
     if paths:
         if names:
             raise UserError(f"give either run folders or experiment={names[-1]}, not both")

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -84,7 +85,7 @@ def _needed(model: str, names: Iterable[str]) -> list[str]:
 
 def check_folder(path: str) -> Path:
     """The folder, if it holds a configuration, weights and a tokenizer; else UserError that names what is missing."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder")
     with _readable(path, path):
