@@ -48,6 +48,8 @@ _compose, overrides.compose_config = overrides.compose_config, _compose_once
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # xdist's workers share it
         warm.start_server()
+        if config.getoption("numprocesses", None):  # each would compile what is imported, were it not done by now
+            warm.call("os:getpid")
 
 
 def pytest_collection_finish():
