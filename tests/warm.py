@@ -13,6 +13,7 @@ Run as a script, this is that process. It serves all of xdist's workers, for as 
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -39,6 +40,7 @@ IMPORTED = [
     *("sklearn.metrics", "scipy.stats", "wandb", "transformers.models.bert.modeling_bert", "rich.progress"),
 ]
 READ_AT_IMPORT = re.compile("PYTHON|LC_|LANG|HOME|XDG|HF_|HUGGING|TRANSFORMERS|TOKENIZERS|OMP|MKL|MPL|HYDRA")
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 STARTED_WITH = dict(os.environ)
 ADDRESS = "DSAM_TESTS_WARM"  # the environment variable that holds it
 
@@ -188,6 +190,8 @@ def serve(listener: socket.socket, alive: int) -> tuple[dict, Exception | None]:
                 children[pid] = status
                 for descriptor in (request, out, err):
                     os.close(descriptor)
+    # What tests started goes on no longer than they do, where these are killed.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
