@@ -24,7 +24,7 @@ import torch
 
 from dsam.benchmark import checkpoints, norms, packing, padding, scaling, shares, steps, table, throughput
 from dsam.command_line import one_line_errors
-from dsam.config import CONF, Config
+from dsam.config import CONF, Config, Train
 from dsam.errors import Parser, UserError, did_you_mean
 from dsam.overrides import check, compose_config
 from dsam.training.device import choose_device
@@ -47,9 +47,12 @@ USED = {what: {"batches"} for what in MEASURES} | {"norms": set(), "scaling": {"
 USED["steps"] |= {"methods"}
 USED["packing"] |= {"at_once"}
 """Which of the arguments that only some take each of them does."""
-OF_STEPS = {"lr", "weight_decay", "warmup_ratio", "max_grad_norm", "betas", "eps"}
-"""Settings of a training that no measured step takes up, since it takes as long with any: each has the same."""
-IDLE = ("launcher", "checkpoint", "fresh_seeds", "selection", "initialise_from", *(f"train.{n}" for n in OF_STEPS))
+OF_STEPS = {"batch_size", "dropout", "precision", "max_length", "micro_batch_size", "piece_overhead", "padding"}
+TAKEN = dict.fromkeys(MEASURES, OF_STEPS) | {"scaling": {"precision"}}
+TAKEN["packing"] = OF_STEPS | {"epochs", "max_steps", "max_train_examples"}
+TAKEN["shares"] = OF_STEPS | {"max_train_examples"}
+"""Which of a training's settings each of them takes up: its time is the same with any of the others."""
+IDLE = ("launcher", "checkpoint", "fresh_seeds", "selection", "initialise_from")
 """What changes nothing that is measured here."""
 
 
@@ -78,10 +81,11 @@ def require_taken(given: argparse.Namespace) -> None:
     """UserError where a setting is given that `--what` does not take up."""
     for setting in given.settings:
         name = setting.lstrip("+").partition("=")[0]
-        if name.split(".")[0] == "optimizer" and given.what != "packing":
+        group, _, of_training = name.partition(".")
+        if group == "optimizer" and given.what != "packing":
             instead = ": --methods says which are timed" if given.what == "steps" else ""
             raise UserError(f"{setting} has no effect on --what {given.what}{instead}")
-        if name.startswith(IDLE):
+        if group in IDLE or (group == "train" and of_training in set(Train.model_fields) - TAKEN[given.what]):
             raise UserError(f"{setting} has no effect on --what {given.what}: leave it out")
 
 
@@ -129,7 +133,7 @@ def main() -> None:
             settings |= {"model": config.model.name}
             settings |= {"batches": given.batches} if "batches" in USED[given.what] else {}
             settings |= {"optimizer": config.optimizer.name} if given.what == "packing" else {}
-            settings |= config.train.model_dump(exclude=OF_STEPS)
+            settings |= config.train.model_dump(include=TAKEN[given.what])
         of_task[task] = settings
         try:
             for found in measure(config, given):  # what comes late must not cost what is there

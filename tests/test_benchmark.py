@@ -211,6 +211,11 @@ def test_scaling_keeps_each_point_and_draws_them(tmp_path):
         (["optimizer=sam"], "optimizer=sam has no effect on --what steps: --methods says which are timed"),
         (["--what", "shares", "+optimizer.rho=1"], "+optimizer.rho=1 has no effect on --what shares"),
         (["train.lr=7"], "train.lr=7 has no effect on --what steps: leave it out"),
+        (["train.epochs=7"], "train.epochs=7 has no effect on --what steps: leave it out"),
+        (
+            ["--what", "scaling", "train.batch_size=4"],
+            "train.batch_size=4 has no effect on --what scaling: leave it out",
+        ),
         (
             ["--what", "packing", "launcher.workers=2"],
             "launcher.workers=2 has no effect on --what packing: leave it out",
