@@ -207,11 +207,18 @@ def test_a_child_of_a_run_that_diverged_says_so(paths):
     folder, result = identify(parent).folder, run(parent)
     (folder / "result.json").unlink()
     Record(folder).finish(result | {"status": "diverged", "diverged": "step 4: gradient norm nan"})
-    (note,) = run(child)["notes"]
+    _, note = run(child)["notes"]
     assert note == (
         "the run that it starts from diverged (step 4: gradient norm nan): its weights of epoch "
         f"{result['best']['epoch']:g}, the best before that, were taken"
     )
+
+
+def test_a_child_of_a_run_on_wrong_or_few_labels_says_so(paths, capfd):
+    child = config("initialise_from=entailment", "data.label_noise=0.4", "train.max_train_examples=64", *paths)
+    result = run(child)
+    said = "(entailment) has 40 % of its labels wrong, 64 training examples, at most "
+    assert [note for note in result["notes"] if said in note] and said in capfd.readouterr().out
 
 
 def test_the_parents_recipe_is_its_own_tasks(tmp_path):

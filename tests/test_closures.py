@@ -14,7 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 import dsam
 from dsam import SAM, DeltaSAM, ExampleLosses, GroupSAM, PerInstance, Plain
-from dsam.methods import smart
+from dsam.methods import WEIGHTINGS, smart
 
 OUTPUT_METHODS = ("r3f", "rdrop", "freelb", "smart")
 
@@ -62,6 +62,21 @@ def test_labels_that_are_no_classes_are_one_line_and_narrow_integers_are_classes
     losses = [ExampleLosses(model, {"input_ids": ids(), "labels": labels.to(t)})() for t in (torch.int32, torch.bool)]
     for found in losses:
         assert torch.equal(found, ExampleLosses(model, {"input_ids": ids(), "labels": labels})())
+    with pytest.raises(ValueError, match="the batch has no 'labels', only input_ids, label"):
+        ExampleLosses(model, {"input_ids": ids(), "label": labels})
+    with pytest.raises(TypeError, match="labels must be a tensor, got a list"):
+        ExampleLosses(model, {"input_ids": ids(), "labels": labels.tolist()})
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_narrow_labels_weigh_as_wide_ones(weighting):
+    model = network().eval()
+    inputs, labels, found = ids(), torch.tensor([0, 1, 1, 0]), []
+    for kind in (torch.int64, torch.int32):
+        model.zero_grad()
+        DeltaSAM(model, 0.1, weighting).backward(ExampleLosses(model, {"input_ids": inputs, "labels": labels.to(kind)}))
+        found.append(flat(model))
+    assert torch.equal(*found)
 
 
 def test_what_of_a_batch_has_no_row_for_each_example_stays_in_its_parts():

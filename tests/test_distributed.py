@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dsam
 from dsam import ASAM, SAM, DeltaSAM, GroupSAM, LookSAM, NonFiniteGradient, Plain
 from dsam.integrations.distributed import Distributed, JointStep
+from dsam.methods.weighting import LossChange
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 METHODS = {
@@ -49,6 +50,42 @@ class Network(nn.Module):
         if sometimes:
             hidden = hidden + torch.tanh(self.sometimes(hidden))
         return self.last(hidden)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head, self.without = nn.ModuleList(Layer() for _ in range(4)), nn.Linear(5, 3), None
+        self.double()
+
+    def forward(self, x, sometimes=False):
+        for k, layer in enumerate(self.layers):
+            if k != self.without:
+                x = layer(x)
+        return self.head(x)
+
+
+class Seen(LossChange):
+    """Keeps rank 0's share of the p_i and the number of weights that were probed."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def __call__(self, losses, probe):
+        weights = super().__call__(losses, probe)
+        self.seen.append((float(weights[: len(weights) // 2].sum()), probe.dimension))
+        return weights
 
 
 def batch(step):
@@ -184,6 +221,7 @@ def a_rank(rank, port, folder):
     found["no_sync"] = reductions_by_ddp(rank)
     found["phases"] = {scaled: phases(rank, scaled) for scaled in (False, True)}
     found["scheduled"] = scheduled(rank)
+    found["left out"] = one_leaves_a_layer_out(rank)
     torch.save(found, folder / f"{rank}.pt")
     warm.leave_group()
 
@@ -249,6 +287,20 @@ def phases(rank, scaled):
             ascended.append(-1.0)
         network.zero_grad()
     return ascended, method.step
+
+
+def one_leaves_a_layer_out(rank):
+    """Both ranks have the same examples, and in the second step rank 0 leaves a layer out, as LayerDrop does:
+    [(rank 0's share of the p_i, how many weights were probed, the generator's state) of each step], notes."""
+    network = Stack()
+    method = Distributed(DeltaSAM(network, 0.3, Seen(layers=2), seed=3))
+    steps = []
+    for step in range(4):
+        network.without = 2 if step == 1 and rank == 0 else None
+        method.backward(closure(network, 0, 0, 6))
+        network.zero_grad()
+        steps.append((*method.weighting.seen[-1], method.generator.get_state()))
+    return steps, method.notes
 
 
 def scheduled(rank):
@@ -468,6 +520,18 @@ def test_fresh_masks_keep_the_ranks_probes_together(found):
     assert torch.equal(state_0, state_1)
     assert error_0 == error_1
     assert "[1, 2]" in error_0
+
+
+def test_a_rank_whose_pass_does_not_fit_the_layers_takes_the_others_with_it(found):
+    """What the ranks probe, and so the directions that they draw, are the same again from that step on."""
+    (ours, our_notes), (theirs, their_notes) = found[0]["left out"], found[1]["left out"]
+    whole = sum(p.numel() for p in Stack().parameters())
+    assert [size for _, size, _ in ours] == [size for _, size, _ in theirs] == [78, whole, whole, whole]
+    for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert torch.equal(one[2], other[2]) and one[0] == pytest.approx(other[0])
+        if step != 1:  # in which the ranks' losses are not the same
+            assert one[0] == pytest.approx(0.5)
+    assert "leave layers out" in our_notes[0] and "another process's passes do not fit" in their_notes[0]
 
 
 def test_distributed_data_parallel_reduces_nothing_itself(found):

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dsam import ASAM, FSAM, GSAM, SAM, DeltaSAM, GroupSAM, LookSAM, PerInstance, Plain
 from dsam.errors import Note
+from dsam.methods.per_example import PerExampleGradients, Unsupported
 from dsam.methods.weighting import Curvature
 
 
@@ -310,6 +311,97 @@ def test_closures_that_run_no_model_are_named(data):
     with pytest.raises(ValueError, match="take no losses or features from outside"):
         SAM(model).backward(lambda: F.cross_entropy(model[2](features), data[1], reduction="none"))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["a hook", "a forward of its own"])
+def test_what_a_user_puts_onto_a_layer_is_no_part_of_it(data, change):
+    """A tap behind a hook that halves the output would halve what the formulas take for the layer's gradient."""
+    model = network()
+    if change == "a hook":
+        model[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    else:
+        kept = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+        model[0].forward = lambda x: F.linear(x, model[0].weight * kept, model[0].bias)
+    x, y = data
+    each = [torch.autograd.grad(losses(model, x[[k]], y[[k]]).sum(), model.parameters()) for k in range(len(x))]
+    expected = torch.stack([torch.cat([g.flatten() for g in of]).norm() for of in each])
+    method = PerInstance(model, 0.3)
+    assert method.singly == bool(method.notes) == (change != "a hook")
+    if change == "a hook":
+        found = PerExampleGradients(model)
+        with found.record():
+            there = losses(model, x, y)
+        found.backward(there)
+        torch.testing.assert_close(found.squared_norms().sqrt(), expected)
+    else:
+        with pytest.raises(Unsupported, match="'0'"):
+            PerExampleGradients(model)
+
+    def run(subset=slice(None)):
+        return losses(model, x[subset], y[subset])
+
+    found = []
+    for one in (method, GroupSAM(model, 0.3, m=1)):
+        model.zero_grad()
+        one.backward(run)
+        found.append(gradients(model))
+    assert method.singly == (change != "a hook")
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+
+class Dropped(nn.Module):
+    """A stack of which a pass may leave a layer out, as LayerDrop does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Residual() for _ in range(4)])
+        self.head, self.without = nn.Linear(4, 3), None
+        self.double()
+
+    def forward(self, x):
+        for k, layer in enumerate(self.layers):
+            if k != self.without:
+                x = layer(x)
+        return self.head(x)
+
+
+def test_what_was_given_up_stays_so_after_a_restart(data):
+    found, notes = [], []
+    for resumed in (False, True):
+        model = Dropped()
+        method, optimizer = DeltaSAM(model, 0.5, layers=2), torch.optim.SGD(model.parameters(), 0.5)
+        for step in range(4):
+            model.without = 2 if step == 1 else None
+            if step == 2 and resumed:
+                state, method = method.state_dict(), DeltaSAM(model, 0.5, layers=2)
+                method.load_state_dict(state)
+            method.backward(lambda model=model: losses(model, *data))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+        notes.append(method.notes)
+    assert "leave layers out" in notes[0][0] and notes[1] == notes[0]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_hook_on_a_layer_below_the_top_is_run_once_on_the_way_to_it(data):
+    model = Dropped()
+    model.layers[1].register_forward_hook(lambda module, args, output: output * 0.5)
+    method = DeltaSAM(model, 0.5, layers=2)
+    for _ in range(2):
+        method.backward(lambda: losses(model, *data))
+    assert not method.notes
 
 
 def test_several_processes_without_distributed_are_told(data, monkeypatch):

@@ -185,6 +185,11 @@ class GlobalStep(JointStep):
     def rows_suffice(self) -> bool:
         return False
 
+    def alike(self, value: float) -> bool:
+        ends = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
+        return bool(ends[0] == -ends[1])
+
     def joint(self, losses: Tensor, gradient: Gradients, weighted: bool = False) -> list[Tensor | None]:
         return self.reduced(gradient, 1.0) if weighted else self.by_size(losses, gradient)
 

@@ -230,8 +230,6 @@ class _TrainerLosses(ExampleLosses):
     """The Trainer and what it wraps the model in expect dense gradients."""
 
     def __init__(self, trainer: SharpnessAwareMixin, model: nn.Module, batch: Mapping[str, Any]):
-        if "labels" not in batch:
-            raise ValueError(f"the batch has no 'labels', only {', '.join(batch)}")
         # Accelerate puts autocast into the model's forward: a caller's own autocast, or none, changes nothing there.
         native = trainer.accelerator.native_amp
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}

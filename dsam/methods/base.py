@@ -15,7 +15,7 @@ from .compiled import is_compiled, uncompiled
 from .options import NO_OPTIMIZER, Constructed
 from .perturbation import Gradients, RandomState
 from .piece import Closure
-from .step import Overflowed, Step, require_reached
+from .step import Overflowed, Step, mistakes_named, require_reached
 
 
 class Method(Constructed):
@@ -73,6 +73,8 @@ class Method(Constructed):
         self._host_generator: torch.Generator | None = None
         self.report: dict[str, float | Tensor] = {}
         self.notes: list[str] = []
+        self.given_up: dict[str, str] = {}
+        """Ways that the model, or one of its passes, did not allow -> why; not tried again, after a restart either."""
         self.checked: set[str] = set()  # what one step has found to be in order, and no other looks at again
 
     @property
@@ -131,7 +133,7 @@ class Method(Constructed):
         self._require_one_device(step)
         self.report = step.report
         try:
-            with self._seeing_hooks(step) if self.looks_inside else nullcontext():
+            with mistakes_named(), self._seeing_hooks(step) if self.looks_inside else nullcontext():
                 losses, gradient = self.compute(step)
         except Overflowed as overflow:
             losses, gradient = overflow.losses, overflow.gradient
@@ -153,6 +155,10 @@ class Method(Constructed):
         if any(is_compiled(model) for model in models if model is not None):
             self.note(f"{type(self).__name__} looks into the layers, and so the compiled model runs uncompiled")
         return uncompiled()
+
+    def give_up(self, way: str, why: object) -> None:
+        """From now on without this way, which a class that has one says."""
+        self.given_up[way] = str(why)
 
     def note(self, line: str) -> None:
         """Says once what is done otherwise than was asked; `notes` keeps it."""
@@ -206,12 +212,14 @@ class Method(Constructed):
 
     def state_dict(self) -> dict:
         """What a resumed run needs so that the method goes on exactly as it would have."""
-        state = {"generator": self.generator.get_state()}
+        state: dict = {"generator": self.generator.get_state()}
+        if self.given_up:
+            state["given_up"] = dict(self.given_up)
         return state if self.host_generator is self.generator else state | {"host": self.host_generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up what `state_dict` gave. ValueError where that was another method's, or another kind of device's."""
-        own, given = set(self.state_dict()) - {"host"}, set(state) - {"host"}
+        own, given = (set(of) - {"host", "given_up"} for of in (self.state_dict(), state))
         # A subclass may keep something only once it has it; one that keeps nothing more knows all that there is.
         if own - given or (given - own and type(self).load_state_dict is Method.load_state_dict):
             raise ValueError(f"the state of {type(self).__name__} has {sorted(own)}, and this one {sorted(given)}")
@@ -221,6 +229,8 @@ class Method(Constructed):
                 self.host_generator.set_state(state["host"])
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"the method's state is of another kind of device: {error}") from None
+        for way, why in state.get("given_up", {}).items():
+            self.give_up(way, why)
 
     def _like_params(self, tensors: Gradients) -> list[Tensor | None]:
         """One tensor for each parameter, where that lies now and in its precision. ValueError where they don't fit."""

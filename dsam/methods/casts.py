@@ -54,7 +54,7 @@ class CastAtOnce:
                 depth = next((k for k, part in enumerate(parts) if part.isdigit()), -1)
                 group = self.groups[".".join(parts[: depth + 1])]
                 group += [(module, which) for which in ("weight", "bias") if module._parameters[which] is not None]
-                module.forward = _Linear(module, self)  # type: ignore[assignment]
+                module.forward = CastLinear(module, self)  # type: ignore[assignment]
         self.now: dict[int, Tensor] = {}
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
@@ -74,7 +74,7 @@ class CastAtOnce:
         self.now.clear()
 
 
-class _Linear:
+class CastLinear:
     """The forward of a linear layer, with those of its parameters that are cast already."""
 
     def __init__(self, module: nn.Module, casts: CastAtOnce):

@@ -77,7 +77,7 @@ class DeltaSAM(SAM):
             try:
                 self._top = TopLayers(self.module, self.weighting.layers)
             except DoesNotFit as why:
-                self._probe_all(why)
+                self.give_up("layers", why)
         self.singly = False  # exact per-example quantities are taken from passes over single examples
         if self.weighting.exact:
             if self.module is None:
@@ -88,16 +88,17 @@ class DeltaSAM(SAM):
             try:
                 PerExampleGradients(self.module, self.params)
             except Unsupported as why:
-                self._go_singly(why)
+                self.give_up("at once", why)
 
-    def _go_singly(self, why: Unsupported) -> None:
-        self.singly = True
-        name = type(self.weighting).__name__
-        self.note(f"weighting {name} looks at one example at a time, which takes longer: {why}")
-
-    def _probe_all(self, why: DoesNotFit) -> None:
-        self._top = None
-        self.note(f"layers={self.weighting.layers}: {why}: probes of the whole model, which take longer")
+    def give_up(self, way: str, why: object) -> None:
+        super().give_up(way, why)
+        if way == "layers":
+            self._top = None
+            self.note(f"layers={self.weighting.layers}: {why}: probes of the whole model, which take longer")
+        else:
+            self.singly = True
+            name = type(self.weighting).__name__
+            self.note(f"weighting {name} looks at one example at a time, which takes longer: {why}")
 
     def _find_top(self, step: Step) -> None:
         """Which parameters the top layers have for themselves; once, if the losses show it."""
@@ -106,7 +107,7 @@ class DeltaSAM(SAM):
         try:
             self._top.find(lambda: step.aside(0))
         except DoesNotFit as why:
-            self._probe_all(why)
+            self.give_up("layers", why)
 
     @property
     def graphable(self) -> bool:
@@ -134,11 +135,12 @@ class DeltaSAM(SAM):
         return "probes of the top layers look into them; take layers=None" if self._top is not None else ""
 
     def ascent(self, step: Step) -> tuple[Tensor, Gradients]:
+        of_top = self._top is not None  # on all processes or on none
         self._find_top(step)
-        losses, gradient = self._found(step)
+        losses, gradient = self._found(step, of_top)
         return losses, step.joint(losses, gradient, weighted=True)
 
-    def _found(self, step: Step) -> tuple[Tensor, Gradients]:
+    def _found(self, step: Step, of_top: bool) -> tuple[Tensor, Gradients]:
         """(losses at w (B,), Σ_i p_i g_i), in the way that goes with weighting and model."""
         if self.weighting.exact:
             require_examples_apart(self._norms)
@@ -147,25 +149,31 @@ class DeltaSAM(SAM):
                 return self._exactly_weighted(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 require_sound(step, why)
-                self._go_singly(why)
+                self.give_up("at once", why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
         try:
-            return self._weighted(step)
+            return self._weighted(step, of_top)
         except DoesNotFit as why:  # of a pass unlike those before it; likewise
-            self._probe_all(why)
+            if self._top is not None:
+                self.give_up("layers", why)
+            if not step.alone:  # of the processes only some had drawn a direction, and they share each
+                self.generator.manual_seed(self.generator.initial_seed() + 1)
             step.report |= {"forwards": 0.0, "backwards": 0.0}
             return self._weighted(step)
 
-    def _weighted(self, step: Step) -> tuple[Tensor, Gradients]:
-        """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass."""
+    def _weighted(self, step: Step, of_top: bool = False) -> tuple[Tensor, Gradients]:
+        """(losses at w (B,), Σ_i p_i g_i), with a forward pass for the weights and one backward pass. DoesNotFit, on
+        all processes alike, where probes were to be `of_top` layers and are not everywhere."""
         hold = len(step) == 1 or not self.recompute
-        held: list[Tensor | None] = []
         with step.summing(self.takes_rows()):
-            for k in range(len(step)):
-                with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
-                    held.append(step.losses(k, ascent=True))
-            losses = torch.cat([piece.detach() for piece in held if piece is not None])
-            weights = step.weigh(self.weighting, *self._probe(step, losses))
+            try:
+                held, losses, seen = self._passed(step, hold)
+            except DoesNotFit:
+                step.alike(-1)
+                raise
+            if of_top and not step.alike(seen[1].dimension):
+                raise DoesNotFit("another process's passes do not fit")
+            weights = step.weigh(self.weighting, *seen)
             total: list[Tensor | None] | None = None
             start = 0
             for k, piece in enumerate(held):
@@ -177,6 +185,15 @@ class DeltaSAM(SAM):
                 start += len(piece)
         assert total is not None
         return losses, step.whole(total, self.takes_rows())
+
+    def _passed(self, step: Step, hold: bool) -> tuple[list[Tensor | None], Tensor, tuple[Tensor, Probe]]:
+        """(each piece's losses, with their graphs to `hold`; all of them, detached; what weighs them)."""
+        held: list[Tensor | None] = []
+        for k in range(len(step)):
+            with torch.set_grad_enabled(hold), self._top.record(k) if self._top is not None else nullcontext():
+                held.append(step.losses(k, ascent=True))
+        losses = torch.cat([piece.detach() for piece in held if piece is not None])
+        return held, losses, self._probe(step, losses)
 
     def _exactly_weighted(self, step: Step) -> tuple[Tensor, Gradients]:
         """As above with exact per-example quantities: one backward pass over the activations serves for the norms and

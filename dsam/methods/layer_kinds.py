@@ -13,6 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
+from .casts import CastLinear
 from .gradients import wide
 
 LINEAR, NORM, GROUP_NORM, EMBEDDING = nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding
@@ -39,7 +40,10 @@ def kind_of(module: nn.Module) -> object:
         return None
     if getattr(module, "max_norm", None) is not None:  # its rows are clipped as they are looked up
         return None
-    # A subclass with its own forward (an adapter, say) is not the layer that the formulas are for.
+    # With a forward of its own (a mask, an adapter) a module is not the layer that the formulas are for; nor a subclass
+    own_forward = vars(module).get("forward", vars(module).get("_conv_forward"))
+    if own_forward is not None and not isinstance(own_forward, CastLinear):
+        return None
     for kind in (LINEAR, NORM, GROUP_NORM, EMBEDDING):
         if type(module).forward is kind.forward:
             return kind

@@ -138,7 +138,8 @@ class TopLayers:
         with ExitStack() as hooks:
             hooks.enter_context(self._first.register_forward_pre_hook(first, with_kwargs=True))
             if self.count < len(self.stack):
-                hooks.enter_context(self.stack[-self.count - 1].register_forward_hook(below))
+                # Before the model's own hooks, which run again where the pass is resumed.
+                hooks.enter_context(self.stack[-self.count - 1].register_forward_hook(below, prepend=True))
             yield
         if kept[0] is None or kept[1] is None:
             raise DoesNotFit(LEFT_OUT)

@@ -59,6 +59,8 @@ class ExampleLosses:
         batch: its inputs and `labels`.
         autocast: the precision of the forward pass, e.g. torch.bfloat16; None is that of the weights.
 
+    Raises ValueError or TypeError for a batch without `labels`, or whose labels are no tensor.
+
     The losses are cross-entropy or squared error. The model never sees `labels`, so what its `forward` does with them
     (class weights, AdaLoRA's orthogonality) is no part of them.
 
@@ -69,7 +71,11 @@ class ExampleLosses:
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None = None):
         self.model = model
         self.inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "labels" not in batch:
+            raise ValueError(f"the batch has no 'labels', only {', '.join(map(str, batch))}")
         self.labels = batch["labels"]
+        if not isinstance(self.labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got a {type(self.labels).__name__}: torch.tensor(labels)")
         self.autocast = autocast
         self.logits: Tensor | None = None
         self._require_decoder_inputs()

@@ -44,9 +44,10 @@ class PerInstance(SAM):
         try:
             PerExampleGradients(self.module, self.params)
         except Unsupported as why:
-            self._go_singly(why)
+            self.give_up("at once", why)
 
-    def _go_singly(self, why: Unsupported) -> None:
+    def give_up(self, way: str, why: object) -> None:
+        super().give_up(way, why)
         self.singly = True
         self.note(f"per_instance runs one example at a time, which takes longer: {why}")
 
@@ -65,7 +66,7 @@ class PerInstance(SAM):
                 return self._at_once(step)
             except Unsupported as why:  # of the first step that meets it, which begins anew with the same masks
                 require_sound(step, why)
-                self._go_singly(why)
+                self.give_up("at once", why)
                 step.report |= {"forwards": 0.0, "backwards": 0.0}
         if not step.alone:
             raise ValueError(f"PerInstance cannot ascend on the joint batch ({self.local_only}); use ascent='local'")

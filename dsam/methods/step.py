@@ -38,6 +38,18 @@ HALF = "probes under the caller's autocast"  # what `Method.checked` then has
 Around = Callable[[int], AbstractContextManager]
 
 
+@contextmanager
+def mistakes_named() -> Iterator[None]:
+    """ValueError with what is wrong, in place of what PyTorch says of a closure that is none."""
+    try:
+        yield
+    except RuntimeError as error:
+        for words, said in MISTAKES.items():
+            if words in str(error):
+                raise ValueError(said) from None
+        raise
+
+
 class Overflowed(Exception):
     """A gradient that the scaler is to find, so that it skips the step and lowers its scale."""
 
@@ -271,14 +283,8 @@ class Step:
         if self.scaler is not None:  # an ascent's gradients underflow as a descent's do
             loss = self.scaler.scale(loss)
             scale = self.scaler.get_scale()
-        try:
-            with self.reruns_undone(), outside_autocast(loss.device):
-                found = self.grad(loss, [*chosen, *also])
-        except RuntimeError as error:
-            for words, said in MISTAKES.items():
-                if words in str(error):
-                    raise ValueError(said) from None
-            raise
+        with self.reruns_undone(), outside_autocast(loss.device):
+            found = self.grad(loss, [*chosen, *also])
         if "graph" not in self.checked and any(g is None for g in found):
             require_no_reentrant_checkpoint(loss)
             self.checked.add("graph")
@@ -328,6 +334,10 @@ class Step:
 
     alone = True
     """Whether its passes are over this process's examples only."""
+
+    def alike(self, value: float) -> bool:
+        """Whether it is the same number on all processes."""
+        return True
 
     def joint(self, losses: Tensor, gradient: Gradients, weighted: bool = False) -> list[Tensor | None]:
         """The gradient over the batches of all processes, from this one's over its `losses` (B,)."""

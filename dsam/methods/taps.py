@@ -63,7 +63,8 @@ def hooked(
             if kind is EMBEDDING:
                 contexts.enter_context(module.register_forward_pre_hook(partial(expand, name), with_kwargs=True))
             if kind != LOOKUP:
-                contexts.enter_context(module.register_forward_hook(partial(see, name), with_kwargs=True))
+                # Before the model's own hooks, which may make something else of what the layer puts out.
+                contexts.enter_context(module.register_forward_hook(partial(see, name), prepend=True, with_kwargs=True))
         if any(kind_of(module) == LOOKUP for _, module in modules):
             contexts.enter_context(Lookups(modules, see, examples))
         contexts.enter_context(positions_apart(model, examples))

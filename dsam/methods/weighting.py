@@ -210,7 +210,7 @@ class GaussNewton(Weighting):
         if probe.labels.is_floating_point():
             return probe.norms / torch.maximum(2 * losses, self.floor * (2 * losses).mean()).clamp_min(1e-12)
         p = wide(probe.logits).softmax(-1)
-        r = p - torch.nn.functional.one_hot(probe.labels, p.shape[-1])
+        r = p - torch.nn.functional.one_hot(probe.labels.long(), p.shape[-1])
         dr = p * r - p * (p * r).sum(-1, keepdim=True)
         size = r.norm(dim=-1)
         size = torch.maximum(size, self.floor * size.mean()).clamp_min(1e-12)
