@@ -229,6 +229,12 @@ def test_settings_that_choose_no_runs_are_said_to_choose_none(tmp_path):
     assert done.stderr.startswith("note: all runs of smoke are meant: no effect of task=rte\nerror: no sweep 'smoke'")
 
 
+def test_runs_that_are_packed_alone_are_said_to_be(tmp_path):
+    done = command("experiment=glue_minilm", f"paths.runs={tmp_path}/runs", script="paper.py")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "packed in results/records/glue_minilm.zip: records.py unpack experiment=glue_minilm" in done.stderr
+
+
 def test_reproduce_of_one_run_is_refused(paths):
     done = command("task=majority", *paths, script="reproduce.py")
     assert done.returncode == 2 and "add experiment=NAME or -m; train.py runs one run" in done.stderr

@@ -1,5 +1,6 @@
 """Tables of a synthetic sweep, against hand computation and for what a reader sees."""
 
+import itertools
 import json
 import re
 import shutil
@@ -362,6 +363,60 @@ def test_methods_are_compared_on_each_task(built, tmp_path):
         + "; ".join(f"rte seed {seed}: adamw not planned" for seed in range(3, 8))
         + "; and 2 more."
     )
+
+
+def test_runs_that_were_padded_after_all_are_said_to_be_unlike_the_others(tmp_path):
+    note = "train.padding=free: PerInstance takes single examples' gradients inside the layers: batches are padded"
+    for seed in (0, 1, 2):
+        for method in ("adamw", "sam", "per_instance"):
+            planned = plan("rte", "tiny", method, seed, padding="free", lr=1e-4)
+            finish(tmp_path, planned, best=0.6 + seed / 50, **({"notes": [note]} if method == "per_instance" else {}))
+    built = tables.build(collect(tmp_path))
+    unlike = {(row["method"], row["other"]): row["unlike"] for _, row in built.pairwise.values.iterrows()}
+    pairs = itertools.permutations(("adamw", "sam", "per_instance"), 2)
+    assert unlike == {pair: "per_instance" in pair for pair in pairs}
+    said = "the two runs ran with padding and without it, and so with other dropout masks: per_instance 3 of 3."
+    assert any(line.endswith(said) for line in built.main.notes)
+    equal, otherwise = built.hyperparameters.notes[1:]
+    assert "padding free" in equal
+    assert otherwise == f"Otherwise than their settings say ran per_instance (3 of 3 runs): {note}."
+
+
+def test_runs_in_which_nobody_looked_at_the_labels_are_named_where_others_are_shown(tmp_path):
+    fit = {
+        "wrong": 0.4,
+        "flipped": {"accuracy": 0.5, "loss": 0.7},
+        "clean": {"accuracy": 0.9, "loss": 0.3},
+        "pull": 0.6,
+    }
+    for method, looked in (("adamw", False), ("sam", True)):
+        for seed in (0, 1):
+            path = finish(tmp_path, plan("rte", "tiny", method, seed))
+            result = json.loads(path.read_text())
+            for point in result["evaluations"] if looked else []:
+                point["memorised"] = fit
+            path.write_text(json.dumps(result))
+    finish(tmp_path, plan("cola", "tiny", "adamw", 0))  # of a task without wrong labels
+    frame = collect(tmp_path)
+    table = tables.build(frame).memorised
+    assert list(table.text["method"]) == ["sam"]
+    assert table.notes[-1] == "Not measured in these finished runs (their number): adamw (2)."
+    (told,) = (text for name, text, _ in plots.figures(frame) if name.startswith("memorised"))
+    assert told.endswith(". Not measured in these finished runs (their number): adamw (2)")
+
+
+def test_a_method_of_which_all_runs_of_a_task_diverged_is_named_in_table_and_figure(tmp_path):
+    for task in ("rte", "cola"):
+        for seed in (0, 1, 2):
+            for method in ("adamw", "sam", "asam"):
+                lost = (task, method) == ("rte", "sam")
+                score = 0.6 + seed / 50 + 0.01 * seed * (method != "adamw")
+                finish(tmp_path, plan(task, "tiny", method, seed), score, status="diverged" if lost else "finished")
+    frame = collect(tmp_path)
+    lost = "; ".join(f"rte seed {seed}: sam diverged" for seed in (0, 1, 2))
+    assert f"Pairs that are left out: {lost}." in tables.build(frame).by_task.notes
+    told = {name: text for name, text, _ in plots.figures(frame) if "differences" in name}
+    assert len(told) == 2 and all(text.endswith(f"; pairs that are left out: {lost}") for text in told.values())
 
 
 def test_a_task_without_differences_is_said_to_have_none(tmp_path):

@@ -13,10 +13,11 @@ from dsam.runs import manifest
 from dsam.runs.record import seal
 
 COLUMNS = ["id", "task", "model", "optimizer", "method_label", "seed", "status", "metric", "best", "best_epoch", "last",
-           "majority", "evaluations", "memorised", "machine", "data", "weights", "noise", "reason",
+           "majority", "evaluations", "memorised", "machine", "data", "weights", "noise", "padding", "notes", "reason",
            "folder"]  # fmt: skip
 TRAIN = ["steps", "seconds", "seconds_per_step", "examples_per_second", "passes_per_step", "peak_memory_bytes"]
 SEVERAL = "several machines"  # one after the other
+GIVEN_UP = "train.padding=free: "  # how the note of a run begins whose batches were padded after all
 NUMBERS = ["best", "best_epoch", "last", "majority"]
 
 
@@ -29,7 +30,8 @@ def collect(runs_dir: str | Path, experiment: str | None = None) -> pd.DataFrame
     `evaluations` holds [step, score, loss] of each, `memorised` [step, `dsam.training.memorised.memorised`] of
     each of a run with label noise, `machine` what it ran on ("several machines" where it went on elsewhere), `data`
     and `weights` the fingerprints of its examples and of what it started from, `noise` which labels were made wrong,
-    `folder` the path below `runs_dir`.
+    `padding` whether its batches were padded, `notes` what it did otherwise than was asked, `folder` the path below
+    `runs_dir`.
     Further columns: `train.<figure>`, `hyperparameters.<name>` and `best.<split>.<metric>`, `last.<split>.<metric>`.
 
     `attrs["chosen"]`: the variants that the experiment's settings were chosen from, as `dsam.sweeps.choose` gives them.
@@ -120,6 +122,9 @@ def read(path: str | Path) -> dict:
         row["task"] = result.get("task_label", result["task"])
         row["hyperparameters"] = dict(result["hyperparameters"])
         row["noise"] = str([row["hyperparameters"].get(name) for name in ("noise_seed", "heldout_noise")])
+        row["notes"] = [str(note) for note in result.get("notes", [])]
+        free = row["hyperparameters"].get("padding") == "free"
+        row["padding"] = "none" if free and not any(n.startswith(GIVEN_UP) for n in row["notes"]) else "padded"
         row["majority"] = _number(result.get("majority"))
         row["evaluations"] = [
             [point["step"], _number(point["score"]), _number(point.get("loss"))] for point in result["evaluations"]
@@ -157,7 +162,8 @@ def _expected(folder: str, planned: dict | None) -> dict:
     place = dict(zip(("task", "model", "optimizer", "id"), Path(folder).parts, strict=False))
     plan = {name: value for name, value in (planned or {}).items() if name in (*place, "seed", "hyperparameters")}
     label = {"task": planned["task_label"]} if planned and "task_label" in planned else {}
-    return {"hyperparameters": {}, "evaluations": [], "memorised": [], "folder": folder} | place | plan | label
+    empty: dict = {"hyperparameters": {}, "evaluations": [], "memorised": [], "notes": []}
+    return empty | {"folder": folder} | place | plan | label
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

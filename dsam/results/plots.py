@@ -10,8 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsam.results.statistics import compare, compare_by_task, methods, not_compared, scored
-from dsam.results.tables.labels import without
+from dsam.results.statistics import compare, compare_by_task, methods, not_compared, pairs_left_out, scored
+from dsam.results.tables.formatting import first_of
+from dsam.results.tables.labels import without as label_without
+from dsam.results.tables.memorised import not_measured
 from dsam.results.tables.sensitivity import against_rho
 
 # Okabe and Ito's palette without its yellow, which vanishes on white; markers and dashes tell methods apart in grey.
@@ -47,9 +49,11 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if len(scored(runs, which)):
             text = f"{model}: score of every run at its {which} epoch; bars are means, dashed lines the majority answer"
             yield f"scores_{place}", text, scores(runs, which, baseline)
+        left_out = pairs_left_out(runs, baseline, which)
         comparison = compare(runs, baseline, which).dropna(subset="difference")
         if comparison["low"].notna().any():
             text = f"{model}: mean difference to {baseline}, paired by seed, with {_interval_note([comparison])}"
+            text += _lacking(left_out)
             yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
         by_task = compare_by_task(runs, baseline, which)
         if len(by_task) > 1:
@@ -57,6 +61,7 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
             text = f"{model}: difference to {baseline} on each task, paired by seed, with {what}"
             if left := not_compared(runs, baseline, which):
                 text += f"; without {', '.join(f'{task} ({why})' for task, why in left.items())}"
+            text += _lacking([pair for pair in left_out if pair.split(" seed ")[0] in by_task])
             yield f"differences_by_task_{place}", text, differences_by_task(by_task, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
@@ -78,12 +83,18 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
                 f"{model}, {task}: {fitted}, and the wrong labels' share in the gradients' norms, by step; thin "
                 "lines are runs, thick ones the means of those that finished"
             )
+            if without := not_measured(runs[runs["task"] == task]):
+                text += f". {without[0].removesuffix('.')}"
             yield f"memorised_{place}_{_file_name(task)}", text, memorised(noisy, baseline)
         sensitivity = against_rho(runs, which, baseline)
         if sensitivity["mean"].notna().any():
             interval = " and 95 % t-interval" if (sensitivity["count"] > 1).any() else ""
             text = f"{model}: score against ρ, mean{interval} over seeds; the band is {baseline}"
             yield f"rho_{place}", text, rho(runs, sensitivity, baseline)
+
+
+def _lacking(pairs: Sequence[str]) -> str:
+    return f"; pairs that are left out: {first_of(pairs)}" if pairs else ""
 
 
 def _file_name(label: str) -> str:
@@ -253,7 +264,7 @@ def _times(factor: float, value: float | None) -> float | None:
 def rho(frame: pd.DataFrame, sensitivity: pd.DataFrame, baseline: str = "adamw") -> Figure:
     """One panel per task: each method's mean score with its interval against rho, the baseline's as a band."""
     # As the figures of a sweep without these variants would show the methods.
-    order = list(dict.fromkeys(without(label, "rho") for label in methods(frame, baseline)))
+    order = list(dict.fromkeys(label_without(label, "rho") for label in methods(frame, baseline)))
     looks = styles(order)
     varied = sensitivity[sensitivity["rho"].notna()]
     figure, panels = _panels(frame[frame["task"].isin(varied["task"])], height=2.2, width=2.6)

@@ -267,6 +267,13 @@ def compare_by_task(runs: pd.DataFrame, baseline: str = "adamw", which: str = "b
     return {task: comparison for task, comparison in found.items() if comparison["low"].notna().any()}
 
 
+def pairs_left_out(runs: pd.DataFrame, baseline: str = "adamw", which: str = "best") -> list[str]:
+    """Each cell of one model's runs that has no pair with the baseline, with what became of the run that it lacks:
+    "rte seed 1: sam diverged"."""
+    lists = compare(runs, baseline, which)["missing_pairs"].dropna()
+    return list(dict.fromkeys(pair for pairs in lists for pair in pairs.split("; ") if pair))
+
+
 def not_compared(runs: pd.DataFrame, baseline: str = "adamw", which: str = "best") -> dict[str, str]:
     """The tasks of one model's runs that `compare_by_task` leaves out: {task: why}."""
     compared, reasons = compare_by_task(runs, baseline, which), {}

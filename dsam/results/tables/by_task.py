@@ -3,12 +3,10 @@ can hide."""
 
 import pandas as pd
 
-from dsam.results.statistics import compare_by_task, methods, not_compared, scored
-from dsam.results.tables.formatting import DASH, interval
+from dsam.results.statistics import compare_by_task, methods, not_compared, pairs_left_out, scored
+from dsam.results.tables.formatting import DASH, first_of, interval
 from dsam.results.tables.rendering import Table
 from dsam.results.tables.unlike import unlike_notes
-
-NAMED = 6  # pairs in the note; the table `statistics` names every one
 
 
 def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[str]) -> Table | None:
@@ -26,8 +24,8 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
         lacking += [f"{f'{model}, ' * several}{task} ({why})" for task, why in left]
         for task, comparison in found.items():
             values.append(comparison.assign(task=task))
-            for pairs in comparison["missing_pairs"]:
-                without += [f"{model}, {pair}" if several else pair for pair in pairs.split("; ") if pair]
+        pairs = pairs_left_out(runs, baseline, which)
+        without += [f"{model}, " * several + pair for pair in pairs if pair.split(" seed ")[0] in found]
         rows = {task: comparison.set_index("method") for task, comparison in found.items()}
         for method in methods(runs, baseline):
             cells = {task: interval(own.loc[method]) for task, own in rows.items() if method in own.index}
@@ -46,8 +44,7 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
     ]
     if lacking:
         own_notes.append(f"Without differences: {'; '.join(lacking)}.")
-    if without := list(dict.fromkeys(without)):  # the baseline's run is missing for each method
-        rest = f"; and {len(without) - NAMED} more" if len(without) > NAMED else ""
-        own_notes.append(f"Pairs that are left out: {'; '.join(without[:NAMED])}{rest}.")
+    if without:
+        own_notes.append(f"Pairs that are left out: {first_of(without)}.")
     caption = f"Difference to {baseline} on each task ({which} epoch)"
     return Table("by_task", caption, [*notes, *own_notes], pd.concat(values)[columns], shown).without_single_model()

@@ -1,5 +1,7 @@
 """Numbers as a reader sees them; a missing one is a dash, never a zero."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from dsam.results.statistics import STATUSES
@@ -26,6 +28,12 @@ def interval(row: pd.Series) -> str:
     if pd.isna(row["difference"]) or pd.isna(row["low"]):
         return percent(row["difference"], "+")
     return f"{percent(row['difference'], '+')} [{percent(row['low'], '+')}, {percent(row['high'], '+')}]"
+
+
+def first_of(items: Sequence[str], most: int = 6) -> str:
+    """The first few of a list in a note; the tables have them all."""
+    rest = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + rest
 
 
 def score_cell(row: pd.Series) -> str:

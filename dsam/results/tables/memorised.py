@@ -49,9 +49,27 @@ def memorised_table(frame: pd.DataFrame, baseline: str = "adamw") -> Table | Non
         + "; the development sets have none.",
         *([FITTED_NOTE] if set(FITTED) & set(table.columns) else []),
         _seen_on(noisy["memorised"].map(lambda points: points[-1][1].get("examples", 2000))),
+        *not_measured(frame),
     ]
     caption = "How far wrong labels are fitted (last epoch): mean ± sd over seeds"
     return Table("memorised", caption, notes, pd.DataFrame(values), table).without_single_model()
+
+
+def not_measured(frame: pd.DataFrame) -> list[str]:
+    """A note on the finished runs of the tasks of this table that have no such measurement, as those of an earlier
+    version have not."""
+    looked = frame["memorised"].map(lambda points: isinstance(points, list) and len(points) > 0).astype(bool)
+    tasks = frame.loc[looked, "task"].unique()
+    without = frame[(frame["status"] == "finished") & ~looked & frame["task"].isin(tasks)]
+    if not len(without):
+        return []
+    several = len(tasks) > 1
+    each = [
+        (f"{task}: " if several else "")
+        + ", ".join(f"{label} ({number})" for label, number in own["method_label"].value_counts(sort=False).items())
+        for task, own in without.groupby("task", sort=False)
+    ]
+    return [f"Not measured in these finished runs (their number): {'; '.join(each)}."]
 
 
 def _seen_on(examples: pd.Series) -> str:

@@ -111,7 +111,27 @@ def settings_table(frame: pd.DataFrame, which: str = "best", baseline: str = "ad
     if equal:
         same = "; ".join(f"{name.replace('_', ' ')} {shown[name].iloc[0]}" for name in equal)
         notes.append(f"Equal for all methods: {same}.")
+    notes += otherwise_notes(frame)
     return Table("hyperparameters", "Settings of the methods", notes, values, text).without_single_model()
+
+
+def otherwise_notes(frame: pd.DataFrame) -> list[str]:
+    """What finished runs did otherwise than their settings say, each thing with the methods and how many of their
+    runs."""
+    finished = frame[frame["status"] == "finished"]
+    counts = finished.groupby("method_label", sort=False).size()
+    said: dict[str, dict[str, int]] = {}
+    for label, notes in zip(finished["method_label"], finished["notes"], strict=True):
+        for note in notes if isinstance(notes, list) else []:
+            own = said.setdefault(note, {})
+            own[label] = own.get(label, 0) + 1
+    if not said:
+        return []
+    each = [
+        f"{', '.join(f'{label} ({number} of {counts[label]} runs)' for label, number in own.items())}: {note}"
+        for note, own in said.items()
+    ]
+    return [f"Otherwise than their settings say ran {'; '.join(each)}."]
 
 
 def _with_the_rate_used(runs: pd.DataFrame, names: list[str]) -> tuple[pd.DataFrame, list[str]]:

@@ -1,5 +1,5 @@
-"""Pairs of runs that differ in more than the method: in the machine, the data, the weights that they began with or the
-labels that were made wrong."""
+"""Pairs of runs that differ in more than the method: in the machine, the data, the weights that they began with, the
+labels that were made wrong or the padding."""
 
 from collections.abc import Iterator
 
@@ -13,6 +13,7 @@ UNLIKE = {
     "data": "with two versions of the data",
     "weights": "from two versions of the model's weights",
     "noise": "with other wrong labels, or more of them in the held-out part",
+    "padding": "with padding and without it, and so with other dropout masks",
 }
 
 
