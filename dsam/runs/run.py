@@ -78,11 +78,14 @@ def take_up_parent(config: Config, ready: "Ready") -> None:
         parent = Config.resolved(config.parent)
         found = run(parent)
         models.start_from(ready.network, kept_weights(parent))
-        noise, train = parent.data.label_noise, parent.train
-        lacks = [f"{100 * noise:g} % of its labels wrong"] * bool(noise)
-        lacks += [f"{train.max_train_examples:,} training examples"] * bool(train.max_train_examples)
-        lacks += [f"at most {train.max_steps:,} steps"] * bool(train.max_steps)
-        if lacks:  # it has these settings too, and may not have been thought of
+        lacks = []  # it has these settings too, and may not have been thought of
+        if noise := parent.data.label_noise:
+            lacks.append(f"{100 * noise:g} % of its labels wrong")
+        if examples := parent.train.max_train_examples:
+            lacks.append(f"{examples:,} training examples")
+        if steps := parent.train.max_steps:
+            lacks.append(f"at most {steps:,} steps")
+        if lacks:
             ready.otherwise.append(f"the run that it starts from ({parent.task.name}) has {', '.join(lacks)} as well")
         if found["status"] == "diverged":
             ready.otherwise.append(
