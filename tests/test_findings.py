@@ -240,7 +240,7 @@ def test_as_many_runs_are_recorded_as_the_page_says():
         if any(counts):  # smoke's are not kept
             checked += 1
             assert said in (str(sum(counts)), ", ".join(map(str, counts))), names
-    assert checked == 9
+    assert checked == 10
 
 
 @pytest.mark.parametrize("experiment, start", [
@@ -526,6 +526,13 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
     assert f"SAM gains {shown[0]}, in each of the five seeds, and {shown[1]}" in page and beyond[0][2].min() > 0
     mean, ends, each = over("sam", "per_instance", 0)
     assert "by {:.2f} points in the mean [{:+.2f}, {:+.2f}]".format(mean, *ends) in page and each.min() > 0
+
+
+def test_the_run_of_rte_on_mpnet_is_its_record():
+    (run,) = all_of("glue_mpnet")
+    assert (run["task"], run["optimizer"], run["seed"]) == ("rte", "adamw", 0)
+    rows = [f"| {e['epoch']:g} | {100 * e['heldout_score']:.1f} | {100 * e['score']:.1f} |" for e in run["evaluations"]]
+    assert "\n".join(rows) in RESULTS.split("## A look at MPNet")[1]
 
 
 def test_the_differences_on_each_clean_task_are_those_of_their_tables():
