@@ -331,18 +331,6 @@ def named(given: argparse.Namespace, known: Sequence[str] = ()) -> tuple[str, Di
     return name, config
 
 
-def require_unpacked(name: str, config: DictConfig) -> None:
-    """UserError where the experiment's runs are not here as folders, but in a file of records."""
-    from .runs import manifest
-
-    packed = Path(config.paths.records) / f"{name}.zip"
-    if packed.is_file() and not manifest.path_in(Path(config.paths.runs), name).exists():
-        raise UserError(
-            f"the runs of {name} are not under '{config.paths.runs}', but packed in {packed}: "
-            f"records.py unpack experiment={name} (or make unpack EXPERIMENT={name}) makes them run folders"
-        )
-
-
 def chosen(name: str, config: DictConfig) -> str | None:
     """The name of the runs with fresh seeds of the same experiment, if there are any."""
     from .runs import manifest
@@ -401,8 +389,9 @@ def _require_sweep(experiment: str, folder: str | None) -> None:
 def write_paper(name: str, config: DictConfig) -> None:
     """Tables, figures, page and report; prints the main table and where all lies."""
     from .results.report import make as report
+    from .runs import manifest
 
-    require_unpacked(name, config)
+    manifest.require_unpacked(Path(config.paths.runs), Path(config.paths.records), name)
     made = report.make(name, config.paths.runs, config.paths.tables, config.paths.figures)
     print(f"\n{made.text}\n")
     for what, where in (

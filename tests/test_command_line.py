@@ -229,8 +229,9 @@ def test_settings_that_choose_no_runs_are_said_to_choose_none(tmp_path):
     assert done.stderr.startswith("note: all runs of smoke are meant: no effect of task=rte\nerror: no sweep 'smoke'")
 
 
-def test_runs_that_are_packed_alone_are_said_to_be(tmp_path):
-    done = command("experiment=glue_minilm", f"paths.runs={tmp_path}/runs", script="paper.py")
+@pytest.mark.parametrize("script", ["paper.py", "export_wandb.py"])
+def test_runs_that_are_packed_alone_are_said_to_be(tmp_path, script):
+    done = command("experiment=glue_minilm", f"paths.runs={tmp_path}/runs", script=script)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "packed in results/records/glue_minilm.zip: records.py unpack experiment=glue_minilm" in done.stderr
 

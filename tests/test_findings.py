@@ -529,8 +529,8 @@ def test_what_is_said_of_mpnet_is_what_its_tables_say():
 
 
 def test_the_run_of_rte_on_mpnet_is_its_record():
-    (run,) = all_of("glue_mpnet")
-    assert (run["task"], run["optimizer"], run["seed"]) == ("rte", "adamw", 0)
+    run = records_of("glue_mpnet")["adamw", 0]
+    assert run["task"] == "rte"
     rows = [f"| {e['epoch']:g} | {100 * e['heldout_score']:.1f} | {100 * e['score']:.1f} |" for e in run["evaluations"]]
     assert "\n".join(rows) in RESULTS.split("## A look at MPNet")[1]
 

@@ -372,7 +372,7 @@ def test_a_closure_that_touches_the_gradient_is_refused_and_zero_grad_before_any
 @pytest.mark.parametrize("name", CASES)
 def test_losses_without_a_graph_are_named_by_every_method(name):
     model = Classifier()
-    with torch.no_grad(), pytest.raises(ValueError, match=r"have no graph.*no_grad|depend on no parameter"):
+    with torch.no_grad(), pytest.raises(ValueError, match="have no graph.*no_grad"):
         strong(name, model).backward(Losses(model, batch()))
 
 

@@ -157,7 +157,7 @@ class Method(Constructed):
         return uncompiled()
 
     def give_up(self, way: str, why: object) -> None:
-        """From now on without this way, which a class that has one says."""
+        """Goes on without `way` from now on: "layers" or "at once" of the classes that have one, and override this."""
         self.given_up[way] = str(why)
 
     def note(self, line: str) -> None:

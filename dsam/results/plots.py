@@ -49,11 +49,11 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
         if len(scored(runs, which)):
             text = f"{model}: score of every run at its {which} epoch; bars are means, dashed lines the majority answer"
             yield f"scores_{place}", text, scores(runs, which, baseline)
-        left_out = pairs_left_out(runs, baseline, which)
-        comparison = compare(runs, baseline, which).dropna(subset="difference")
+        every = compare(runs, baseline, which)
+        comparison = every.dropna(subset="difference")
         if comparison["low"].notna().any():
             text = f"{model}: mean difference to {baseline}, paired by seed, with {_interval_note([comparison])}"
-            text += _lacking(left_out)
+            text += _lacking(every)
             yield f"differences_{place}", text, differences(comparison, methods(runs, baseline), baseline)
         by_task = compare_by_task(runs, baseline, which)
         if len(by_task) > 1:
@@ -61,7 +61,7 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
             text = f"{model}: difference to {baseline} on each task, paired by seed, with {what}"
             if left := not_compared(runs, baseline, which):
                 text += f"; without {', '.join(f'{task} ({why})' for task, why in left.items())}"
-            text += _lacking([pair for pair in left_out if pair.split(" seed ")[0] in by_task])
+            text += _lacking(compare(runs[runs["task"].isin(by_task)], baseline, which))
             yield f"differences_by_task_{place}", text, differences_by_task(by_task, methods(runs, baseline), baseline)
         if (runs["evaluations"].str.len() > 0).any():
             text = f"{model}: development score by step; thin lines are runs, thick ones the means of those that count"
@@ -93,7 +93,8 @@ def figures(frame: pd.DataFrame, which: str = "best", baseline: str = "adamw") -
             yield f"rho_{place}", text, rho(runs, sensitivity, baseline)
 
 
-def _lacking(pairs: Sequence[str]) -> str:
+def _lacking(comparison: pd.DataFrame) -> str:
+    pairs = pairs_left_out(comparison)
     return f"; pairs that are left out: {first_of(pairs)}" if pairs else ""
 
 

@@ -267,10 +267,10 @@ def compare_by_task(runs: pd.DataFrame, baseline: str = "adamw", which: str = "b
     return {task: comparison for task, comparison in found.items() if comparison["low"].notna().any()}
 
 
-def pairs_left_out(runs: pd.DataFrame, baseline: str = "adamw", which: str = "best") -> list[str]:
-    """Each cell of one model's runs that has no pair with the baseline, with what became of the run that it lacks:
-    "rte seed 1: sam diverged"."""
-    lists = compare(runs, baseline, which)["missing_pairs"].dropna()
+def pairs_left_out(comparison: pd.DataFrame) -> list[str]:
+    """Each cell that has no pair with the baseline in one model's rows of `compare`, with what became of the run that
+    it lacks: "rte seed 1: sam diverged"."""
+    lists = comparison["missing_pairs"].dropna()
     return list(dict.fromkeys(pair for pairs in lists for pair in pairs.split("; ") if pair))
 
 

@@ -109,7 +109,8 @@ def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], 
                 f"{setting} has no effect on runs that are there: name them by experiment=NAME, paths.runs=DIR or "
                 "their folders; WANDB_ENTITY is whose they become, where they name nobody"
             )
-    runs = Path(os.path.expanduser(compose_config(wanted, CONF, more=more).paths.runs))
+    places = compose_config(wanted, CONF, more=more).paths
+    runs, records = (Path(os.path.expanduser(place)) for place in (places.runs, places.records))
     if paths:
         if names:
             raise UserError(f"give either run folders or experiment={names[-1]}, not both")
@@ -118,6 +119,7 @@ def choose(given: Sequence[str], more: Path | None = None) -> tuple[list[Path], 
                 raise UserError(f"'{path}' is no run folder: it has no config.yaml")
         return list({path.resolve(): path for path in paths}.values()), runs
     if names:
+        manifest.require_unpacked(runs, records, names[-1])
         planned = [runs / run["folder"] for run in manifest.read(runs, names[-1])["runs"]]
         folders = [folder for folder in planned if (folder / "config.yaml").is_file()]
         if len(folders) < len(planned):

@@ -44,6 +44,16 @@ def read(runs_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error!r}): start the sweep again") from None
 
 
+def require_unpacked(runs_dir: Path, records_dir: Path, name: str) -> None:
+    """UserError where the sweep is not here, but its runs are in a file of records."""
+    packed = records_dir / f"{name}.zip"
+    if packed.is_file() and not path_in(runs_dir, name).exists():
+        raise UserError(
+            f"the runs of {name} are not under '{runs_dir}', but packed in {packed}: "
+            f"records.py unpack experiment={name} (or make unpack EXPERIMENT={name}) makes them run folders"
+        )
+
+
 def chosen_from(runs_dir: Path, name: str) -> str | None:
     """The name of the sweep with fresh seeds that came of this one, as it is there now; None where there is none, or
     it came of other runs, as of an earlier sweep of that name."""

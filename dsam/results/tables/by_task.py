@@ -3,7 +3,7 @@ can hide."""
 
 import pandas as pd
 
-from dsam.results.statistics import compare_by_task, methods, not_compared, pairs_left_out, scored
+from dsam.results.statistics import compare, compare_by_task, methods, not_compared, pairs_left_out, scored
 from dsam.results.tables.formatting import DASH, first_of, interval
 from dsam.results.tables.rendering import Table
 from dsam.results.tables.unlike import unlike_notes
@@ -24,8 +24,8 @@ def by_task_table(frame: pd.DataFrame, which: str, baseline: str, notes: list[st
         lacking += [f"{f'{model}, ' * several}{task} ({why})" for task, why in left]
         for task, comparison in found.items():
             values.append(comparison.assign(task=task))
-        pairs = pairs_left_out(runs, baseline, which)
-        without += [f"{model}, " * several + pair for pair in pairs if pair.split(" seed ")[0] in found]
+        compared = compare(runs[runs["task"].isin(found)], baseline, which)  # with the methods that have no pair
+        without += [f"{model}, " * several + pair for pair in pairs_left_out(compared)]
         rows = {task: comparison.set_index("method") for task, comparison in found.items()}
         for method in methods(runs, baseline):
             cells = {task: interval(own.loc[method]) for task, own in rows.items() if method in own.index}
